@@ -1,0 +1,116 @@
+//! Memory that the kernel may hold: page-aligned, owned, passed in and handed back.
+
+use std::alloc::{Layout, alloc_zeroed, dealloc, handle_alloc_error};
+use std::ops::{Deref, DerefMut};
+use std::ptr::NonNull;
+
+/// The alignment of every buffer: enough for `O_DIRECT` on any device with blocks of up to 4 KiB.
+pub const ALIGNMENT: usize = 4096;
+
+/// An owned buffer whose memory starts at a multiple of [`ALIGNMENT`].
+///
+/// Its length may shrink and grow up to its capacity without moving its memory, so that one buffer
+/// serves requests of many sizes.
+pub struct AlignedBuf {
+    memory: NonNull<u8>,
+    capacity: usize,
+    len: usize,
+}
+
+// SAFETY: the buffer owns its memory alone; nothing in it is tied to a thread.
+unsafe impl Send for AlignedBuf {}
+// SAFETY: shared references give out `&[u8]` only.
+unsafe impl Sync for AlignedBuf {}
+
+impl AlignedBuf {
+    /// A buffer of `len` zero bytes.
+    ///
+    /// # Panics
+    /// Where `len` exceeds `isize::MAX` when rounded up to a page: a caller bounds it long before.
+    #[must_use]
+    pub fn zeroed(len: usize) -> Self {
+        let capacity = len.next_multiple_of(ALIGNMENT).max(ALIGNMENT);
+        let layout = Self::layout(capacity);
+        // SAFETY: the layout's size is at least one page, so it is not zero.
+        let memory = unsafe { alloc_zeroed(layout) };
+        let Some(memory) = NonNull::new(memory) else { handle_alloc_error(layout) };
+        Self { memory, capacity, len }
+    }
+
+    /// A buffer that holds a copy of `bytes`.
+    #[must_use]
+    pub fn from_slice(bytes: &[u8]) -> Self {
+        let mut buf = Self::zeroed(bytes.len());
+        buf.copy_from_slice(bytes);
+        buf
+    }
+
+    /// How many bytes it can hold: a multiple of [`ALIGNMENT`].
+    #[must_use]
+    pub const fn capacity(&self) -> usize {
+        self.capacity
+    }
+
+    /// Makes it `len` bytes long. What was beyond the old length keeps whatever was there before.
+    ///
+    /// # Panics
+    /// Where `len` exceeds the capacity.
+    pub fn set_len(&mut self, len: usize) {
+        assert!(len <= self.capacity, "a buffer of {} bytes cannot be {len} bytes long", self.capacity);
+        self.len = len;
+    }
+
+    /// The address of its memory, valid and unmoved until the buffer is dropped.
+    #[must_use]
+    pub const fn as_mut_ptr(&mut self) -> *mut u8 {
+        self.memory.as_ptr()
+    }
+
+    fn layout(capacity: usize) -> Layout {
+        Layout::from_size_align(capacity, ALIGNMENT).expect("a buffer's size was bounded by its caller")
+    }
+}
+
+impl Drop for AlignedBuf {
+    fn drop(&mut self) {
+        // SAFETY: `memory` came from `alloc_zeroed` with this very layout and is freed once.
+        unsafe { dealloc(self.memory.as_ptr(), Self::layout(self.capacity)) }
+    }
+}
+
+impl Deref for AlignedBuf {
+    type Target = [u8];
+
+    fn deref(&self) -> &[u8] {
+        // SAFETY: `len <= capacity` bytes are allocated and were initialised at allocation.
+        unsafe { std::slice::from_raw_parts(self.memory.as_ptr(), self.len) }
+    }
+}
+
+impl DerefMut for AlignedBuf {
+    fn deref_mut(&mut self) -> &mut [u8] {
+        // SAFETY: as above, and `&mut self` makes this the only reference.
+        unsafe { std::slice::from_raw_parts_mut(self.memory.as_ptr(), self.len) }
+    }
+}
+
+impl std::fmt::Debug for AlignedBuf {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("AlignedBuf").field("len", &self.len).field("capacity", &self.capacity).finish()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn memory_is_aligned_and_survives_a_change_of_length() {
+        let mut buf = AlignedBuf::from_slice(&[7; 5000]);
+        assert!((buf.as_mut_ptr() as usize).is_multiple_of(ALIGNMENT));
+        assert_eq!(buf.capacity(), 8192);
+        buf.set_len(10);
+        buf.set_len(5000);
+        assert_eq!(&buf[..], &[7; 5000]);
+    }
+}

@@ -1,0 +1,17 @@
+//! Block storage beneath a virtual disk: what a range, an extent and a bitmap are; the
+//! [`BlockDevice`] trait that everything serves and fills; the engines that implement it on files
+//! and block devices; and a simulated disk that loses, reorders and tears what was not synced.
+//!
+//! This crate knows nobody: not NBD, not backups. Nothing here parses bytes from a peer.
+
+mod buffer;
+mod device;
+mod error;
+mod range;
+
+pub use buffer::{ALIGNMENT, AlignedBuf};
+pub use device::{
+    Attempt, BlockDevice, DeviceFuture, Durability, Extent, ExtentState, Geometry, OpenDevice, ZeroMode,
+};
+pub use error::{Error, ErrorKind, Result};
+pub use range::{BLOCK_SIZE, ByteRange};
