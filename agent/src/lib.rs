@@ -1,1 +1,3 @@
-//! Placeholder.
+//! Captures disks into a repository, restores them, and boots machines from their backup.
+
+pub mod live;
