@@ -1,0 +1,154 @@
+//! Which chunk is fetched next, and who waits for it.
+//!
+//! One fetch per chunk however many want it; a chunk that somebody more urgent joins is raised in
+//! place. Pure: no thread, no clock, no I/O. [`super::pool`] drives it.
+
+use std::collections::hash_map::Entry as MapEntry;
+use std::collections::{HashMap, VecDeque};
+
+use crate::live::Urgency;
+
+const LANES: usize = Urgency::ALL.len();
+
+/// Where a fetch stands.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Stage {
+    Queued,
+    Running,
+}
+
+#[derive(Debug)]
+struct Fetch<W> {
+    urgency: Urgency,
+    stage: Stage,
+    waiters: Vec<W>,
+}
+
+/// What [`FetchQueue::join`] came to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Joined {
+    /// A new fetch was queued.
+    Queued,
+    /// The fetch was known, and waits in a more urgent lane from now on.
+    Raised,
+    /// The fetch was known already and its place did not change.
+    Shared,
+}
+
+/// The fetches that are wanted or under way; `W` is whoever waits for one.
+#[derive(Debug)]
+pub struct FetchQueue<W> {
+    fetches: HashMap<u64, Fetch<W>>,
+    /// Chunk numbers by urgency. A number whose fetch is running, or stands in another lane by now,
+    /// is skipped when its turn comes.
+    lanes: [VecDeque<u64>; LANES],
+}
+
+impl<W> Default for FetchQueue<W> {
+    fn default() -> Self {
+        Self { fetches: HashMap::new(), lanes: std::array::from_fn(|_| VecDeque::new()) }
+    }
+}
+
+impl<W> FetchQueue<W> {
+    /// Asks for `chunk`; `waiter` is given back by [`finish`](Self::finish).
+    pub fn join(&mut self, chunk: u64, urgency: Urgency, waiter: W) -> Joined {
+        match self.fetches.entry(chunk) {
+            MapEntry::Vacant(vacant) => {
+                vacant.insert(Fetch { urgency, stage: Stage::Queued, waiters: vec![waiter] });
+                self.lanes[urgency.lane()].push_back(chunk);
+                Joined::Queued
+            }
+            MapEntry::Occupied(mut occupied) => {
+                let fetch = occupied.get_mut();
+                fetch.waiters.push(waiter);
+                if urgency <= fetch.urgency {
+                    return Joined::Shared;
+                }
+                fetch.urgency = urgency;
+                if fetch.stage == Stage::Queued {
+                    self.lanes[urgency.lane()].push_back(chunk);
+                }
+                Joined::Raised
+            }
+        }
+    }
+
+    /// The next chunk to fetch whose urgency is at least `at_least`; it counts as running from now on.
+    pub fn start(&mut self, at_least: Urgency) -> Option<(u64, Urgency)> {
+        for urgency in Urgency::ALL.into_iter().rev().take_while(|urgency| *urgency >= at_least) {
+            while let Some(chunk) = self.lanes[urgency.lane()].pop_front() {
+                let Some(fetch) = self.fetches.get_mut(&chunk) else { continue };
+                if fetch.stage == Stage::Queued && fetch.urgency == urgency {
+                    fetch.stage = Stage::Running;
+                    return Some((chunk, urgency));
+                }
+            }
+        }
+        None
+    }
+
+    /// How urgent a fetch is by now, where it is known.
+    pub fn urgency(&self, chunk: u64) -> Option<Urgency> {
+        self.fetches.get(&chunk).map(|fetch| fetch.urgency)
+    }
+
+    /// Ends a fetch; returns everybody who waited for it.
+    pub fn finish(&mut self, chunk: u64) -> Vec<W> {
+        self.fetches.remove(&chunk).map_or_else(Vec::new, |fetch| fetch.waiters)
+    }
+
+    /// Ends every fetch that has not begun; returns everybody who waited for one.
+    pub fn close(&mut self) -> Vec<W> {
+        self.lanes.iter_mut().for_each(VecDeque::clear);
+        let queued: Vec<u64> = self
+            .fetches
+            .iter()
+            .filter(|(_, fetch)| fetch.stage == Stage::Queued)
+            .map(|(chunk, _)| *chunk)
+            .collect();
+        queued.into_iter().flat_map(|chunk| self.finish(chunk)).collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn one_fetch_serves_everybody_who_wants_the_chunk() {
+        let mut queue = FetchQueue::default();
+        assert_eq!(queue.join(7, Urgency::Background, "a"), Joined::Queued);
+        assert_eq!(queue.join(7, Urgency::Background, "b"), Joined::Shared);
+        assert_eq!(queue.start(Urgency::Background), Some((7, Urgency::Background)));
+        assert_eq!(queue.join(7, Urgency::Demand, "c"), Joined::Raised);
+        assert_eq!(queue.start(Urgency::Background), None, "it is running already");
+        assert_eq!(queue.urgency(7), Some(Urgency::Demand));
+        assert_eq!(queue.finish(7), ["a", "b", "c"]);
+        assert_eq!(queue.join(7, Urgency::Demand, "d"), Joined::Queued, "a later wish is a new fetch");
+    }
+
+    #[test]
+    fn demand_overtakes_the_background_and_a_raised_chunk_is_fetched_once() {
+        let mut queue = FetchQueue::default();
+        for chunk in 0..4 {
+            queue.join(chunk, Urgency::Background, ());
+        }
+        assert_eq!(queue.join(2, Urgency::Demand, ()), Joined::Raised);
+        assert_eq!(queue.start(Urgency::Demand), Some((2, Urgency::Demand)));
+        assert_eq!(queue.start(Urgency::Demand), None, "the background does not count as demand");
+        let rest: Vec<u64> =
+            std::iter::from_fn(|| queue.start(Urgency::Background)).map(|(chunk, _)| chunk).collect();
+        assert_eq!(rest, [0, 1, 3]);
+    }
+
+    #[test]
+    fn closing_gives_back_those_whose_fetch_has_not_begun() {
+        let mut queue = FetchQueue::default();
+        queue.join(1, Urgency::Demand, "running");
+        queue.start(Urgency::Demand);
+        queue.join(2, Urgency::Demand, "queued");
+        assert_eq!(queue.close(), ["queued"]);
+        assert_eq!(queue.finish(1), ["running"]);
+    }
+}
