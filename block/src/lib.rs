@@ -7,6 +7,7 @@
 mod buffer;
 mod device;
 mod error;
+mod parts;
 mod range;
 
 pub use buffer::{ALIGNMENT, AlignedBuf};
@@ -14,4 +15,5 @@ pub use device::{
     Attempt, BlockDevice, DeviceFuture, Durability, Extent, ExtentState, Geometry, OpenDevice, ZeroMode,
 };
 pub use error::{Error, ErrorKind, Result};
+pub use parts::BufPart;
 pub use range::{BLOCK_SIZE, ByteRange};
