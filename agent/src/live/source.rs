@@ -57,6 +57,17 @@ pub enum Urgency {
     Demand,
 }
 
+impl Urgency {
+    /// Every urgency, the least first.
+    pub const ALL: [Self; 3] = [Self::Background, Self::Readahead, Self::Demand];
+
+    /// Its place in [`Urgency::ALL`].
+    #[must_use]
+    pub const fn lane(self) -> usize {
+        self as usize
+    }
+}
+
 /// The decoded, verified bytes of one chunk, shared by all who asked for it. Cheap to clone.
 #[derive(Clone, Debug)]
 pub struct ChunkData(Arc<AlignedBuf>);
