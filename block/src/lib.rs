@@ -9,6 +9,7 @@ mod device;
 mod error;
 mod parts;
 mod range;
+pub mod sim;
 
 pub use buffer::{ALIGNMENT, AlignedBuf};
 pub use device::{
