@@ -5,6 +5,7 @@
 
 use std::collections::hash_map::Entry as MapEntry;
 use std::collections::{HashMap, VecDeque};
+use std::hash::Hash;
 
 use crate::live::Urgency;
 
@@ -26,33 +27,33 @@ struct Fetch<W> {
 
 /// What [`FetchQueue::join`] came to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Joined {
+pub(super) enum Joined {
     /// A new fetch was queued.
     Queued,
-    /// The fetch was known, and waits in a more urgent lane from now on.
+    /// The fetch was known, and is more urgent from now on.
     Raised,
     /// The fetch was known already and its place did not change.
     Shared,
 }
 
-/// The fetches that are wanted or under way; `W` is whoever waits for one.
+/// The fetches that are wanted or under way: `K` names a chunk, `W` is whoever waits for one.
 #[derive(Debug)]
-pub struct FetchQueue<W> {
-    fetches: HashMap<u64, Fetch<W>>,
-    /// Chunk numbers by urgency. A number whose fetch is running, or stands in another lane by now,
-    /// is skipped when its turn comes.
-    lanes: [VecDeque<u64>; LANES],
+pub(super) struct FetchQueue<K, W> {
+    fetches: HashMap<K, Fetch<W>>,
+    /// Chunks by urgency. One whose fetch is running, or stands in another lane by now, is skipped
+    /// when its turn comes.
+    lanes: [VecDeque<K>; LANES],
 }
 
-impl<W> Default for FetchQueue<W> {
+impl<K, W> Default for FetchQueue<K, W> {
     fn default() -> Self {
         Self { fetches: HashMap::new(), lanes: std::array::from_fn(|_| VecDeque::new()) }
     }
 }
 
-impl<W> FetchQueue<W> {
+impl<K: Copy + Eq + Hash, W> FetchQueue<K, W> {
     /// Asks for `chunk`; `waiter` is given back by [`finish`](Self::finish).
-    pub fn join(&mut self, chunk: u64, urgency: Urgency, waiter: W) -> Joined {
+    pub(super) fn join(&mut self, chunk: K, urgency: Urgency, waiter: W) -> Joined {
         match self.fetches.entry(chunk) {
             MapEntry::Vacant(vacant) => {
                 vacant.insert(Fetch { urgency, stage: Stage::Queued, waiters: vec![waiter] });
@@ -75,7 +76,7 @@ impl<W> FetchQueue<W> {
     }
 
     /// The next chunk to fetch whose urgency is at least `at_least`; it counts as running from now on.
-    pub fn start(&mut self, at_least: Urgency) -> Option<(u64, Urgency)> {
+    pub(super) fn start(&mut self, at_least: Urgency) -> Option<(K, Urgency)> {
         for urgency in Urgency::ALL.into_iter().rev().take_while(|urgency| *urgency >= at_least) {
             while let Some(chunk) = self.lanes[urgency.lane()].pop_front() {
                 let Some(fetch) = self.fetches.get_mut(&chunk) else { continue };
@@ -89,19 +90,24 @@ impl<W> FetchQueue<W> {
     }
 
     /// How urgent a fetch is by now, where it is known.
-    pub fn urgency(&self, chunk: u64) -> Option<Urgency> {
+    pub(super) fn urgency(&self, chunk: K) -> Option<Urgency> {
         self.fetches.get(&chunk).map(|fetch| fetch.urgency)
     }
 
+    /// Who waits for a chunk by now.
+    pub(super) fn waiters(&self, chunk: K) -> &[W] {
+        self.fetches.get(&chunk).map_or(&[], |fetch| &fetch.waiters)
+    }
+
     /// Ends a fetch; returns everybody who waited for it.
-    pub fn finish(&mut self, chunk: u64) -> Vec<W> {
+    pub(super) fn finish(&mut self, chunk: K) -> Vec<W> {
         self.fetches.remove(&chunk).map_or_else(Vec::new, |fetch| fetch.waiters)
     }
 
     /// Ends every fetch that has not begun; returns everybody who waited for one.
-    pub fn close(&mut self) -> Vec<W> {
+    pub(super) fn close(&mut self) -> Vec<W> {
         self.lanes.iter_mut().for_each(VecDeque::clear);
-        let queued: Vec<u64> = self
+        let queued: Vec<K> = self
             .fetches
             .iter()
             .filter(|(_, fetch)| fetch.stage == Stage::Queued)

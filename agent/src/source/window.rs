@@ -8,10 +8,10 @@
 
 use std::time::Duration;
 
-/// The least the window falls to: two pieces, so that one is on its way while one is decoded.
-pub const SMALLEST_WINDOW: u64 = 256 << 10;
+/// The least the window falls to, and where it begins: about one piece, so that the first latency is the path's own.
+pub(super) const SMALLEST_WINDOW: u64 = 256 << 10;
 /// The most the window grows to.
-pub const LARGEST_WINDOW: u64 = 32 << 20;
+pub(super) const LARGEST_WINDOW: u64 = 32 << 20;
 /// After so many fetches the quickest one is forgotten, since the path may have changed.
 const FORGET_AFTER: u32 = 256;
 /// What one fetch more or less changes.
@@ -19,7 +19,7 @@ const STEP: u64 = 128 << 10;
 
 /// The background's window.
 #[derive(Debug)]
-pub struct Window {
+pub(super) struct Window {
     size: u64,
     in_flight: u64,
     quickest: Option<Duration>,
@@ -28,30 +28,32 @@ pub struct Window {
 
 impl Default for Window {
     fn default() -> Self {
-        Self { size: 2 << 20, in_flight: 0, quickest: None, seen: 0 }
+        Self { size: SMALLEST_WINDOW, in_flight: 0, quickest: None, seen: 0 }
     }
 }
 
 impl Window {
     /// Whether another piece may be asked for. The first one always may.
     #[must_use]
-    pub const fn has_room(&self) -> bool {
+    pub(super) const fn has_room(&self) -> bool {
         self.in_flight < self.size
     }
 
     /// A fetch of `len` bytes begins.
-    pub const fn begin(&mut self, len: u64) {
+    pub(super) const fn begin(&mut self, len: u64) {
         self.in_flight += len;
     }
 
     /// A fetch of `len` bytes ended after `latency`.
-    pub fn end(&mut self, len: u64, latency: Duration) {
+    pub(super) fn end(&mut self, len: u64, latency: Duration) {
         let was_full = self.in_flight + STEP >= self.size;
         self.in_flight = self.in_flight.saturating_sub(len);
         self.seen += 1;
         if self.seen >= FORGET_AFTER {
+            // What is in flight hides how quick the path is: half of it lets the queue run empty.
             self.seen = 0;
             self.quickest = None;
+            self.size = (self.size / 2).max(SMALLEST_WINDOW);
         }
         let quickest = self.quickest.map_or(latency, |quickest| quickest.min(latency));
         self.quickest = Some(quickest);
@@ -64,7 +66,7 @@ impl Window {
     }
 
     /// A fetch of `len` bytes failed; its time says nothing.
-    pub const fn cancel(&mut self, len: u64) {
+    pub(super) const fn cancel(&mut self, len: u64) {
         self.in_flight = self.in_flight.saturating_sub(len);
     }
 }
@@ -106,7 +108,7 @@ mod tests {
 
     #[test]
     fn a_path_without_delay_keeps_the_window_small() {
-        assert!(settle(100e6, 0.0) <= SMALLEST_WINDOW * 2);
+        assert!(settle(100e6, 0.0) <= SMALLEST_WINDOW * 4);
     }
 
     #[test]

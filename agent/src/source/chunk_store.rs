@@ -1,0 +1,43 @@
+//! What the fetching threads need from wherever chunks are kept.
+
+use crate::live::SourceError;
+
+/// A chunk of one of the disks that a pool serves.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct Key {
+    /// The disk's number in the pool.
+    pub disk: u32,
+    /// The chunk's number on the disk.
+    pub chunk: u64,
+}
+
+/// Where the stored bytes of a chunk are.
+pub trait Placed: Send + 'static {
+    /// How many stored bytes the chunk has.
+    fn stored_len(&self) -> u64;
+    /// Whether these bytes begin where those of `previous` end, so that one fetch brings both.
+    fn follows(&self, previous: &Self) -> bool;
+}
+
+/// Keeps stored chunks. Its calls wait for the source and are made on threads that may wait.
+pub trait ChunkStore: Send + Sync + 'static {
+    /// Where a chunk is.
+    type Place: Placed;
+    /// Turns stored bytes into a chunk; each thread of the decode pool keeps one.
+    type Decoder: Decode<Self::Place>;
+
+    /// Finds a chunk.
+    fn place(&self, key: Key) -> Result<Self::Place, SourceError>;
+    /// Reads `len` stored bytes from where `first` begins.
+    fn read(&self, first: &Self::Place, len: u64) -> Result<Vec<u8>, SourceError>;
+    /// A decoder for one thread.
+    fn decoder(&self) -> Self::Decoder;
+    /// The plain length of a chunk in bytes.
+    fn plain_len(&self, key: Key) -> usize;
+}
+
+/// Decodes and verifies.
+pub trait Decode<P> {
+    /// Decodes `stored` into the whole of `out`, and succeeds only if that is the very chunk.
+    fn decode(&mut self, place: &P, stored: &[u8], out: &mut [u8]) -> Result<(), SourceError>;
+}

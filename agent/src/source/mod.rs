@@ -1,0 +1,22 @@
+//! Where absent chunks come from: fetches them from a repository, in order of urgency, each once.
+//!
+//! ```text
+//!   shards ──join──▶ queue ──▶ fetching threads ──▶ decode pool ──▶ whoever waits
+//!                  (pure)      wait for the source   (a thread a core: decode, verify)
+//! ```
+//! Fetching threads hold a slot each while the source answers; some slots are kept for guests, and
+//! the background has no more bytes in flight than [`window`] allows. Decoding is bounded by the
+//! cores and takes the urgent first.
+
+mod chunk_store;
+mod piece;
+mod pool;
+mod queue;
+#[cfg(test)]
+mod tests;
+mod throttle;
+mod window;
+
+pub use chunk_store::{ChunkStore, Decode, Key, Placed};
+pub use pool::{FetchPool, FetchStats, PoolOptions};
+pub use throttle::SourcePace;

@@ -1,0 +1,112 @@
+//! Neighbouring chunks that one fetch brings, and the runs that wait for them.
+
+use std::sync::Arc;
+
+use block::{AlignedBuf, BufPart};
+use parking_lot::Mutex;
+use tokio::sync::oneshot;
+
+use super::chunk_store::{Key, Placed};
+use crate::live::{ChunkData, RunData, SourceError};
+
+/// Chunks whose stored bytes lie one after another; never empty.
+pub(super) struct Piece<P> {
+    pub(super) chunks: Vec<(Key, P)>,
+    /// The stored bytes of all of them, once they are here.
+    pub(super) stored: Vec<u8>,
+}
+
+impl<P: Placed> Piece<P> {
+    /// Splits located chunks into pieces, in their order.
+    pub(super) fn join_neighbours(chunks: Vec<(Key, P)>) -> Vec<Self> {
+        let mut pieces: Vec<Self> = Vec::new();
+        for (key, place) in chunks {
+            match pieces.last_mut() {
+                Some(piece) if piece.chunks.last().is_some_and(|(_, last)| place.follows(last)) => {
+                    piece.chunks.push((key, place));
+                }
+                _ => pieces.push(Self { chunks: vec![(key, place)], stored: Vec::new() }),
+            }
+        }
+        pieces
+    }
+
+    /// The number of stored bytes of all of its chunks.
+    pub(super) fn stored_len(&self) -> u64 {
+        self.chunks.iter().map(|(_, place)| place.stored_len()).sum()
+    }
+
+    pub(super) fn holds(&self, key: Key) -> bool {
+        self.chunks.iter().any(|(held, _)| *held == key)
+    }
+}
+
+/// Somebody who waits for a chunk.
+#[derive(Clone)]
+pub(super) struct RunSlot {
+    pub(super) run: Arc<Run>,
+    pub(super) slot: usize,
+}
+
+pub(super) enum Waiter {
+    One(oneshot::Sender<Result<ChunkData, SourceError>>),
+    Run(RunSlot),
+}
+
+/// A run of chunks that are decoded into one buffer, each into its part.
+pub(super) struct Run {
+    first: u64,
+    inner: Mutex<RunInner>,
+}
+
+struct RunInner {
+    parts: Vec<Option<BufPart>>,
+    missing: usize,
+    failed: Vec<(u64, SourceError)>,
+    done: Option<oneshot::Sender<RunData>>,
+}
+
+impl Run {
+    /// A run of chunks from `first` on with these plain lengths, which `buf` has room for exactly.
+    pub(super) fn new(
+        first: u64,
+        lengths: &[usize],
+        buf: AlignedBuf,
+    ) -> (Arc<Self>, oneshot::Receiver<RunData>) {
+        let (done, receiver) = oneshot::channel();
+        let parts: Vec<_> = BufPart::split(buf, lengths).into_iter().map(Some).collect();
+        let inner = RunInner { missing: parts.len(), parts, failed: Vec::new(), done: Some(done) };
+        (Arc::new(Self { first, inner: Mutex::new(inner) }), receiver)
+    }
+
+    /// The part of a slot, to decode into. `None` while somebody else has it.
+    pub(super) fn take_part(&self, slot: usize) -> Option<BufPart> {
+        self.inner.lock().parts[slot].take()
+    }
+
+    /// Settles a slot: its part holds the chunk, or the chunk could not be had.
+    pub(super) fn settle(&self, slot: usize, part: BufPart, result: Result<(), SourceError>) {
+        let mut inner = self.inner.lock();
+        inner.parts[slot] = Some(part);
+        if let Err(error) = result {
+            inner.failed.push((self.first + slot as u64, error));
+        }
+        inner.missing -= 1;
+        if inner.missing > 0 {
+            return;
+        }
+        let parts = inner.parts.drain(..).map(|part| part.expect("every slot was settled")).collect();
+        let failed = std::mem::take(&mut inner.failed);
+        let done = inner.done.take().expect("a run ends once");
+        drop(inner);
+        // A run whose caller went away is nobody's any more.
+        let _ = done.send(RunData { bytes: BufPart::join(parts), failed });
+    }
+
+    /// Settles a slot with bytes that were decoded elsewhere.
+    pub(super) fn settle_copy(&self, slot: usize, result: Result<&[u8], SourceError>) {
+        let mut part = self.take_part(slot).expect("a chunk has one fetch, which settles each slot once");
+        let result = result.map(|bytes| part.copy_from_slice(bytes));
+        self.settle(slot, part, result);
+    }
+}

@@ -1,0 +1,177 @@
+//! The pool over a store in memory, whose answers can be held back.
+
+use std::collections::HashSet;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use parking_lot::{Condvar, Mutex};
+
+use super::{ChunkStore, Decode, FetchPool, Key, Placed, PoolOptions};
+use crate::live::{SourceError, SourceErrorKind, Urgency};
+
+const CHUNK: usize = 4096;
+
+struct Place(Key);
+
+impl Placed for Place {
+    fn stored_len(&self) -> u64 {
+        CHUNK as u64
+    }
+
+    fn follows(&self, previous: &Self) -> bool {
+        self.0.chunk == previous.0.chunk + 1
+    }
+}
+
+#[derive(Default)]
+struct Memory {
+    /// Chunks whose stored bytes are damaged.
+    damaged: HashSet<u64>,
+    reads: AtomicUsize,
+    /// Reads that begin at these chunks wait until they are let go.
+    held: Mutex<HashSet<u64>>,
+    let_go: Condvar,
+}
+
+struct Plain;
+
+fn bytes_of(chunk: u64) -> Vec<u8> {
+    vec![chunk as u8; CHUNK]
+}
+
+impl ChunkStore for Arc<Memory> {
+    type Place = Place;
+    type Decoder = Plain;
+
+    fn place(&self, key: Key) -> Result<Place, SourceError> {
+        Ok(Place(key))
+    }
+
+    fn read(&self, first: &Place, len: u64) -> Result<Vec<u8>, SourceError> {
+        self.reads.fetch_add(1, Ordering::SeqCst);
+        let chunk = first.0.chunk;
+        let mut held = self.held.lock();
+        self.let_go.wait_while(&mut held, |held| held.contains(&chunk));
+        drop(held);
+        let mut stored: Vec<u8> = (chunk..chunk + len / CHUNK as u64).flat_map(bytes_of).collect();
+        for (at, byte) in stored.chunks_mut(CHUNK).enumerate() {
+            if self.damaged.contains(&(chunk + at as u64)) {
+                byte[0] ^= 1;
+            }
+        }
+        Ok(stored)
+    }
+
+    fn decoder(&self) -> Plain {
+        Plain
+    }
+
+    fn plain_len(&self, _: Key) -> usize {
+        CHUNK
+    }
+}
+
+impl Decode<Place> for Plain {
+    fn decode(&mut self, place: &Place, stored: &[u8], out: &mut [u8]) -> Result<(), SourceError> {
+        if stored != bytes_of(place.0.chunk) {
+            return Err(SourceError::new(SourceErrorKind::Damaged, format!("chunk {}", place.0.chunk)));
+        }
+        out.copy_from_slice(stored);
+        Ok(())
+    }
+}
+
+impl Memory {
+    fn release(&self) {
+        self.held.lock().clear();
+        self.let_go.notify_all();
+    }
+}
+
+fn key(chunk: u64) -> Key {
+    Key { disk: 0, chunk }
+}
+
+fn pool(memory: &Arc<Memory>, slots: usize) -> FetchPool<Arc<Memory>> {
+    let options = PoolOptions {
+        slots,
+        reserved_for_demand: 1,
+        decoders: 2,
+        cache_bytes: 16 * CHUNK as u64,
+        ..PoolOptions::default()
+    };
+    FetchPool::start(Arc::clone(memory), options).unwrap()
+}
+
+#[tokio::test]
+async fn many_who_want_one_chunk_cost_one_fetch() {
+    let memory = Arc::new(Memory { held: Mutex::new(HashSet::from([3])), ..Memory::default() });
+    let pool = pool(&memory, 4);
+    let wanted: Vec<_> = (0..20).map(|_| pool.fetch(key(3), Urgency::Demand)).collect();
+    let run = pool.fetch_run(0, 3..4, Urgency::Background);
+    memory.release();
+    for fetch in wanted {
+        assert_eq!(&fetch.await.unwrap()[..], bytes_of(3));
+    }
+    assert_eq!(&run.await.bytes[..], bytes_of(3));
+    assert_eq!(memory.reads.load(Ordering::SeqCst), 1);
+    pool.fetch(key(3), Urgency::Demand).await.unwrap();
+    assert_eq!(memory.reads.load(Ordering::SeqCst), 1, "it stays in the cache");
+}
+
+#[tokio::test]
+async fn a_run_arrives_in_one_buffer_and_whoever_joined_it_gets_the_chunk_too() {
+    let memory = Arc::new(Memory { held: Mutex::new((0..40).collect()), ..Memory::default() });
+    let pool = pool(&memory, 4);
+    let run = pool.fetch_run(0, 8..24, Urgency::Background);
+    let joined = pool.fetch(key(15), Urgency::Demand);
+    memory.release();
+    let run = run.await;
+    assert!(run.failed.is_empty());
+    assert_eq!(&run.bytes[..], (8..24).flat_map(bytes_of).collect::<Vec<u8>>());
+    assert_eq!(&joined.await.unwrap()[..], bytes_of(15));
+    assert_eq!(pool.stats().chunks, 16, "each once");
+}
+
+#[tokio::test]
+async fn a_damaged_chunk_fails_alone() {
+    let memory = Arc::new(Memory { damaged: HashSet::from([5]), ..Memory::default() });
+    let pool = pool(&memory, 4);
+    let run = pool.fetch_run(0, 4..8, Urgency::Background).await;
+    let failed: Vec<u64> = run.failed.iter().map(|(chunk, _)| *chunk).collect();
+    assert_eq!(failed, [5]);
+    assert_eq!(&run.bytes[2 * CHUNK..], (6..8).flat_map(bytes_of).collect::<Vec<u8>>());
+    let error = pool.fetch(key(5), Urgency::Demand).await.unwrap_err();
+    assert_eq!(error.kind(), SourceErrorKind::Damaged);
+}
+
+#[tokio::test]
+async fn a_guest_is_served_while_the_background_is_stuck() {
+    let memory = Arc::new(Memory { held: Mutex::new((0..1000).collect()), ..Memory::default() });
+    let pool = pool(&memory, 3);
+    let stuck: Vec<_> =
+        (0..8).map(|run| pool.fetch_run(0, run * 100..run * 100 + 8, Urgency::Background)).collect();
+    let served = pool.fetch(key(5000), Urgency::Demand).await.unwrap();
+    assert_eq!(&served[..], bytes_of(5000));
+    memory.release();
+    for run in stuck {
+        assert!(run.await.failed.is_empty());
+    }
+}
+
+#[tokio::test]
+async fn closing_the_pool_answers_everybody() {
+    let memory = Arc::new(Memory { held: Mutex::new(HashSet::from([1])), ..Memory::default() });
+    let pool = pool(&memory, 1);
+    let running = pool.fetch(key(1), Urgency::Demand);
+    let queued = pool.fetch(key(9), Urgency::Demand);
+    let run = pool.fetch_run(0, 20..24, Urgency::Background);
+    let closing = std::thread::spawn(move || drop(pool));
+    let error = queued.await.unwrap_err();
+    assert_eq!(error.kind(), SourceErrorKind::Closed);
+    assert_eq!(run.await.failed.len(), 4);
+    memory.release();
+    closing.join().unwrap();
+    // Either it arrived in time or it was closed: it does not hang.
+    let _ = running.await;
+}
