@@ -1,4 +1,7 @@
-//! Captures disks into a repository, restores them, and boots machines from their backup.
+//! The `lifeboot` program: captures disks into a repository, restores them, and boots machines from
+//! their backup. Each verb of the command line has a module of its own; [`cli`] puts them together.
 
+pub mod cli;
 pub mod live;
+pub mod output;
 pub mod source;

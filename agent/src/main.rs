@@ -1,3 +1,7 @@
-//! Placeholder.
+//! The `lifeboot` binary: everything is in the library, where tests reach it.
 
-fn main() {}
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    agent::cli::main()
+}

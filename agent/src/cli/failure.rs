@@ -1,0 +1,154 @@
+//! How a run ends: its outcome, what a failure says, and the exit code.
+
+use std::error::Error;
+use std::fmt;
+use std::process::ExitCode;
+
+use super::Interrupted;
+use crate::output::Output;
+
+/// How a verb ended that did not fail.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Outcome {
+    /// All of it is done: exit code 0.
+    Done,
+    /// It is done, but something is damaged, and was named on stderr: exit code 3.
+    Damaged,
+}
+
+const EXIT_FAILED: u8 = 1;
+const EXIT_USAGE: u8 = 2;
+const EXIT_DAMAGED: u8 = 3;
+/// A shell reports a program that a signal ended as 128 and the signal's number.
+const EXIT_SIGNAL_BASE: u8 = 128;
+
+/// A failure that knows what to do about it.
+#[derive(Debug)]
+pub struct Failure {
+    what: String,
+    advice: String,
+    source: Option<anyhow::Error>,
+}
+
+impl Failure {
+    /// `what` failed, on what; `advice` says what to do.
+    pub fn new(what: impl fmt::Display, advice: impl fmt::Display) -> Self {
+        Self { what: what.to_string(), advice: advice.to_string(), source: None }
+    }
+
+    /// The same, because of `source`.
+    #[must_use]
+    pub fn because(mut self, source: impl Into<anyhow::Error>) -> Self {
+        self.source = Some(source.into());
+        self
+    }
+}
+
+impl fmt::Display for Failure {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.what)
+    }
+}
+
+impl Error for Failure {
+    fn source(&self) -> Option<&(dyn Error + 'static)> {
+        self.source.as_deref().map(|source| source as &(dyn Error + 'static))
+    }
+}
+
+/// The arguments make no sense together, or one is missing: exit code 2.
+#[derive(Debug, thiserror::Error)]
+#[error("{what}")]
+pub struct UsageError {
+    what: String,
+}
+
+impl UsageError {
+    /// `what` is wrong with the arguments.
+    pub fn new(what: impl fmt::Display) -> Self {
+        Self { what: what.to_string() }
+    }
+}
+
+/// Says how the run ended, and gives its exit code.
+pub(super) fn conclude(output: &Output, result: anyhow::Result<Outcome>) -> ExitCode {
+    let error = match result {
+        Ok(Outcome::Done) => return ExitCode::SUCCESS,
+        Ok(Outcome::Damaged) => return ExitCode::from(EXIT_DAMAGED),
+        Err(error) => error,
+    };
+    if is_closed_pipe(&error) {
+        // The reader of our output has seen enough: `lifeboot snapshots | head -1`.
+        return ExitCode::SUCCESS;
+    }
+    let code = exit_code(&error);
+    output.error(&message(&error), advice(&error).as_deref(), code);
+    ExitCode::from(code)
+}
+
+fn exit_code(error: &anyhow::Error) -> u8 {
+    for cause in error.chain() {
+        if let Some(interrupted) = cause.downcast_ref::<Interrupted>() {
+            return EXIT_SIGNAL_BASE.saturating_add(interrupted.signal_number());
+        }
+        if cause.is::<UsageError>() {
+            return EXIT_USAGE;
+        }
+    }
+    EXIT_FAILED
+}
+
+/// Whether stdout was closed by its reader. Pipes of other kinds never end up in an [`crate::output::StdoutClosed`].
+fn is_closed_pipe(error: &anyhow::Error) -> bool {
+    error.chain().any(|cause| cause.is::<crate::output::StdoutClosed>())
+}
+
+/// The failure and its causes in one line. A cause that its effect has already told is not repeated.
+fn message(error: &anyhow::Error) -> String {
+    let mut message = String::new();
+    for cause in error.chain() {
+        let text = cause.to_string();
+        if message.ends_with(&text) {
+            continue;
+        }
+        if !message.is_empty() {
+            message.push_str(": ");
+        }
+        message.push_str(&text);
+    }
+    message
+}
+
+fn advice(error: &anyhow::Error) -> Option<String> {
+    error.chain().find_map(|cause| Some(cause.downcast_ref::<Failure>()?.advice.clone()))
+}
+
+#[cfg(test)]
+mod tests {
+    use anyhow::{Context as _, anyhow};
+
+    use super::*;
+
+    #[test]
+    fn a_cause_that_was_told_already_is_not_repeated() {
+        let error = anyhow!("permission denied")
+            .context("cannot open x: permission denied")
+            .context("capture failed");
+        assert_eq!(message(&error), "capture failed: cannot open x: permission denied");
+    }
+
+    #[test]
+    fn the_advice_of_an_inner_failure_is_found() {
+        let failure = Failure::new("disk full", "make room").because(anyhow!("ENOSPC"));
+        let error = Err::<(), _>(failure).context("outer").unwrap_err();
+        assert_eq!(advice(&error).as_deref(), Some("make room"));
+        assert_eq!(message(&error), "outer: disk full: ENOSPC");
+        assert_eq!(exit_code(&error), EXIT_FAILED);
+    }
+
+    #[test]
+    fn usage_and_interrupts_have_their_own_exit_codes() {
+        assert_eq!(exit_code(&UsageError::new("x").into()), EXIT_USAGE);
+        assert_eq!(exit_code(&anyhow::Error::from(Interrupted::by(2)).context("while reading")), 130);
+    }
+}

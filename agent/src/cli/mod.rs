@@ -1,0 +1,88 @@
+//! The command line: what every verb shares, and the list of verbs.
+//!
+//! A verb is a struct of arguments that implements [`Verb`]. It is added by one line in [`Command`]
+//! and one in [`Command::run`]; the help, the completions and the man pages follow from it.
+
+mod context;
+mod failure;
+mod generate;
+mod init;
+mod interrupt;
+mod units;
+
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+
+pub use context::{Context, Global};
+pub use failure::{Failure, Outcome, UsageError};
+pub use interrupt::{Interrupt, Interrupted};
+pub use units::{Rate, Size};
+
+/// One verb of the command line.
+pub trait Verb {
+    /// Does what the verb is for.
+    ///
+    /// # Errors
+    /// Whatever kept it from being done: shown with its causes and advice, exit code 1 (2 for a [`UsageError`]).
+    fn run(self, context: &Context) -> anyhow::Result<Outcome>;
+}
+
+/// Boots a machine from its backup at once, and copies the disk home while the machine runs.
+///
+/// Disks are captured into a repository (`init`, `capture`), and brought back offline (`restore`) or
+/// while the machine already runs from the backup (`live-restore`).
+#[derive(Debug, Parser)]
+#[command(name = "lifeboot", version, max_term_width = 100, after_help = EXIT_CODES)]
+pub struct Cli {
+    #[command(flatten)]
+    global: Global,
+    #[command(subcommand)]
+    command: Command,
+}
+
+const EXIT_CODES: &str = "\
+Exit codes: 0 done; 1 failed; 2 wrong usage; 3 done, but something is damaged (named on stderr); \
+130 interrupted by Ctrl-C, 143 by SIGTERM.";
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    Init(init::Args),
+    Completions(generate::CompletionsArgs),
+    Man(generate::ManArgs),
+}
+
+impl Command {
+    fn run(self, context: &Context) -> anyhow::Result<Outcome> {
+        match self {
+            Self::Init(args) => args.run(context),
+            Self::Completions(args) => args.run(context),
+            Self::Man(args) => args.run(context),
+        }
+    }
+}
+
+/// Reads the arguments, runs the verb, and says how it went.
+#[must_use]
+pub fn main() -> ExitCode {
+    let cli = match Cli::try_parse() {
+        Ok(cli) => cli,
+        // Prints help to stdout (exit code 0) or what is wrong to stderr (exit code 2).
+        Err(error) => error.exit(),
+    };
+    let context = Context::new(cli.global);
+    let result = cli.command.run(&context);
+    failure::conclude(context.output(), result)
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+
+    use super::Cli;
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        Cli::command().debug_assert();
+    }
+}

@@ -1,0 +1,223 @@
+//! How the program talks: lines, tables and documents on stdout; progress, warnings and errors on stderr.
+//! Nothing else in this crate prints.
+//!
+//! On a terminal, people watch: bars, rates, sizes with units. With `--json`, programs listen: one
+//! document on stdout, JSON lines on stderr, exact numbers. With `-q`, only errors are said.
+
+mod progress;
+mod table;
+mod text;
+
+use std::fmt;
+use std::io::{self, IsTerminal, Write};
+
+use indicatif::MultiProgress;
+use serde::Serialize;
+
+pub use progress::Progress;
+pub use table::{Align, Table};
+pub use text::{human_count, human_duration, human_size, human_time};
+
+/// The reader of stdout has closed it: nobody wants the rest.
+#[derive(Debug, thiserror::Error)]
+#[error("stdout is closed")]
+pub struct StdoutClosed;
+
+/// How this run talks. Clones talk in the same way to the same places.
+#[derive(Clone, Debug)]
+pub struct Output {
+    json: bool,
+    quiet: bool,
+    stdout_terminal: bool,
+    stderr_terminal: bool,
+    bars: MultiProgress,
+}
+
+impl Output {
+    /// Decides how to talk from `--json`, `-q`, and from whether stdout and stderr are terminals.
+    #[must_use]
+    pub fn new(json: bool, quiet: bool) -> Self {
+        Self {
+            json,
+            quiet,
+            stdout_terminal: io::stdout().is_terminal(),
+            stderr_terminal: io::stderr().is_terminal(),
+            bars: MultiProgress::new(),
+        }
+    }
+
+    /// Whether `--json` was given.
+    #[must_use]
+    pub const fn is_json(&self) -> bool {
+        self.json
+    }
+
+    /// Whether `-q` was given.
+    #[must_use]
+    pub const fn is_quiet(&self) -> bool {
+        self.quiet
+    }
+
+    /// Whether stderr, where bars and logs go, is a terminal.
+    #[must_use]
+    pub const fn is_terminal(&self) -> bool {
+        self.stderr_terminal
+    }
+
+    /// The document of a verb on stdout, with `--json` only.
+    ///
+    /// # Errors
+    /// Where stdout cannot be written; [`StdoutClosed`] where nobody reads it.
+    pub fn document<T: Serialize + ?Sized>(&self, document: &T) -> anyhow::Result<()> {
+        if !self.json {
+            return Ok(());
+        }
+        let mut text = serde_json::to_vec_pretty(document)?;
+        text.push(b'\n');
+        self.stdout(&text)
+    }
+
+    /// One event of a verb that reports states as they come, as one line of JSON on stdout (with `--json` only).
+    ///
+    /// # Errors
+    /// As [`Self::document`].
+    pub fn event<T: Serialize + ?Sized>(&self, event: &T) -> anyhow::Result<()> {
+        if !self.json {
+            return Ok(());
+        }
+        let mut text = serde_json::to_vec(event)?;
+        text.push(b'\n');
+        self.stdout(&text)
+    }
+
+    /// A line for people on stdout: nothing with `--json` or `-q`.
+    ///
+    /// # Errors
+    /// As [`Self::document`].
+    pub fn line(&self, line: impl fmt::Display) -> anyhow::Result<()> {
+        if self.json || self.quiet {
+            return Ok(());
+        }
+        self.stdout(format!("{line}\n").as_bytes())
+    }
+
+    /// A table for people on stdout: nothing with `--json`. It is what was asked for, so `-q` does not hide it.
+    ///
+    /// # Errors
+    /// As [`Self::document`].
+    pub fn table(&self, table: &Table) -> anyhow::Result<()> {
+        if self.json {
+            return Ok(());
+        }
+        self.stdout(table.render(self.stdout_terminal).as_bytes())
+    }
+
+    /// Bytes on stdout as they are.
+    ///
+    /// # Errors
+    /// As [`Self::document`].
+    pub fn stdout(&self, bytes: &[u8]) -> anyhow::Result<()> {
+        let write = || {
+            let mut stdout = io::stdout().lock();
+            stdout.write_all(bytes)?;
+            stdout.flush()
+        };
+        match self.bars.suspend(write) {
+            Ok(()) => Ok(()),
+            Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Err(StdoutClosed.into()),
+            Err(error) => Err(anyhow::Error::from(error).context("cannot write to stdout")),
+        }
+    }
+
+    /// Something that the user should know though the work goes on: on stderr, nothing with `-q`.
+    pub fn warn(&self, what: impl fmt::Display) {
+        if self.quiet {
+            return;
+        }
+        self.tell("warning", &what.to_string(), None, None);
+    }
+
+    /// Names something that is damaged, on stderr, whatever the options: exit code 3 refers to it.
+    pub fn damaged(&self, what: impl fmt::Display) {
+        self.tell("damaged", &what.to_string(), None, None);
+    }
+
+    /// What kept the verb from being done, and what to do.
+    pub(crate) fn error(&self, what: &str, advice: Option<&str>, exit_code: u8) {
+        self.tell("error", what, advice, Some(exit_code));
+    }
+
+    /// Begins to show progress of `what` over `total` bytes, if that is known already.
+    #[must_use]
+    pub fn progress(&self, what: impl fmt::Display, total: Option<u64>) -> Progress {
+        Progress::start(self, what.to_string(), total)
+    }
+
+    fn tell(&self, kind: &'static str, message: &str, advice: Option<&str>, exit_code: Option<u8>) {
+        #[derive(Serialize)]
+        struct Told<'a> {
+            event: &'static str,
+            message: &'a str,
+            #[serde(skip_serializing_if = "Option::is_none")]
+            advice: Option<&'a str>,
+            #[serde(skip_serializing_if = "Option::is_none")]
+            exit_code: Option<u8>,
+        }
+        if self.json {
+            self.stderr_json(&Told { event: kind, message, advice, exit_code });
+            return;
+        }
+        let mut text = match kind {
+            "error" => format!("lifeboot: {message}\n"),
+            kind => format!("lifeboot: {kind}: {message}\n"),
+        };
+        if let Some(advice) = advice {
+            text.push_str(&format!("  {advice}\n"));
+        }
+        self.stderr(text.as_bytes());
+    }
+
+    fn stderr_json<T: Serialize>(&self, value: &T) {
+        let Ok(mut text) = serde_json::to_vec(value) else { return };
+        text.push(b'\n');
+        self.stderr(&text);
+    }
+
+    /// Whoever closed stderr does not want to know; there is nobody left to tell that.
+    fn stderr(&self, text: &[u8]) {
+        let _ = self.bars.suspend(|| io::stderr().write_all(text));
+    }
+}
+
+/// Where log lines go: to stderr, between the bars.
+#[derive(Clone, Debug)]
+pub struct LogWriter {
+    output: Output,
+}
+
+impl LogWriter {
+    /// Writes where `output` does.
+    #[must_use]
+    pub fn new(output: &Output) -> Self {
+        Self { output: output.clone() }
+    }
+}
+
+impl Write for LogWriter {
+    fn write(&mut self, text: &[u8]) -> io::Result<usize> {
+        self.output.stderr(text);
+        Ok(text.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+impl tracing_subscriber::fmt::MakeWriter<'_> for LogWriter {
+    type Writer = Self;
+
+    fn make_writer(&self) -> Self {
+        self.clone()
+    }
+}

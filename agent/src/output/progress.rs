@@ -1,0 +1,185 @@
+//! Progress of long work: a bar on a terminal, JSON lines with `--json`, nothing otherwise.
+
+use std::fmt;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+use indicatif::{ProgressBar, ProgressDrawTarget, ProgressState, ProgressStyle};
+use parking_lot::Mutex;
+use serde::Serialize;
+
+use super::{Output, human_duration, human_size};
+
+/// How often a JSON line is written.
+const LINE_INTERVAL: Duration = Duration::from_secs(1);
+const REDRAWS_PER_SECOND: u8 = 10;
+
+/// How far some work over bytes is. Clones count together, from any thread; the bar goes away with the last.
+#[derive(Clone, Debug)]
+pub struct Progress {
+    shared: Arc<Shared>,
+}
+
+#[derive(Debug)]
+struct Shared {
+    output: Output,
+    what: String,
+    started: Instant,
+    done: AtomicU64,
+    total: AtomicU64,
+    shown_as: ShownAs,
+}
+
+#[derive(Debug)]
+enum ShownAs {
+    Bar(ProgressBar),
+    Lines { last: Mutex<Instant> },
+    Nothing,
+}
+
+#[derive(Serialize)]
+struct Line<'a> {
+    event: &'static str,
+    what: &'a str,
+    bytes_done: u64,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    bytes_total: Option<u64>,
+    bytes_per_second: u64,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    seconds_left: Option<u64>,
+}
+
+impl Progress {
+    pub(super) fn start(output: &Output, what: String, total: Option<u64>) -> Self {
+        let started = Instant::now();
+        let shown_as = match (output.quiet, output.json, output.stderr_terminal) {
+            (true, ..) | (false, false, false) => ShownAs::Nothing,
+            (false, true, _) => ShownAs::Lines { last: Mutex::new(started) },
+            (false, false, true) => ShownAs::Bar(bar(output, &what, total)),
+        };
+        let total = AtomicU64::new(total.unwrap_or(0));
+        let shared =
+            Shared { output: output.clone(), what, started, done: AtomicU64::new(0), total, shown_as };
+        Self { shared: Arc::new(shared) }
+    }
+
+    /// Now that it is known: the work is over `total` bytes.
+    pub fn set_total(&self, total: u64) {
+        self.shared.total.store(total, Ordering::Relaxed);
+        if let ShownAs::Bar(bar) = &self.shared.shown_as {
+            bar.set_length(total);
+            bar.set_style(style(Some(total)));
+        }
+    }
+
+    /// `bytes` more are done.
+    pub fn advance(&self, bytes: u64) {
+        let done = self.shared.done.fetch_add(bytes, Ordering::Relaxed) + bytes;
+        self.show(done);
+    }
+
+    /// So many bytes are done in all.
+    pub fn set(&self, bytes: u64) {
+        self.shared.done.store(bytes, Ordering::Relaxed);
+        self.show(bytes);
+    }
+
+    /// How many bytes are done.
+    #[must_use]
+    pub fn done(&self) -> u64 {
+        self.shared.done.load(Ordering::Relaxed)
+    }
+
+    fn show(&self, done: u64) {
+        match &self.shared.shown_as {
+            ShownAs::Nothing => {}
+            ShownAs::Bar(bar) => bar.set_position(done),
+            ShownAs::Lines { last } => {
+                // Whoever finds it taken leaves the line to the other.
+                let Some(mut last) = last.try_lock() else { return };
+                let now = Instant::now();
+                if now.duration_since(*last) < LINE_INTERVAL {
+                    return;
+                }
+                *last = now;
+                self.shared.line(now);
+            }
+        }
+    }
+}
+
+impl Shared {
+    fn line(&self, now: Instant) {
+        let bytes_done = self.done.load(Ordering::Relaxed);
+        let total = self.total.load(Ordering::Relaxed);
+        let elapsed = now.duration_since(self.started).as_secs_f64();
+        let rate = if elapsed > 0.0 { bytes_done as f64 / elapsed } else { 0.0 };
+        let left = total.saturating_sub(bytes_done);
+        self.output.stderr_json(&Line {
+            event: "progress",
+            what: &self.what,
+            bytes_done,
+            bytes_total: (total > 0).then_some(total),
+            bytes_per_second: rate as u64,
+            seconds_left: (total > 0 && rate > 0.0).then_some((left as f64 / rate).ceil() as u64),
+        });
+    }
+}
+
+impl Drop for Shared {
+    fn drop(&mut self) {
+        match &self.shown_as {
+            ShownAs::Bar(bar) => bar.finish_and_clear(),
+            ShownAs::Lines { .. } => self.line(Instant::now()),
+            ShownAs::Nothing => {}
+        }
+    }
+}
+
+fn bar(output: &Output, what: &str, total: Option<u64>) -> ProgressBar {
+    let bar = ProgressBar::with_draw_target(total, ProgressDrawTarget::stderr_with_hz(REDRAWS_PER_SECOND));
+    bar.set_style(style(total));
+    bar.set_message(what.to_owned());
+    let bar = output.bars.add(bar);
+    bar.enable_steady_tick(Duration::from_millis(500));
+    bar
+}
+
+fn style(total: Option<u64>) -> ProgressStyle {
+    let template = match total {
+        Some(_) => "{msg} [{bar:30}] {percent:>3}% {size} at {rate}, {left} left",
+        None => "{msg} {spinner} {size} at {rate}",
+    };
+    ProgressStyle::with_template(template)
+        .expect("the template is a constant, and a test draws it")
+        .progress_chars("=> ")
+        .with_key("size", |state: &ProgressState, w: &mut dyn fmt::Write| {
+            let _ = match state.len() {
+                Some(total) => write!(w, "{} of {}", human_size(state.pos()), human_size(total)),
+                None => write!(w, "{}", human_size(state.pos())),
+            };
+        })
+        .with_key("rate", |state: &ProgressState, w: &mut dyn fmt::Write| {
+            let _ = write!(w, "{}/s", human_size(state.per_sec() as u64));
+        })
+        .with_key("left", |state: &ProgressState, w: &mut dyn fmt::Write| {
+            let _ = write!(w, "{}", human_duration(state.eta()));
+        })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn both_styles_are_valid_and_count() {
+        let _ = style(Some(1));
+        let _ = style(None);
+        let progress = Output::new(false, true).progress("testing", Some(100));
+        progress.advance(10);
+        let clone = progress.clone();
+        clone.advance(20);
+        assert_eq!(progress.done(), 30);
+    }
+}
