@@ -1,0 +1,31 @@
+//! What both halves of the protocol share. Nothing here knows which side it is on.
+
+mod command;
+mod context;
+mod errno;
+mod export;
+mod flags;
+mod limits;
+mod magic;
+mod option;
+mod reader;
+mod reply;
+mod text;
+
+pub use command::{CommandKind, Cookie, RequestHeader};
+pub use context::{ContextId, ContextQuery, Descriptor, MetaContext, SelectedContext};
+pub use errno::Errno;
+pub use export::{BlockSizes, ExportInfo};
+pub use flags::{ClientFlags, CommandFlags, HandshakeFlags, ReplyFlags, TransmissionFlags};
+pub use limits::{
+    MAX_CONTEXTS, MAX_NAME_BYTES, MAX_OPTION_BYTES, MAX_OPTIONS, MAX_PAYLOAD_BYTES, MAX_QUERIES,
+    MAX_STATUS_DESCRIPTORS, MAX_STATUS_EXTENT_BYTES, MAX_TEXT_CHARS,
+};
+pub use magic::{
+    CLIENT_OPTION_MAGIC, NBD_MAGIC, OPTION_REPLY_MAGIC, REQUEST_MAGIC, SIMPLE_REPLY_MAGIC,
+    STRUCTURED_REPLY_MAGIC,
+};
+pub use option::{InfoKind, OptionKind, OptionReplyKind};
+pub use reader::{Malformed, Reader};
+pub use reply::{ChunkKind, ReplyStyle, SIMPLE_REPLY_BYTES, STRUCTURED_REPLY_BYTES};
+pub use text::Cut;
