@@ -37,7 +37,7 @@ fn request(kind: CommandKind, len: u32) -> RequestHeader {
 fn waiting_for(kind: CommandKind, len: u32) -> Replies {
     let contexts = vec![SelectedContext { id: ContextId(1), context: MetaContext::Allocation }];
     let mut replies = Replies::new(ReplyStyle::Structured, contexts);
-    replies.expect(&request(kind, len)).unwrap();
+    replies.expect(&request(kind, len)).expect("nothing else is in flight");
     replies
 }
 

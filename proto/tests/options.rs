@@ -59,9 +59,9 @@ impl Talk {
         while reader.remaining() > 0 {
             assert_eq!(reader.u64(), Ok(OPTION_REPLY_MAGIC));
             assert_eq!(reader.u32(), Ok(kind));
-            let reply = reader.u32().unwrap();
-            let len = reader.u32().unwrap() as usize;
-            replies.push((reply, reader.bytes(len).unwrap().to_vec()));
+            let reply = reader.u32().expect("a reply's kind");
+            let len = reader.u32().expect("a reply's length") as usize;
+            replies.push((reply, reader.bytes(len).expect("a reply's data").to_vec()));
         }
         replies
     }

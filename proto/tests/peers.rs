@@ -58,7 +58,7 @@ fn connect(server: &mut Server, structured: bool, cuts: &[usize]) -> (Connected,
         structured,
         contexts: vec![MetaContext::Allocation, MetaContext::DirtyBitmap("restore".to_owned())],
     };
-    let (progress, _) = shake_hands(server, wish, cuts).unwrap();
+    let (progress, _) = shake_hands(server, wish, cuts).expect("both halves are ours");
     let Progress::Ready(connected) = progress else { panic!("the handshake came to {progress:?}") };
     let replies = Replies::new(connected.replies, connected.contexts.clone());
     (*connected, replies)
@@ -115,7 +115,7 @@ fn run(structured: bool, work: &[Work], cuts: &[usize]) {
             offset: item.offset,
             len: item.len,
         };
-        replies.expect(&header).unwrap();
+        replies.expect(&header).expect("numbers are not reused");
         sent.extend_from_slice(&header.encode());
         sent.extend_from_slice(&vec![item.fill; header.payload_len() as usize]);
         let fits = item.offset + u64::from(item.len) <= DISK_BYTES as u64;
@@ -145,7 +145,7 @@ fn run(structured: bool, work: &[Work], cuts: &[usize]) {
     let mut input = BytesMut::new();
     for piece in pieces(&server.take_output(), cuts) {
         input.extend_from_slice(piece);
-        while let Some(event) = replies.next(&mut input).unwrap() {
+        while let Some(event) = replies.next(&mut input).expect("the server keeps to the protocol") {
             match event {
                 Event::Data { cookie, offset, bytes } => {
                     let item = &work[cookie.0 as usize / 3];
