@@ -4,6 +4,8 @@ use std::alloc::{Layout, alloc_zeroed, dealloc, handle_alloc_error};
 use std::ops::{Deref, DerefMut};
 use std::ptr::NonNull;
 
+use crate::pool::Slot;
+
 /// The alignment of every buffer: enough for `O_DIRECT` on any device with blocks of up to 4 KiB.
 pub const ALIGNMENT: usize = 4096;
 
@@ -15,9 +17,12 @@ pub struct AlignedBuf {
     memory: NonNull<u8>,
     capacity: usize,
     len: usize,
+    /// The place in a pool that the memory goes back to; `None` where it is this buffer's own.
+    slot: Option<Slot>,
 }
 
-// SAFETY: the buffer owns its memory alone; nothing in it is tied to a thread.
+// SAFETY: the buffer owns its memory alone, be it its own or lent by a pool that any thread may
+// give it back to; nothing in it is tied to a thread.
 unsafe impl Send for AlignedBuf {}
 // SAFETY: shared references give out `&[u8]` only.
 unsafe impl Sync for AlignedBuf {}
@@ -34,7 +39,18 @@ impl AlignedBuf {
         // SAFETY: the layout's size is at least one page, so it is not zero.
         let memory = unsafe { alloc_zeroed(layout) };
         let Some(memory) = NonNull::new(memory) else { handle_alloc_error(layout) };
-        Self { memory, capacity, len }
+        Self { memory, capacity, len, slot: None }
+    }
+
+    /// The memory of a pool's slot, lent until the buffer is dropped.
+    pub(crate) fn from_slot(memory: NonNull<u8>, capacity: usize, len: usize, slot: Slot) -> Self {
+        assert!(len <= capacity && capacity.is_multiple_of(ALIGNMENT));
+        Self { memory, capacity, len, slot: Some(slot) }
+    }
+
+    /// The place in a pool that its memory belongs to.
+    pub(crate) const fn slot(&self) -> Option<&Slot> {
+        self.slot.as_ref()
     }
 
     /// A buffer that holds a copy of `bytes`.
@@ -73,6 +89,9 @@ impl AlignedBuf {
 
 impl Drop for AlignedBuf {
     fn drop(&mut self) {
+        if self.slot.is_some() {
+            return; // Dropping the slot gives the memory back to its pool.
+        }
         // SAFETY: `memory` came from `alloc_zeroed` with this very layout and is freed once.
         unsafe { dealloc(self.memory.as_ptr(), Self::layout(self.capacity)) }
     }
@@ -97,6 +116,33 @@ impl DerefMut for AlignedBuf {
 impl std::fmt::Debug for AlignedBuf {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("AlignedBuf").field("len", &self.len).field("capacity", &self.capacity).finish()
+    }
+}
+
+// SAFETY: the memory never moves while the buffer lives, whatever becomes of the `AlignedBuf` value,
+// and `len <= capacity` bytes of it are initialised.
+unsafe impl tokio_uring::buf::IoBuf for AlignedBuf {
+    fn stable_ptr(&self) -> *const u8 {
+        self.memory.as_ptr()
+    }
+
+    fn bytes_init(&self) -> usize {
+        self.len
+    }
+
+    fn bytes_total(&self) -> usize {
+        self.len
+    }
+}
+
+// SAFETY: as above; the buffer is the only owner of its memory.
+unsafe impl tokio_uring::buf::IoBufMut for AlignedBuf {
+    fn stable_mut_ptr(&mut self) -> *mut u8 {
+        self.memory.as_ptr()
+    }
+
+    unsafe fn set_init(&mut self, _initialised: usize) {
+        // All of it is initialised from the start.
     }
 }
 

@@ -52,6 +52,8 @@ impl Error {
             }
             (_, Some(libc::EOPNOTSUPP | libc::ENOSYS)) => ErrorKind::Unsupported,
             (_, Some(libc::EBADF)) => ErrorKind::NotPermitted,
+            (_, Some(libc::EFBIG)) => ErrorKind::NoSpace,
+            (_, Some(libc::ESHUTDOWN)) => ErrorKind::Shutdown,
             _ => ErrorKind::Io,
         };
         Self { kind, context: format!("{context}: {source}"), source: Some(std::sync::Arc::new(source)) }

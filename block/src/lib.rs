@@ -6,8 +6,12 @@
 
 mod buffer;
 mod device;
+mod engine;
 mod error;
+mod file;
 mod parts;
+mod pool;
+mod queue;
 mod range;
 pub mod sim;
 
@@ -15,6 +19,9 @@ pub use buffer::{ALIGNMENT, AlignedBuf};
 pub use device::{
     Attempt, BlockDevice, DeviceFuture, Durability, Extent, ExtentState, Geometry, OpenDevice, ZeroMode,
 };
+pub use engine::{Engine, IoEngine};
 pub use error::{Error, ErrorKind, Result};
+pub use file::{DirectIo, FileDisk, FileOptions};
 pub use parts::BufPart;
+pub use pool::{BufferPool, PoolOptions};
 pub use range::{BLOCK_SIZE, ByteRange};

@@ -1,0 +1,150 @@
+//! What can be done at once on the calling thread, because it is in the page cache. In direct mode
+//! nothing is.
+
+use std::io::IoSliceMut;
+use std::os::fd::AsFd;
+use std::os::fd::{AsRawFd, BorrowedFd};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::time::{Duration, Instant};
+
+use rustix::io::{Errno, ReadWriteFlags};
+
+use super::Inner;
+use crate::{Attempt, ByteRange, Result};
+
+/// The most bytes written inline.
+const INLINE_WRITE_MAX: usize = 64 << 10;
+/// A page of the cache.
+const PAGE: u64 = 4096;
+/// An inline write that took longer than this was made to wait: the kernel throttles whoever dirties
+/// pages faster than the disk takes them.
+const STALL: Duration = Duration::from_millis(1);
+/// How many writes then go to the queue, where waiting holds up nobody else.
+const WRITES_AFTER_STALL: u32 = 256;
+
+/// Whether inline writes may be tried now, and what was found not to work. Shared by all handles of a disk.
+#[derive(Debug, Default)]
+pub(super) struct Pace {
+    /// Writes that still go to the queue because one stalled.
+    detours: AtomicU32,
+    no_nowait: AtomicBool,
+    no_cachestat: AtomicBool,
+}
+
+pub(super) fn try_read(inner: &Inner, offset: u64, buf: &mut [u8]) -> Result<Attempt> {
+    inner.range(offset, buf.len())?;
+    if buf.is_empty() {
+        return Ok(Attempt::Done);
+    }
+    if inner.is_direct() || inner.pace.no_nowait.load(Ordering::Relaxed) {
+        return Ok(Attempt::WouldWait);
+    }
+    let len = buf.len();
+    match read_nowait(inner, offset, buf) {
+        Ok(count) if count == len => Ok(Attempt::Done),
+        Ok(_) => Ok(Attempt::WouldWait),
+        Err(Errno::OPNOTSUPP | Errno::NOSYS) => {
+            inner.pace.no_nowait.store(true, Ordering::Relaxed);
+            Ok(Attempt::WouldWait)
+        }
+        // Whatever it is, the waiting form meets it again and reports it.
+        Err(_) => Ok(Attempt::WouldWait),
+    }
+}
+
+/// Writes small requests with a plain `pwrite`, which only copies into the page cache; most file systems refuse to
+/// promise that (RWF_NOWAIT), so what may make it wait is bounded here: its size, edges of pages that would have
+/// to be read first, and the kernel's throttling, of which one write at a time gets a taste.
+pub(super) fn try_write(inner: &Inner, offset: u64, data: &[u8]) -> Result<Attempt> {
+    inner.check_writable()?;
+    let range = inner.range(offset, data.len())?;
+    if range.is_empty() {
+        return Ok(Attempt::Done);
+    }
+    if inner.is_direct() || data.len() > INLINE_WRITE_MAX || inner.pace.takes_a_detour() {
+        return Ok(Attempt::WouldWait);
+    }
+    if !range.is_aligned(PAGE) && !edges_are_resident(inner, range) {
+        return Ok(Attempt::WouldWait);
+    }
+    let begun = Instant::now();
+    let written = rustix::io::pwrite(&inner.fd, data, offset);
+    if begun.elapsed() > STALL {
+        inner.pace.detours.store(WRITES_AFTER_STALL, Ordering::Relaxed);
+    }
+    match written {
+        Ok(count) if count == data.len() => Ok(Attempt::Done),
+        // In part, or not at all: the waiting form does all of it, or reports why not.
+        Ok(_) | Err(_) => Ok(Attempt::WouldWait),
+    }
+}
+
+/// Whether all of `range` is in the page cache.
+pub(super) fn is_resident(inner: &Inner, range: ByteRange) -> bool {
+    if inner.is_direct() || range.is_empty() || !range.fits(inner.geometry.size) {
+        return false;
+    }
+    if !inner.pace.no_cachestat.load(Ordering::Relaxed) {
+        match cached_pages(inner.fd.as_fd(), range) {
+            Some(pages) => return pages == range.units(PAGE).end - range.units(PAGE).start,
+            None => inner.pace.no_cachestat.store(true, Ordering::Relaxed),
+        }
+    }
+    // Before Linux 6.5 both ends have to speak for the whole: pages come and go in runs.
+    edges_are_resident(inner, range)
+}
+
+fn edges_are_resident(inner: &Inner, range: ByteRange) -> bool {
+    [range.start(), range.end() - 1].iter().all(|&at| read_nowait(inner, at, &mut [0]) == Ok(1))
+}
+
+fn read_nowait(inner: &Inner, offset: u64, buf: &mut [u8]) -> rustix::io::Result<usize> {
+    rustix::io::preadv2(&inner.fd, &mut [IoSliceMut::new(buf)], offset, ReadWriteFlags::NOWAIT)
+}
+
+impl Pace {
+    fn takes_a_detour(&self) -> bool {
+        if self.detours.load(Ordering::Relaxed) == 0 {
+            return false;
+        }
+        let one_less = |left: u32| left.checked_sub(1);
+        self.detours.fetch_update(Ordering::Relaxed, Ordering::Relaxed, one_less).is_ok()
+    }
+}
+
+/// `cachestat(2)`: the same number on every architecture that got it with Linux 6.5.
+const SYS_CACHESTAT: libc::c_long = 451;
+
+#[repr(C)]
+struct CachestatRange {
+    offset: u64,
+    len: u64,
+}
+
+#[repr(C)]
+#[derive(Default)]
+struct Cachestat {
+    cached: u64,
+    dirty: u64,
+    writeback: u64,
+    evicted: u64,
+    recently_evicted: u64,
+}
+
+/// How many pages of `range` are in the cache, if the kernel tells.
+fn cached_pages(file: BorrowedFd<'_>, range: ByteRange) -> Option<u64> {
+    let wanted = CachestatRange { offset: range.start(), len: range.len() };
+    let mut stat = Cachestat::default();
+    // SAFETY: the call reads one structure and writes the other, both laid out as the kernel has them, and
+    // both alive until it returns.
+    let result = unsafe {
+        libc::syscall(
+            SYS_CACHESTAT,
+            file.as_raw_fd(),
+            std::ptr::from_ref(&wanted),
+            std::ptr::from_mut(&mut stat),
+            0,
+        )
+    };
+    (result == 0).then_some(stat.cached)
+}
