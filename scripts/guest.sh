@@ -53,6 +53,7 @@ trap 'rm -rf "$work"' EXIT
 root="$work/root"
 
 # The mirror that apt uses here, where it knows one; else debootstrap's own default.
+# shellcheck disable=SC2016  # apt-get fills these in, not the shell.
 mirror=$(apt-get indextargets --format '$(REPO_URI) $(CODENAME)' 'Created-By: Packages' 2>/dev/null |
     awk -v suite="$SUITE" '$2 == suite { print $1; exit }' || true)
 

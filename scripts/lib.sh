@@ -9,6 +9,7 @@ target_dir=${CARGO_TARGET_DIR:-$project_dir/target}
 # Debian's system directories are not always in the path of a user's shell.
 PATH="$PATH:/usr/local/sbin:/usr/sbin:/sbin:$HOME/.cargo/bin"
 
+# shellcheck disable=SC2034  # Used by those who source this.
 if [[ -t 2 && -z ${NO_COLOR:-} ]]; then
     bold=$'\e[1m' dim=$'\e[2m' red=$'\e[31m' green=$'\e[32m' plain=$'\e[0m'
 else

@@ -1,0 +1,264 @@
+//! Lifeboot's own programs, by their command line.
+
+use std::ffi::OsStr;
+use std::path::{Path, PathBuf};
+use std::process::{Command, ExitStatus};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result};
+use serde_json::Value;
+
+use crate::nbd::Export;
+use crate::process::{Process, run, run_json};
+use crate::programs;
+
+/// `lifeboot` with `arguments`.
+///
+/// # Errors
+/// It is not built.
+pub fn lifeboot<A: AsRef<OsStr>>(arguments: impl IntoIterator<Item = A>) -> Result<Command> {
+    let mut command = programs::ours("lifeboot")?;
+    command.args(arguments).env_remove("LIFEBOOT_REPO");
+    Ok(command)
+}
+
+/// A repository in a directory.
+#[derive(Debug, Clone)]
+pub struct Repository {
+    path: PathBuf,
+}
+
+impl Repository {
+    /// `lifeboot init`.
+    ///
+    /// # Errors
+    /// Anything that it says.
+    pub fn init(path: PathBuf) -> Result<Self> {
+        let repository = Self { path };
+        run(&mut repository.verb("init", &[])?)?;
+        Ok(repository)
+    }
+
+    /// Where it is.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// `lifeboot VERB -r REPO` and `arguments`.
+    ///
+    /// # Errors
+    /// Lifeboot is not built.
+    pub fn verb(&self, verb: &str, arguments: &[&str]) -> Result<Command> {
+        let mut command = lifeboot([verb, "-r"])?;
+        command.arg(&self.path).args(arguments);
+        Ok(command)
+    }
+
+    /// `lifeboot capture`: a snapshot of `disk` in `group`.
+    ///
+    /// # Errors
+    /// Anything that it says.
+    pub fn capture(&self, group: &str, disk: &Path) -> Result<()> {
+        run(self.verb("capture", &["-q", group])?.arg(disk)).map(|_| ())
+    }
+
+    /// `lifeboot restore`: the only disk of `snapshot` to `target`.
+    ///
+    /// # Errors
+    /// Anything that it says.
+    pub fn restore(&self, snapshot: &str, target: &Path) -> Result<()> {
+        run(self.verb("restore", &["-q", snapshot])?.arg(target)).map(|_| ())
+    }
+
+    /// `lifeboot verify`: demands that nothing is damaged.
+    ///
+    /// # Errors
+    /// Anything that it says.
+    pub fn verify(&self) -> Result<()> {
+        run(&mut self.verb("verify", &["-q"])?).map(|_| ())
+    }
+
+    /// `lifeboot serve` of `arguments`, when it listens at `socket`.
+    ///
+    /// # Errors
+    /// It ended before.
+    pub fn serve(&self, arguments: &[&str], socket: &Path) -> Result<Process> {
+        let mut command = self.verb("serve", arguments)?;
+        command.arg("--listen").arg(unix(socket));
+        let mut process = Process::spawn(&command)?;
+        wait_listening(&mut process, socket)?;
+        Ok(process)
+    }
+}
+
+/// A `lifeboot live-restore` that runs, and what is needed to start it again.
+#[derive(Debug)]
+pub struct LiveRestore {
+    arguments: Arguments,
+    process: Process,
+    ready: Value,
+    start_time: Duration,
+}
+
+#[derive(Debug, Clone)]
+struct Arguments {
+    repository: Repository,
+    snapshot: String,
+    target: PathBuf,
+    socket: PathBuf,
+    further: Vec<String>,
+}
+
+impl LiveRestore {
+    /// Starts the restore of the only disk of `snapshot` onto `target`, served at `socket`, and waits until it is
+    /// ready.
+    ///
+    /// # Errors
+    /// It ended before it was ready.
+    pub fn start(
+        repository: &Repository,
+        snapshot: &str,
+        target: &Path,
+        socket: &Path,
+        further: &[&str],
+    ) -> Result<Self> {
+        Self::launch(Arguments {
+            repository: repository.clone(),
+            snapshot: snapshot.to_owned(),
+            target: target.to_owned(),
+            socket: socket.to_owned(),
+            further: further.iter().map(|&argument| argument.to_owned()).collect(),
+        })
+    }
+
+    fn launch(arguments: Arguments) -> Result<Self> {
+        let began = Instant::now();
+        let mut command = arguments.repository.verb("live-restore", &["--json", &arguments.snapshot])?;
+        command.arg(&arguments.target).arg("--listen").arg(unix(&arguments.socket)).args(&arguments.further);
+        let mut process = Process::spawn(&command)?;
+        let ready = process.wait_for("its state `ready`", |line| state(line, "ready"))?;
+        Ok(Self { arguments, process, ready, start_time: began.elapsed() })
+    }
+
+    /// The export.
+    pub fn export(&self) -> Export {
+        Export::first(&self.arguments.socket)
+    }
+
+    /// How long the latest start took until it was ready.
+    pub fn start_time(&self) -> Duration {
+        self.start_time
+    }
+
+    /// The arguments for QEMU that it printed.
+    ///
+    /// # Errors
+    /// It printed none.
+    pub fn qemu_arguments(&self) -> Result<Vec<String>> {
+        let arguments = self.ready["qemu"].as_array().context("the state `ready` has QEMU's arguments")?;
+        arguments.iter().map(|one| one.as_str().map(str::to_owned).context("an argument is text")).collect()
+    }
+
+    /// Waits until every block is home, and returns the state `complete`.
+    ///
+    /// # Errors
+    /// It ended before.
+    pub fn wait_complete(&mut self) -> Result<Value> {
+        self.process.wait_for("its state `complete`", |line| state(line, "complete"))
+    }
+
+    /// Waits for the next report of progress and returns it; the state `complete` counts as one.
+    ///
+    /// # Errors
+    /// It ended before.
+    pub fn wait_progress(&mut self) -> Result<Value> {
+        self.process.wait_for("a state `progress`", |line| {
+            state(line, "progress").or_else(|| state(line, "complete"))
+        })
+    }
+
+    /// True where some state `complete` was printed.
+    pub fn is_complete(&self) -> bool {
+        self.process.lines().iter().any(|line| state(line, "complete").is_some())
+    }
+
+    /// `kill -9`, then the same command again: returns when it is ready.
+    ///
+    /// # Errors
+    /// It does not become ready.
+    pub fn kill_and_restart(self) -> Result<Self> {
+        self.kill()?.start_again()
+    }
+
+    /// `kill -9`.
+    ///
+    /// # Errors
+    /// It had ended by itself and badly.
+    pub fn kill(mut self) -> Result<Stopped> {
+        self.process.kill()?;
+        Ok(Stopped(self.arguments))
+    }
+
+    /// SIGTERM, which parks the session; returns how it ended too.
+    ///
+    /// # Errors
+    /// It does not end.
+    pub fn park(mut self) -> Result<(Stopped, ExitStatus)> {
+        let status = self.process.terminate()?;
+        Ok((Stopped(self.arguments), status))
+    }
+
+    /// The process, for its output and its end.
+    pub fn process(&mut self) -> &mut Process {
+        &mut self.process
+    }
+}
+
+/// A live-restore that does not run at the moment.
+#[derive(Debug)]
+pub struct Stopped(Arguments);
+
+impl Stopped {
+    /// The same command again: returns when it is ready.
+    ///
+    /// # Errors
+    /// It ended before it was ready.
+    pub fn start_again(self) -> Result<LiveRestore> {
+        LiveRestore::launch(self.0)
+    }
+}
+
+/// `lifeboot-nbd` on the raw file `disk`, when it listens at `socket`.
+///
+/// # Errors
+/// It ended before.
+pub fn serve_raw(disk: &Path, socket: &Path, further: &[&str]) -> Result<Process> {
+    let mut command = programs::ours("lifeboot-nbd")?;
+    command.arg(disk).arg("--listen").arg(unix(socket)).args(further);
+    let mut process = Process::spawn(&command)?;
+    wait_listening(&mut process, socket)?;
+    Ok(process)
+}
+
+/// What `lifeboot status` says of the live-restore onto `target`.
+///
+/// # Errors
+/// Anything that it says.
+pub fn status(target: &Path) -> Result<Value> {
+    run_json(lifeboot(["status", "--json"])?.arg(target))
+}
+
+/// Waits for the line in which a server names the socket that it listens at, which it prints when it does.
+fn wait_listening(process: &mut Process, socket: &Path) -> Result<()> {
+    process.wait_for_text(&socket.display().to_string()).map(|_| ())
+}
+
+/// `line` as JSON, if it is the state `name`.
+fn state(line: &str, name: &str) -> Option<Value> {
+    let value: Value = serde_json::from_str(line).ok()?;
+    (value["state"] == name).then_some(value)
+}
+
+fn unix(socket: &Path) -> String {
+    format!("unix:{}", socket.display())
+}
