@@ -4,17 +4,20 @@
 //!
 //! This crate knows nobody: not NBD, not backups. Nothing here parses bytes from a peer.
 
+mod bitmap;
 mod buffer;
 mod device;
 mod engine;
 mod error;
 mod file;
+mod mapped;
 mod parts;
 mod pool;
 mod queue;
 mod range;
 pub mod sim;
 
+pub use bitmap::AtomicBitmap;
 pub use buffer::{ALIGNMENT, AlignedBuf};
 pub use device::{
     Attempt, BlockDevice, DeviceFuture, Durability, Extent, ExtentState, Geometry, OpenDevice, ZeroMode,
@@ -22,6 +25,7 @@ pub use device::{
 pub use engine::{Engine, IoEngine};
 pub use error::{Error, ErrorKind, Result};
 pub use file::{DirectIo, FileDisk, FileOptions};
+pub use mapped::MappedFile;
 pub use parts::BufPart;
 pub use pool::{BufferPool, PoolOptions};
 pub use range::{BLOCK_SIZE, ByteRange};
