@@ -1,3 +1,58 @@
-//! Placeholder.
+//! `lifeboot-bench`: Lifeboot side by side with what people use today, on the same data, in one run.
+//!
+//! Every workload gives its contenders turns in rotated order, round by round, and prints medians, spreads and the
+//! ratios of ours to theirs; see benches/README.md.
 
-fn main() {}
+mod child;
+mod contest;
+mod fio;
+mod ours;
+mod peers;
+mod plot;
+mod report;
+mod stats;
+mod table;
+mod workload;
+
+use anyhow::{Context, Result};
+use clap::{Parser, Subcommand};
+
+use workload::Common;
+
+#[derive(Debug, Parser)]
+#[command(name = "lifeboot-bench", version, about = "Measures Lifeboot beside what people use today")]
+struct Cli {
+    #[command(flatten)]
+    common: Common,
+    #[command(subcommand)]
+    workload: Workload,
+}
+
+#[derive(Debug, Subcommand)]
+enum Workload {
+    /// Serve a raw file over NBD under fio
+    Serve(workload::serve::Options),
+    /// Capture a disk into a repository
+    Capture(workload::capture::Options),
+    /// Bring a disk back, offline and live
+    Restore(workload::restore::Options),
+}
+
+fn main() -> Result<()> {
+    let cli = Cli::parse();
+    let common = &cli.common;
+    let report = match &cli.workload {
+        Workload::Serve(options) => workload::serve::run(common, options)?,
+        Workload::Capture(options) => workload::capture::run(common, options)?,
+        Workload::Restore(options) => workload::restore::run(common, options)?,
+    };
+    print!("{}", table::render(&report));
+    if let Some(path) = &common.json {
+        let document = serde_json::to_string_pretty(&report).context("a report is always JSON")?;
+        std::fs::write(path, document + "\n").with_context(|| format!("cannot write {}", path.display()))?;
+    }
+    if let Some(path) = &common.svg {
+        plot::write(&report, path)?;
+    }
+    Ok(())
+}
