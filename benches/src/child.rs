@@ -51,7 +51,13 @@ pub(crate) fn run_to_any_end(command: &mut Command) -> Result<Finished> {
     let child = command.spawn().with_context(|| format!("cannot run {}", line(command)))?;
     let (status, peak_memory) = wait_with_usage(child)?;
     let elapsed = begin.elapsed();
-    Ok(Finished { elapsed, peak_memory, status, stdout: text_of(&mut stdout)?, stderr: text_of(&mut stderr)? })
+    Ok(Finished {
+        elapsed,
+        peak_memory,
+        status,
+        stdout: text_of(&mut stdout)?,
+        stderr: text_of(&mut stderr)?,
+    })
 }
 
 /// The command as one would type it.

@@ -79,8 +79,10 @@ impl Contest {
 
 fn announce(round: Option<usize>, rounds: usize, name: &str, sample: &Sample) {
     let which = round.map_or_else(|| "warm-up".to_owned(), |round| format!("round {}/{rounds}", round + 1));
-    let values: Vec<String> =
-        sample.iter().map(|(metric, value)| format!("{} {}", metric.title, metric.unit.show(*value))).collect();
+    let values: Vec<String> = sample
+        .iter()
+        .map(|(metric, value)| format!("{} {}", metric.title, metric.unit.show(*value)))
+        .collect();
     eprintln!("{which}, {name}: {}", values.join("; "));
 }
 

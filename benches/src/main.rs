@@ -4,14 +4,17 @@
 //! ratios of ours to theirs; see benches/README.md.
 
 mod child;
+mod client;
 mod contest;
 mod fio;
 mod ours;
 mod peers;
 mod plot;
+mod qmp;
 mod report;
 mod stats;
 mod table;
+mod trace;
 mod workload;
 
 use anyhow::{Context, Result};
@@ -34,6 +37,14 @@ enum Workload {
     Serve(workload::serve::Options),
     /// Capture a disk into a repository
     Capture(workload::capture::Options),
+    /// Boot from a slow source, by replaying what a guest asked for
+    Boot(workload::boot::Options),
+    /// Kill live-restore with -9 under verified writes, again and again
+    Kill(workload::kill::Options),
+    /// What each chunk size costs
+    ChunkSize(workload::chunk_size::Options),
+    /// Everything that was promised, in one table
+    Figures(workload::figures::Options),
     /// Bring a disk back, offline and live
     Restore(workload::restore::Options),
 }
@@ -44,6 +55,10 @@ fn main() -> Result<()> {
     let report = match &cli.workload {
         Workload::Serve(options) => workload::serve::run(common, options)?,
         Workload::Capture(options) => workload::capture::run(common, options)?,
+        Workload::Boot(options) => workload::boot::run(common, options)?,
+        Workload::Kill(options) => workload::kill::run(common, options)?,
+        Workload::ChunkSize(options) => workload::chunk_size::run(common, options)?,
+        Workload::Figures(options) => workload::figures::run(common, options)?,
         Workload::Restore(options) => workload::restore::run(common, options)?,
     };
     print!("{}", table::render(&report));

@@ -85,6 +85,13 @@ pub(crate) fn states(lines: &str, state: &str) -> Vec<serde_json::Value> {
     documents.filter(|document| document["state"] == state).collect()
 }
 
+/// The last document of a stream of JSON lines that has this field.
+pub(crate) fn last_with(lines: &str, field: &str) -> Option<serde_json::Value> {
+    let documents =
+        lines.lines().rev().filter_map(|line| serde_json::from_str::<serde_json::Value>(line).ok());
+    documents.into_iter().find(|document| document.get(field).is_some())
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -55,13 +55,18 @@ type Area<'a> = plotters::drawing::DrawingArea<SVGBackend<'a>, plotters::coord::
 fn draw_cell(cell: &Cell, panel: &Area<'_>) -> Result<()> {
     let unit = cell.metric.unit;
     let most = cell.series.iter().map(|series| series.summary().max).fold(f64::MIN_POSITIVE, f64::max);
-    let caption = format!("{} ({} is better)", cell.metric.title, match cell.metric.better {
-        crate::report::Better::Lower => "less",
-        crate::report::Better::Higher => "more",
-    });
+    let caption = format!(
+        "{} ({} is better)",
+        cell.metric.title,
+        match cell.metric.better {
+            crate::report::Better::Lower => "less",
+            crate::report::Better::Higher => "more",
+        }
+    );
     panel.draw(&Text::new(caption, (12, 16), ("sans-serif", 15).into_font().color(&INK)))?;
     let rows = cell.series.len() as f64;
-    let bars = panel.clone().shrink((0, HEAD_HEIGHT - 8), (PANEL_WIDTH, BAR_HEIGHT * cell.series.len() as u32));
+    let bars =
+        panel.clone().shrink((0, HEAD_HEIGHT - 8), (PANEL_WIDTH, BAR_HEIGHT * cell.series.len() as u32));
     // Room at the right for the value behind the longest bar.
     let mut chart = ChartBuilder::on(&bars)
         .set_label_area_size(plotters::prelude::LabelAreaPosition::Left, LABEL_WIDTH)
@@ -69,7 +74,10 @@ fn draw_cell(cell: &Cell, panel: &Area<'_>) -> Result<()> {
     for (row, series) in cell.series.iter().enumerate() {
         let (row, summary) = (row as f64, series.summary());
         let colour = if series.ours { OURS } else { THEIRS };
-        chart.draw_series([Rectangle::new([(0.0, row + 0.15), (summary.median, row + 0.85)], colour.filled())])?;
+        chart.draw_series([Rectangle::new(
+            [(0.0, row + 0.15), (summary.median, row + 0.85)],
+            colour.filled(),
+        )])?;
         let middle = row + 0.5;
         let whisker = vec![(summary.min, middle), (summary.max, middle)];
         chart.draw_series([PathElement::new(whisker, INK.stroke_width(1))])?;

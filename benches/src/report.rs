@@ -1,5 +1,7 @@
 //! What a run measured, as data: the table, the JSON document and the plot are made from it alone.
 
+use std::path::Path;
+
 use serde::Serialize;
 
 use crate::stats::{self, Summary};
@@ -154,6 +156,49 @@ pub(crate) struct Command {
     pub(crate) line: String,
 }
 
+/// A promise and what was measured.
+#[derive(Clone, Debug, Serialize)]
+pub(crate) struct Figure {
+    /// What was promised.
+    pub(crate) promise: String,
+    /// The bound, in `unit` or as a ratio.
+    pub(crate) goal: f64,
+    /// Which side of the bound keeps the promise.
+    pub(crate) better: Better,
+    /// The unit; `None` for a ratio.
+    pub(crate) unit: Option<Unit>,
+    /// What was measured.
+    pub(crate) measured: Summary,
+    /// Whether the worst sample is what counts, and not the median.
+    pub(crate) worst_counts: bool,
+    /// The command that measures this alone.
+    pub(crate) command: String,
+}
+
+impl Figure {
+    /// The value that is held against the goal.
+    pub(crate) fn value(&self) -> f64 {
+        match (self.worst_counts, self.better) {
+            (false, _) => self.measured.median,
+            (true, Better::Lower) => self.measured.max,
+            (true, Better::Higher) => self.measured.min,
+        }
+    }
+
+    /// Whether the promise is kept.
+    pub(crate) fn is_met(&self) -> bool {
+        match self.better {
+            Better::Lower => self.value() <= self.goal,
+            Better::Higher => self.value() >= self.goal,
+        }
+    }
+
+    /// A value of it for a reader.
+    pub(crate) fn show(&self, value: f64) -> String {
+        self.unit.map_or_else(|| format!("{value:.2}"), |unit| unit.show(value))
+    }
+}
+
 /// The machine that the figures are from.
 #[derive(Clone, Debug, Serialize)]
 pub(crate) struct Machine {
@@ -192,6 +237,11 @@ pub(crate) struct Report {
     pub(crate) commands: Vec<Command>,
     /// What a reader has to know beside the numbers.
     pub(crate) notes: Vec<String>,
+    /// What was promised, and whether it is kept.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub(crate) figures: Vec<Figure>,
+    #[serde(skip)]
+    scratch: String,
 }
 
 impl Report {
@@ -206,6 +256,8 @@ impl Report {
             absent: Vec::new(),
             commands: Vec::new(),
             notes: Vec::new(),
+            figures: Vec::new(),
+            scratch: String::new(),
         }
     }
 
@@ -237,8 +289,16 @@ impl Report {
         self.absent.push(Absent { contender: contender.to_owned(), reason: reason.into() });
     }
 
+    /// Names the directory that commands are shown without: it is another one in each run.
+    pub(crate) fn scratch_is(&mut self, dir: &Path) {
+        self.scratch = format!("{}/", dir.display());
+    }
+
     /// Notes what a contender runs; the last line of each kind of run stands.
-    pub(crate) fn ran(&mut self, contender: &str, line: String) {
+    pub(crate) fn ran(&mut self, contender: &str, mut line: String) {
+        if !self.scratch.is_empty() {
+            line = line.replace(&self.scratch, "");
+        }
         match self.commands.iter_mut().find(|command| command.contender == contender) {
             Some(command) => command.line = line,
             None => self.commands.push(Command { contender: contender.to_owned(), line }),
@@ -301,6 +361,32 @@ mod tests {
         assert!(cell.of("b").is_none());
         assert_eq!(cell.best_peer().unwrap().contender, "c");
         assert_eq!(report.absent[0].reason, "crashed");
+    }
+
+    #[test]
+    fn a_figure_is_met_on_the_right_side_of_its_goal() {
+        let measured = Summary { count: 3, median: 0.5, min: 0.4, max: 0.7 };
+        let figure = |better, goal, worst_counts| Figure {
+            promise: "a promise".into(),
+            goal,
+            better,
+            unit: None,
+            measured,
+            worst_counts,
+            command: String::new(),
+        };
+        assert!(figure(Better::Lower, 0.5, false).is_met());
+        assert!(!figure(Better::Lower, 0.5, true).is_met());
+        assert!(figure(Better::Higher, 0.5, false).is_met());
+        assert!(!figure(Better::Higher, 0.5, true).is_met());
+    }
+
+    #[test]
+    fn commands_are_shown_without_the_scratch_directory() {
+        let mut report = report();
+        report.scratch_is(Path::new("/tmp/lifeboot-bench-x"));
+        report.ran("a", "lifeboot restore /tmp/lifeboot-bench-x/target.raw".into());
+        assert_eq!(report.commands[0].line, "lifeboot restore target.raw");
     }
 
     #[test]

@@ -2,7 +2,7 @@
 
 use comfy_table::{CellAlignment, ContentArrangement, Table, presets};
 
-use crate::report::{Cell, Report};
+use crate::report::{Better, Cell, Report};
 
 /// The whole report for a reader: the figures, who was absent, the notes.
 pub(crate) fn render(report: &Report) -> String {
@@ -24,6 +24,9 @@ pub(crate) fn render(report: &Report) -> String {
         "{}: {} rounds{warm_up}, {} processors, Linux {}\n{table}\n",
         report.workload, report.rounds, report.machine.cpus, report.machine.kernel
     );
+    if !report.figures.is_empty() {
+        text += &figures(report);
+    }
     for absent in &report.absent {
         text += &format!("absent: {} ({})\n", absent.contender, absent.reason);
     }
@@ -34,6 +37,28 @@ pub(crate) fn render(report: &Report) -> String {
         text += &format!("command, {}: {}\n", command.contender, command.line);
     }
     text
+}
+
+fn figures(report: &Report) -> String {
+    let mut table = Table::new();
+    table.load_style(presets::UTF8_FULL_CONDENSED).set_content_arrangement(ContentArrangement::Disabled);
+    table.set_header(["figure", "goal", "measured", "min..max", "", "command"]);
+    for figure in &report.figures {
+        let sign = match figure.better {
+            Better::Lower => "≤",
+            Better::Higher => "≥",
+        };
+        let worst = if figure.worst_counts { " (worst)" } else { "" };
+        table.add_row([
+            figure.promise.clone(),
+            format!("{sign} {}", figure.show(figure.goal)),
+            format!("{}{worst}", figure.show(figure.value())),
+            format!("{}..{}", figure.show(figure.measured.min), figure.show(figure.measured.max)),
+            if figure.is_met() { "met" } else { "NOT MET" }.to_owned(),
+            figure.command.clone(),
+        ]);
+    }
+    format!("{table}\n")
 }
 
 fn rows(cell: &Cell) -> Vec<[String; 7]> {

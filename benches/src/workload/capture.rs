@@ -90,6 +90,7 @@ pub(crate) fn run(common: &Common, options: &Options) -> Result<Report> {
     }
 
     let scratch = common.scratch()?;
+    report.scratch_is(scratch.path());
     let known = scratch.path().join("known");
     child::run(&mut common.programs.init(&known)?)?;
     child::run(&mut common.programs.capture(&known, image, None)?)?;
@@ -137,7 +138,11 @@ fn capture(
         Who::Restic => {
             let restic = |arguments: &[&str]| {
                 let mut restic = Command::new("restic");
-                restic.env("RESTIC_PASSWORD", "bench").args(["--no-cache", "-q", "-r"]).arg(out).args(arguments);
+                restic
+                    .env("RESTIC_PASSWORD", "bench")
+                    .args(["--no-cache", "-q", "-r"])
+                    .arg(out)
+                    .args(arguments);
                 restic
             };
             child::run(&mut restic(&["init"]))?;
@@ -166,7 +171,19 @@ fn capture(
 /// qemu-img's fastest way to a compressed image: out of order, 16 requests at once.
 pub(crate) fn to_qcow2(image: &Path, out: &Path) -> Command {
     let mut command = Command::new("qemu-img");
-    command.args(["convert", "-W", "-m", "16", "-c", "-f", "raw", "-O", "qcow2", "-o", "compression_type=zstd"]);
+    command.args([
+        "convert",
+        "-W",
+        "-m",
+        "16",
+        "-c",
+        "-f",
+        "raw",
+        "-O",
+        "qcow2",
+        "-o",
+        "compression_type=zstd",
+    ]);
     command.arg(image).arg(out);
     command
 }

@@ -1,6 +1,10 @@
 //! The workloads, a file each, and what they have in common.
 
+pub(crate) mod boot;
 pub(crate) mod capture;
+pub(crate) mod chunk_size;
+pub(crate) mod figures;
+pub(crate) mod kill;
 pub(crate) mod restore;
 pub(crate) mod serve;
 
@@ -66,7 +70,8 @@ pub(crate) fn settle() {
 
 /// The bytes of all files under `path` together, by their lengths.
 pub(crate) fn bytes_under(path: &Path) -> Result<u64> {
-    let metadata = std::fs::symlink_metadata(path).with_context(|| format!("cannot read {}", path.display()))?;
+    let metadata =
+        std::fs::symlink_metadata(path).with_context(|| format!("cannot read {}", path.display()))?;
     if !metadata.is_dir() {
         return Ok(metadata.len());
     }

@@ -69,6 +69,7 @@ pub(crate) fn run(common: &Common, options: &Options) -> Result<Report> {
         (metadata.blocks() * 512).min(metadata.len()) as f64
     };
     let scratch = common.scratch()?;
+    report.scratch_is(scratch.path());
     let (repo, qcow2) = (scratch.path().join("repo"), scratch.path().join("disk.qcow2"));
     child::run(&mut common.programs.init(&repo)?)?;
     child::run(&mut common.programs.capture(&repo, image, None)?)?;

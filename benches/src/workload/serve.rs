@@ -37,6 +37,17 @@ pub(crate) struct Options {
     ours_arg: Vec<String>,
 }
 
+/// The cell that `--quick` runs.
+pub(crate) const QUICK: &str = "randread-4k-d32-c1";
+
+impl Options {
+    /// As `--quick`.
+    pub(crate) fn quick() -> Self {
+        let (cells, only, ours_arg) = (Vec::new(), Vec::new(), Vec::new());
+        Self { cells, quick: true, runtime: 3.0, size: 1024, only, ours_arg }
+    }
+}
+
 /// Whether the file is read through the page cache.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Cache {
@@ -76,7 +87,8 @@ impl Cell {
 
 /// Every cell of the table, in order.
 fn table() -> Vec<Cell> {
-    let job = |pattern, kib: u32, depth, connections| Job { pattern, block_size: kib << 10, depth, connections };
+    let job =
+        |pattern, kib: u32, depth, connections| Job { pattern, block_size: kib << 10, depth, connections };
     let mut cells = Vec::new();
     for pattern in ["randread", "randwrite"] {
         for (depth, connections) in [(1, 1), (32, 1), (32, 4)] {
@@ -104,7 +116,7 @@ fn chosen(options: &Options) -> Result<Vec<Cell>> {
     let wanted = |cell: &Cell| {
         let name = cell.name();
         if options.quick {
-            name == "randread-4k-d32-c1"
+            name == QUICK
         } else {
             options.cells.is_empty() || options.cells.iter().any(|text| name.contains(text.as_str()))
         }
@@ -116,7 +128,7 @@ fn chosen(options: &Options) -> Result<Vec<Cell>> {
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Who {
+pub(crate) enum Who {
     Ours,
     Nbdkit,
     QemuThreads,
@@ -178,10 +190,13 @@ pub(crate) fn run(common: &Common, options: &Options) -> Result<Report> {
         present.push(who);
     }
     if cells.iter().any(|cell| cell.cache == Cache::Direct) {
-        report.notes.push("direct: O_DIRECT on the file; nbdkit's file plugin and nbd-server have no such mode".into());
+        report.notes.push(
+            "direct: O_DIRECT on the file; nbdkit's file plugin and nbd-server have no such mode".into(),
+        );
     }
 
     let scratch = common.scratch()?;
+    report.scratch_is(scratch.path());
     let file = scratch.path().join("disk.raw");
     fill(&file, options.size << 20)?;
     let contest = Contest { warm_up: false, ..common.contest() };
@@ -280,26 +295,21 @@ mod tests {
     use super::*;
 
     fn options(cells: &[&str], quick: bool) -> Options {
-        Options {
-            cells: cells.iter().map(|&text| text.to_owned()).collect(),
-            quick,
-            runtime: 1.0,
-            size: 1,
-            only: Vec::new(),
-            ours_arg: Vec::new(),
-        }
+        Options { cells: cells.iter().map(|&text| text.to_owned()).collect(), quick, ..Options::quick() }
     }
 
     #[test]
     fn quick_is_the_cell_of_the_figure() {
         let cells = chosen(&options(&[], true)).unwrap();
-        assert_eq!(cells.iter().map(Cell::name).collect::<Vec<_>>(), ["randread-4k-d32-c1"]);
+        assert_eq!(cells.iter().map(Cell::name).collect::<Vec<_>>(), [QUICK]);
     }
 
     #[test]
     fn cells_are_chosen_by_a_part_of_their_name_and_named_once() {
         assert!(chosen(&options(&["direct"], false)).unwrap().iter().all(|cell| cell.cache == Cache::Direct));
-        assert!(format!("{:#}", chosen(&options(&["nonsense"], false)).unwrap_err()).contains("nbdcopy-to-null"));
+        assert!(
+            format!("{:#}", chosen(&options(&["nonsense"], false)).unwrap_err()).contains("nbdcopy-to-null")
+        );
         let mut names: Vec<String> = table().iter().map(Cell::name).collect();
         let count = names.len();
         names.sort();
