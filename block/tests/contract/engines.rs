@@ -1,19 +1,16 @@
 //! The choice of engine, and that it really is what does the I/O.
 
 use block::{
-    AlignedBuf, BufferPool, ByteRange, DirectIo, Durability, Engine, ErrorKind, FileDisk, FileOptions,
-    IoEngine, OpenDevice, ZeroMode,
+    AlignedBuf, BufferPool, ByteRange, DirectIo, Durability, ErrorKind, FileDisk, FileOptions, OpenDevice,
+    ZeroMode,
 };
 
-fn engines() -> Vec<Engine> {
-    // This machine's kernel is one that allows rings, as is every one that the project tests on: no skipping.
-    vec![Engine::choose(IoEngine::Uring).expect("the kernel allows rings"), Engine::THREADS]
-}
+use crate::disks;
 
 #[test]
 fn what_is_written_is_read_back_on_each_engine_direct_and_buffered() {
     let directory = tempfile::tempdir().unwrap();
-    for engine in engines() {
+    for engine in disks::engines() {
         for direct in [DirectIo::On, DirectIo::Off] {
             let path = directory.path().join(format!("{engine}-{direct:?}"));
             let disk = FileDisk::create(&path, 8 << 20, FileOptions::new(engine).direct(direct)).unwrap();

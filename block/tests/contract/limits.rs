@@ -1,0 +1,207 @@
+//! Where a disk says no: read-only, locked, full, not a disk at all.
+
+use std::process::Command;
+
+use block::{
+    AlignedBuf, ByteRange, DirectIo, Durability, ErrorKind, FileDisk, FileOptions, OpenDevice, ZeroMode,
+};
+
+use crate::disks::{self, LoopDevice};
+
+#[test]
+fn a_disk_open_for_reading_refuses_every_write() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("disk");
+    std::fs::write(&path, [7; 8192]).unwrap();
+    for engine in disks::engines() {
+        for direct in [DirectIo::Auto, DirectIo::Off] {
+            let disk =
+                FileDisk::open(&path, FileOptions::new(engine).read_only(true).direct(direct)).unwrap();
+            assert!(disk.geometry().read_only);
+            engine.run(async {
+                let device = disk.open().unwrap();
+                let range = ByteRange::new(0, 4096).unwrap();
+                let kinds = [
+                    device.try_write(0, &[1]).unwrap_err().kind(),
+                    device.write(0, AlignedBuf::zeroed(1), Durability::Volatile).await.0.unwrap_err().kind(),
+                    device
+                        .write_zeroes(range, ZeroMode::UNMAP, Durability::Volatile)
+                        .await
+                        .unwrap_err()
+                        .kind(),
+                    device.trim(range, Durability::Volatile).await.unwrap_err().kind(),
+                ];
+                assert_eq!(kinds, [ErrorKind::NotPermitted; 4]);
+                let (result, buf) = device.read(1, AlignedBuf::zeroed(8191)).await;
+                result.unwrap();
+                assert_eq!(buf[..], [7; 8191]);
+            });
+        }
+    }
+    assert_eq!(std::fs::read(&path).unwrap(), [7; 8192]);
+}
+
+#[test]
+fn a_second_opener_does_not_get_the_lock_until_the_last_handle_of_the_first_is_gone() {
+    for subject in disks::files(1 << 20) {
+        let mine = subject.file.as_ref().unwrap();
+        let options = FileOptions::new(subject.engine);
+        let other = FileDisk::open(mine.path(), options).unwrap();
+        assert!(mine.try_lock().unwrap());
+        assert!(mine.try_lock().unwrap(), "who has it may ask again");
+        assert!(!other.try_lock().unwrap(), "{}", subject.name);
+        let mine = FileDisk::open(other.path(), options).unwrap();
+        drop(subject.file);
+        drop(subject.device);
+        assert!(other.try_lock().unwrap(), "{}", subject.name);
+        subject.engine.run(async {
+            let handle = other.open().unwrap();
+            drop(other);
+            assert!(!mine.try_lock().unwrap(), "a handle keeps the lock");
+            drop(handle);
+            assert!(mine.try_lock().unwrap());
+        });
+    }
+}
+
+#[test]
+fn what_is_no_disk_is_refused_at_once() {
+    let directory = tempfile::tempdir().unwrap();
+    let kind = |path: &std::path::Path| FileDisk::open(path, FileOptions::default()).unwrap_err().kind();
+    let fifo = directory.path().join("fifo");
+    assert!(Command::new("mkfifo").arg(&fifo).status().unwrap().success());
+    assert_eq!(kind(&fifo), ErrorKind::Unsupported);
+    assert_eq!(kind("/dev/null".as_ref()), ErrorKind::Unsupported);
+    assert_eq!(kind(directory.path()), ErrorKind::Io);
+    let missing = FileDisk::open(directory.path().join("none"), FileOptions::default()).unwrap_err();
+    assert!(missing.to_string().contains("none"), "{missing}");
+}
+
+#[test]
+fn a_new_file_replaces_an_old_one_only_when_told() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("disk");
+    std::fs::write(&path, b"precious").unwrap();
+    FileDisk::create(&path, 4096, FileOptions::default()).unwrap_err();
+    assert_eq!(std::fs::read(&path).unwrap(), b"precious");
+    let disk = FileDisk::create(&path, 4096, FileOptions::default().overwrite(true)).unwrap();
+    assert_eq!((disk.size(), disk.is_block_device()), (4096, false));
+    assert_eq!(disk.data_ranges(ByteRange::new(0, 4096).unwrap()).unwrap(), []);
+}
+
+#[test]
+fn a_size_that_direct_io_cannot_reach_the_end_of_is_served_through_the_page_cache() {
+    let directory = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+    let path = directory.path().join("disk");
+    for engine in disks::engines() {
+        let options = FileOptions::new(engine).overwrite(true);
+        let disk = FileDisk::create(&path, 10_001, options).unwrap();
+        assert!(!disk.is_direct());
+        let demanded = FileDisk::open(&path, options.direct(DirectIo::On)).unwrap_err();
+        assert_eq!(demanded.kind(), ErrorKind::Unsupported);
+        engine.run(async {
+            let device = disk.open().unwrap();
+            let data = AlignedBuf::from_slice(&[9; 10_001]);
+            device.write(0, data, Durability::Stable).await.0.unwrap();
+            let (result, buf) = device.read(9_999, AlignedBuf::zeroed(2)).await;
+            result.unwrap();
+            assert_eq!(buf[..], [9, 9]);
+        });
+        assert_eq!(std::fs::metadata(&path).unwrap().len(), 10_001);
+    }
+}
+
+#[test]
+fn a_file_that_became_shorter_is_an_error_and_not_zeroes() {
+    let directory = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+    for engine in disks::engines() {
+        for direct in [DirectIo::On, DirectIo::Off] {
+            let options = FileOptions::new(engine).overwrite(true).direct(direct);
+            let disk = FileDisk::create(directory.path().join("disk"), 64 << 10, options).unwrap();
+            std::fs::OpenOptions::new().write(true).open(disk.path()).unwrap().set_len(10_000).unwrap();
+            engine.run(async {
+                let device = disk.open().unwrap();
+                device.read(0, AlignedBuf::zeroed(8192)).await.0.unwrap();
+                for at in [8192, 12_288] {
+                    let error = device.read(at, AlignedBuf::zeroed(8192)).await.0.unwrap_err();
+                    assert_eq!(error.kind(), ErrorKind::Io, "{error}");
+                }
+            });
+        }
+    }
+}
+
+/// A small file system on a loop device.
+struct SmallFileSystem {
+    directory: tempfile::TempDir,
+    _device: LoopDevice,
+}
+
+impl SmallFileSystem {
+    fn mount() -> Option<Self> {
+        let device = LoopDevice::attach(16 << 20)?;
+        let directory = tempfile::tempdir().unwrap();
+        let made = Command::new("mkfs.ext4").args(["-q", "-O", "^has_journal"]).arg(device.path()).status();
+        assert!(made.unwrap().success());
+        let mounted = Command::new("mount").arg(device.path()).arg(directory.path()).status().unwrap();
+        if !mounted.success() {
+            eprintln!("a full file system is not tested here: it cannot be mounted");
+            return None;
+        }
+        Some(Self { directory, _device: device })
+    }
+}
+
+impl Drop for SmallFileSystem {
+    fn drop(&mut self) {
+        let unmounted = Command::new("umount").arg(self.directory.path()).status();
+        assert!(unmounted.is_ok_and(|status| status.success()) || std::thread::panicking());
+    }
+}
+
+#[test]
+fn a_full_file_system_is_no_space_and_serves_on_once_there_is_room() {
+    let Some(small) = SmallFileSystem::mount() else { return };
+    for engine in disks::engines() {
+        for direct in [DirectIo::On, DirectIo::Off] {
+            let options = FileOptions::new(engine).direct(direct).overwrite(true);
+            let disk = FileDisk::create(small.directory.path().join("disk"), 64 << 20, options).unwrap();
+            engine.run(async {
+                let device = disk.open().unwrap();
+                let mut filled = 0;
+                let error = loop {
+                    let (result, _) =
+                        device.write(filled, AlignedBuf::zeroed(1 << 20), Durability::Stable).await;
+                    match result {
+                        Ok(()) => filled += 1 << 20,
+                        Err(error) => break error,
+                    }
+                    assert!(filled < 64 << 20, "16 MiB do not hold 64");
+                };
+                assert_eq!(error.kind(), ErrorKind::NoSpace, "{error}");
+                let error = device.write(40 << 20, AlignedBuf::zeroed(1 << 20), Durability::Volatile).await.0;
+                assert_eq!(error.unwrap_err().kind(), ErrorKind::NoSpace);
+                let error = device
+                    .write_zeroes(
+                        ByteRange::new(32 << 20, 8 << 20).unwrap(),
+                        ZeroMode::ALLOCATE,
+                        Durability::Volatile,
+                    )
+                    .await;
+                assert_eq!(error.unwrap_err().kind(), ErrorKind::NoSpace);
+                let everything = ByteRange::new(0, filled).unwrap();
+                device.trim(everything, Durability::Volatile).await.unwrap();
+                device
+                    .write(40 << 20, AlignedBuf::from_slice(&[3; 4096]), Durability::Stable)
+                    .await
+                    .0
+                    .unwrap();
+                device.flush().await.unwrap();
+                let (result, buf) = device.read(40 << 20, AlignedBuf::zeroed(4096)).await;
+                result.unwrap();
+                assert_eq!(buf[..], [3; 4096]);
+            });
+            drop(disk);
+        }
+    }
+}
