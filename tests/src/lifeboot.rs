@@ -177,6 +177,14 @@ impl LiveRestore {
         })
     }
 
+    /// Waits for the next state that it prints, or until `limit` is over.
+    ///
+    /// # Errors
+    /// It ended.
+    pub fn wait_report_within(&mut self, limit: Duration) -> Result<()> {
+        self.process.wait_for_within(limit, "a state", |line| line.starts_with('{').then_some(())).map(|_| ())
+    }
+
     /// True where some state `complete` was printed.
     pub fn is_complete(&self) -> bool {
         self.process.lines().iter().any(|line| state(line, "complete").is_some())

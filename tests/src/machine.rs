@@ -4,6 +4,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::OnceLock;
+use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 
@@ -13,6 +14,9 @@ use crate::process::{Process, run_any};
 
 /// How long QEMU waits for the server of a drive to come back before it fails the guest's requests, in seconds.
 pub const RECONNECT_DELAY_S: u32 = 120;
+
+/// What the guest's agent says when it has come up.
+const READY: &str = "guest ready";
 
 /// A running guest.
 #[derive(Debug)]
@@ -61,7 +65,16 @@ impl Machine {
     /// # Errors
     /// QEMU ended before, or nothing was heard for too long.
     pub fn wait_ready(&mut self) -> Result<()> {
-        self.process.wait_for_text("guest ready").map(|_| ())
+        self.process.wait_for_text(READY).map(|_| ())
+    }
+
+    /// As [`Machine::wait_ready`], for those who look after something else when `limit` is over: true when it is up.
+    ///
+    /// # Errors
+    /// QEMU ended before.
+    pub fn is_ready_within(&mut self, limit: Duration) -> Result<bool> {
+        let ready = |line: &str| line.contains(READY).then_some(());
+        Ok(self.process.wait_for_within(limit, "the guest was ready", ready)?.is_some())
     }
 
     /// Has the guest run `command` in a shell and returns what that printed.
@@ -81,6 +94,14 @@ impl Machine {
         self.next_id += 1;
         self.process.write_line(&format!("{} {command}", self.next_id))?;
         Ok(Running { id: self.next_id, command: command.to_owned() })
+    }
+
+    /// Waits until a command that runs has printed `line`. [`Machine::finish`] returns what follows it.
+    ///
+    /// # Errors
+    /// The machine ended.
+    pub fn wait_output(&mut self, running: &Running, line: &str) -> Result<()> {
+        self.process.wait_for_text(&format!("{}| {line}", running.id)).map(|_| ())
     }
 
     /// Waits for the end of a command and returns what it printed.

@@ -1,12 +1,13 @@
 //! Child processes that never outlive the test: started, read line by line, killed by their id.
 
+use std::fmt;
 use std::io::{BufRead, BufReader, Read, Write};
 use std::process::{Child, ChildStdin, Command, ExitStatus, Output, Stdio};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, ensure};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::process::{Pid, PidfdFlags, Signal, kill_process, pidfd_open};
 
@@ -72,9 +73,16 @@ impl Process {
 
     /// Writes one line to its stdin.
     pub fn write_line(&mut self, line: &str) -> Result<()> {
-        let stdin = self.stdin.as_mut().with_context(|| format!("{}: stdin is closed", self.name))?;
-        stdin.write_all(format!("{line}\n").as_bytes()).with_context(|| format!("{}: stdin", self.name))?;
-        stdin.flush().with_context(|| format!("{}: stdin", self.name))
+        let stdin = self.stdin.as_mut().context("its stdin is closed")?;
+        stdin
+            .write_all(format!("{line}\n").as_bytes())
+            .and_then(|()| stdin.flush())
+            .with_context(|| format!("cannot write to {self}"))
+    }
+
+    /// Has [`Process::wait_for`] look only at what is printed from now on.
+    pub fn skip_output(&mut self) {
+        self.cursor = self.output.lock().lines.len();
     }
 
     /// Everything that it has printed so far.
@@ -86,24 +94,32 @@ impl Process {
     ///
     /// # Errors
     /// The child closed its output or [`PATIENCE`] ended before; the error shows its last lines.
-    pub fn wait_for<T>(&mut self, what: &str, mut pick: impl FnMut(&str) -> Option<T>) -> Result<T> {
-        let deadline = Instant::now() + PATIENCE;
+    pub fn wait_for<T>(&mut self, what: &str, pick: impl FnMut(&str) -> Option<T>) -> Result<T> {
+        let found = self.wait_for_within(PATIENCE, what, pick)?;
+        found.with_context(|| format!("{self}: waited too long for {what}\n{}", tail(&self.lines())))
+    }
+
+    /// As [`Process::wait_for`], for those who look after something else when `limit` is over.
+    ///
+    /// # Errors
+    /// The child closed its output.
+    pub fn wait_for_within<T>(
+        &mut self,
+        limit: Duration,
+        what: &str,
+        mut pick: impl FnMut(&str) -> Option<T>,
+    ) -> Result<Option<T>> {
+        let deadline = Instant::now() + limit;
         let mut state = self.output.lock();
         loop {
             while let Some(line) = state.lines.get(self.cursor) {
                 self.cursor += 1;
                 if let Some(found) = pick(line) {
-                    return Ok(found);
+                    return Ok(Some(found));
                 }
             }
-            if state.open_streams == 0 {
-                let lines = tail(&state.lines);
-                bail!("{} (pid {}) ended before {what}\n{lines}", self.name, self.child.id());
-            }
-            let Some(left) = deadline.checked_duration_since(Instant::now()) else {
-                let lines = tail(&state.lines);
-                bail!("{} (pid {}): waited too long for {what}\n{lines}", self.name, self.child.id());
-            };
+            ensure!(state.open_streams > 0, "{self} ended before {what}\n{}", tail(&state.lines));
+            let Some(left) = deadline.checked_duration_since(Instant::now()) else { return Ok(None) };
             state = self.output.changed.wait_timeout(state, left).unwrap_or_else(PoisonError::into_inner).0;
         }
     }
@@ -133,7 +149,7 @@ impl Process {
         let pidfd = pidfd_open(self.pid()?, PidfdFlags::empty())?;
         let limit = Timespec { tv_sec: PATIENCE.as_secs().cast_signed(), tv_nsec: 0 };
         let ended = poll(&mut [PollFd::new(&pidfd, PollFlags::IN)], Some(&limit))?;
-        ensure!(ended == 1, "{} (pid {}) does not end\n{}", self.name, self.id(), tail(&self.lines()));
+        ensure!(ended == 1, "{self} does not end\n{}", tail(&self.lines()));
         Ok(self.child.wait()?)
     }
 
@@ -143,13 +159,13 @@ impl Process {
     /// As for [`Process::wait`], and any other end; the error shows its last lines.
     pub fn wait_success(&mut self) -> Result<()> {
         let status = self.wait()?;
-        ensure!(status.success(), "{} ended with {status}\n{}", self.name, tail(&self.lines()));
+        ensure!(status.success(), "{self} ended with {status}\n{}", tail(&self.lines()));
         Ok(())
     }
 
     /// `kill -9`, and waits until it is gone.
     pub fn kill(&mut self) -> Result<()> {
-        self.child.kill().with_context(|| format!("cannot kill {}", self.name))?;
+        self.child.kill().with_context(|| format!("cannot kill {self}"))?;
         self.wait().map(|_| ())
     }
 
@@ -161,11 +177,17 @@ impl Process {
 
     /// Sends `signal`.
     pub fn signal(&self, signal: Signal) -> Result<()> {
-        kill_process(self.pid()?, signal).with_context(|| format!("cannot signal {}", self.name))
+        kill_process(self.pid()?, signal).with_context(|| format!("cannot signal {self}"))
     }
 
     fn pid(&self) -> Result<Pid> {
         Pid::from_raw(self.child.id().cast_signed()).context("a child has a process id")
+    }
+}
+
+impl fmt::Display for Process {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(formatter, "{} (pid {})", self.name, self.child.id())
     }
 }
 
