@@ -1,0 +1,160 @@
+//! The restored disk as one shard serves it: what is home from the target, the rest from the backup.
+
+use std::os::fd::BorrowedFd;
+use std::rc::Rc;
+use std::sync::Arc;
+
+use block::{
+    AlignedBuf, Attempt, BLOCK_SIZE, BlockDevice, ByteRange, DeviceFuture, Durability, Error, ErrorKind,
+    Extent, Geometry, Result, ZeroMode,
+};
+
+use super::session::Session;
+use super::stats::Phase;
+
+/// One shard's handle of a session. Clones share everything.
+#[derive(Clone)]
+pub struct LiveDevice {
+    pub(super) session: Arc<Session>,
+    pub(super) target: Rc<dyn BlockDevice>,
+    pub(super) journal: Rc<dyn BlockDevice>,
+}
+
+impl LiveDevice {
+    pub(super) fn new(
+        session: Arc<Session>,
+        target: Rc<dyn BlockDevice>,
+        journal: Rc<dyn BlockDevice>,
+    ) -> Self {
+        Self { session, target, journal }
+    }
+
+    /// The session that all shards share.
+    #[must_use]
+    pub const fn session(&self) -> &Arc<Session> {
+        &self.session
+    }
+
+    pub(super) fn check(&self, offset: u64, len: u64) -> Result<ByteRange> {
+        let size = self.session.map.disk().size;
+        ByteRange::new(offset, len).filter(|range| range.fits(size)).ok_or_else(|| {
+            Error::new(
+                ErrorKind::InvalidRange,
+                format_args!("{len} bytes at {offset} of a disk of {size} bytes"),
+            )
+        })
+    }
+
+    fn check_serving(&self) -> Result<()> {
+        if self.session.phase() == Phase::Parked {
+            return Err(Error::new(ErrorKind::Shutdown, "the session is parked"));
+        }
+        Ok(())
+    }
+
+    pub(super) fn is_home(&self, range: ByteRange) -> bool {
+        let map = &self.session.map;
+        self.session.phase() == Phase::Complete || map.v().all(map.blocks(range))
+    }
+}
+
+impl BlockDevice for LiveDevice {
+    fn geometry(&self) -> Geometry {
+        let target = self.target.geometry();
+        Geometry {
+            size: self.session.map.disk().size,
+            preferred_io: target.preferred_io.max(BLOCK_SIZE as u32),
+            read_only: false,
+            ..target
+        }
+    }
+
+    fn try_read(&self, offset: u64, buf: &mut [u8]) -> Result<Attempt> {
+        let range = self.check(offset, buf.len() as u64)?;
+        self.check_serving()?;
+        if self.is_home(range) { self.target.try_read(offset, buf) } else { Ok(Attempt::WouldWait) }
+    }
+
+    fn try_write(&self, offset: u64, data: &[u8]) -> Result<Attempt> {
+        let range = self.check(offset, data.len() as u64)?;
+        if !self.is_home(range) {
+            return Ok(Attempt::WouldWait);
+        }
+        let _change = self.session.begin_change()?;
+        // What is home is never filled, so this takes no hold. `G` goes before the write: a kill
+        // in the middle of it leaves a block that differs from the backup.
+        self.session.map.mark_guest(self.session.map.blocks(range));
+        self.target.try_write(offset, data)
+    }
+
+    fn resident(&self, range: ByteRange) -> Option<(BorrowedFd<'_>, u64)> {
+        let is_served = range.fits(self.session.map.disk().size) && self.check_serving().is_ok();
+        (is_served && self.is_home(range)).then(|| self.target.resident(range))?
+    }
+
+    fn read(&self, offset: u64, buf: AlignedBuf) -> DeviceFuture<'_, (Result<()>, AlignedBuf)> {
+        let checked =
+            self.check(offset, buf.len() as u64).and_then(|range| self.check_serving().map(|()| range));
+        match checked {
+            Ok(range) if self.is_home(range) => self.target.read(offset, buf),
+            Ok(range) => Box::pin(self.read_mixed(range, buf)),
+            Err(error) => Box::pin(std::future::ready((Err(error), buf))),
+        }
+    }
+
+    fn write(
+        &self,
+        offset: u64,
+        buf: AlignedBuf,
+        durability: Durability,
+    ) -> DeviceFuture<'_, (Result<()>, AlignedBuf)> {
+        match self.check(offset, buf.len() as u64) {
+            Ok(range) => Box::pin(self.write_range(range, buf, durability)),
+            Err(error) => Box::pin(std::future::ready((Err(error), buf))),
+        }
+    }
+
+    fn write_zeroes(
+        &self,
+        range: ByteRange,
+        mode: ZeroMode,
+        durability: Durability,
+    ) -> DeviceFuture<'_, Result<()>> {
+        Box::pin(async move {
+            self.check(range.start(), range.len())?;
+            self.zero_range(range, mode, durability).await
+        })
+    }
+
+    fn trim(&self, range: ByteRange, durability: Durability) -> DeviceFuture<'_, Result<()>> {
+        Box::pin(async move {
+            self.check(range.start(), range.len())?;
+            self.trim_range(range, durability).await
+        })
+    }
+
+    fn flush(&self) -> DeviceFuture<'_, Result<()>> {
+        Box::pin(self.flush_all())
+    }
+
+    fn extents(&self, range: ByteRange, limit: usize) -> DeviceFuture<'_, Result<Vec<Extent>>> {
+        Box::pin(async move {
+            self.check(range.start(), range.len())?;
+            self.check_serving()?;
+            self.extents_of(range, limit).await
+        })
+    }
+
+    fn prefetch(&self, range: ByteRange) -> DeviceFuture<'_, Result<()>> {
+        Box::pin(async move {
+            self.check(range.start(), range.len())?;
+            self.prefetch_range(range).await
+        })
+    }
+}
+
+impl std::fmt::Debug for LiveDevice {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("LiveDevice").field("session", &self.session).finish_non_exhaustive()
+    }
+}

@@ -1,0 +1,115 @@
+//! Getting a chunk that a guest waits for: from what was decoded already, or from the source, with backoff.
+
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use block::{Error, ErrorKind, Result};
+
+use super::session::Session;
+use super::source::{ChunkData, SourceError, SourceErrorKind, Urgency};
+use super::stats::Stats;
+
+const FIRST_BACKOFF: Duration = Duration::from_millis(50);
+const LONGEST_BACKOFF: Duration = Duration::from_secs(5);
+
+impl Session {
+    /// The chunk's bytes, if they were fetched and are on their way home.
+    pub(super) fn decoded(&self, chunk: u64) -> Option<ChunkData> {
+        self.decoded.lock().get(&chunk).cloned()
+    }
+
+    /// Fetches a chunk. While the source is out of reach this waits and tries again, up to
+    /// [`super::SessionOptions::source_timeout`]. A chunk that cannot be had is an error, never zeroes.
+    pub(super) async fn fetch(&self, chunk: u64, urgency: Urgency) -> Result<ChunkData> {
+        let _waiting = (urgency == Urgency::Demand).then(|| Waiting::new(self));
+        let start = self.clock.now();
+        let mut backoff = FIRST_BACKOFF;
+        loop {
+            match self.source.fetch(chunk, urgency).await {
+                Ok(data) => {
+                    let expected = self.map.disk().chunk_range(chunk).len();
+                    if data.len() as u64 != expected {
+                        let why = format!("chunk {chunk} has {} bytes, not {expected}", data.len());
+                        return Err(self.damaged(chunk, &why));
+                    }
+                    self.source_answered();
+                    Stats::add(&self.stats.fetched, expected);
+                    return Ok(data);
+                }
+                Err(error) => self.may_retry(chunk, &error)?,
+            }
+            self.check_open()?;
+            if self.clock.now().saturating_sub(start) >= self.options.source_timeout {
+                let waited = self.options.source_timeout.as_secs();
+                return Err(Error::new(
+                    ErrorKind::Io,
+                    format_args!("chunk {chunk}: the source was out of reach for {waited} s"),
+                ));
+            }
+            self.clock.sleep(backoff).await;
+            backoff = (backoff * 2).min(LONGEST_BACKOFF);
+        }
+    }
+
+    fn may_retry(&self, chunk: u64, error: &SourceError) -> Result<()> {
+        match error.kind() {
+            SourceErrorKind::Damaged => Err(self.damaged(chunk, &error.to_string())),
+            SourceErrorKind::Closed => Err(Error::new(ErrorKind::Shutdown, error)),
+            SourceErrorKind::Unavailable => {
+                self.source_is_away(error);
+                Ok(())
+            }
+        }
+    }
+
+    pub(super) fn damaged(&self, chunk: u64, why: &str) -> Error {
+        if self.stats.found_damaged(chunk, why) {
+            let range = self.map.disk().chunk_range(chunk);
+            tracing::error!(chunk, start = range.start(), end = range.end(), why, "a chunk is damaged");
+        }
+        Error::new(ErrorKind::Damaged, format_args!("chunk {chunk} is damaged: {why}"))
+    }
+
+    pub(super) fn source_is_away(&self, why: &SourceError) {
+        let mut fills = self.fills.lock();
+        if fills.source_away_since.is_none() {
+            fills.source_away_since = Some(self.clock.now());
+            tracing::warn!(
+                error = why as &dyn std::error::Error,
+                "the source is out of reach; waiting for it"
+            );
+        }
+    }
+
+    pub(super) fn source_answered(&self) {
+        let mut fills = self.fills.lock();
+        if fills.source_away_since.take().is_some() {
+            tracing::info!("the source is back");
+        }
+    }
+}
+
+/// A guest that waits for the source; its wait is recorded at its end.
+#[derive(Debug)]
+struct Waiting<'a> {
+    session: &'a Session,
+    since: Duration,
+}
+
+impl<'a> Waiting<'a> {
+    fn new(session: &'a Session) -> Self {
+        session.waiting.fetch_add(1, Ordering::Relaxed);
+        let since = session.clock.now();
+        session.fills.lock().last_miss = Some(since);
+        Self { session, since }
+    }
+}
+
+impl Drop for Waiting<'_> {
+    fn drop(&mut self) {
+        let now = self.session.clock.now();
+        self.session.stats.waited(now.saturating_sub(self.since));
+        self.session.fills.lock().last_miss = Some(now);
+        self.session.waiting.fetch_sub(1, Ordering::Relaxed);
+    }
+}

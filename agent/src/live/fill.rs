@@ -1,0 +1,334 @@
+//! Bringing chunks home: those that guests asked for, and all others behind them.
+//!
+//! Order of a fill: fetch, decode, verify, with no hold; hold the chunks, alone; write the blocks that
+//! are not home, and no others; `V`; the holds end.
+
+use std::ops::Range;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use block::{AlignedBuf, Durability, ErrorKind, Result};
+
+use super::device::LiveDevice;
+use super::holds::Hold;
+use super::join::first_of;
+use super::mistakes::Mistake;
+use super::plan::{Chunk, Piece};
+use super::session::{Fills, Session};
+use super::source::{ChunkData, RunData, SourceErrorKind, Urgency};
+use super::stats::{Phase, Stats};
+
+/// How long a worker that found nothing to do sleeps before it looks again unasked.
+const IDLE: Duration = Duration::from_secs(1);
+/// How long a worker steps aside for guests' misses before it looks again.
+const ASIDE: Duration = Duration::from_millis(2);
+/// For how long after a miss the background goes gently.
+const GENTLE: Duration = Duration::from_millis(50);
+const FIRST_BACKOFF: Duration = Duration::from_millis(200);
+const LONGEST_BACKOFF: Duration = Duration::from_secs(10);
+/// Zero chunks are made zero in pieces of this size.
+const ZERO_PIECE_BYTES: u64 = 256 << 20;
+
+enum Work {
+    /// A chunk that a guest asked for is decoded.
+    Offer(u64, ChunkData),
+    Piece(Piece),
+    Wait(Duration),
+    Complete,
+    End,
+}
+
+impl LiveDevice {
+    /// Brings chunks home until all are, or the workers are stopped; then makes the session complete.
+    ///
+    /// Several run at once, on any shards: four on each keep several fetches and writes in flight.
+    pub async fn fill_worker(self) {
+        let session = &*self.session;
+        let _present = Present::new(session);
+        loop {
+            match session.next_work() {
+                Work::Offer(chunk, data) => {
+                    let result = self.fill_offered(chunk, data).await;
+                    session.after_fill(result);
+                }
+                Work::Piece(piece) => {
+                    let again = if piece.is_zero {
+                        session.after_fill(self.zero_fill(&piece.chunks).await)
+                    } else {
+                        self.fill_piece(&piece.chunks).await
+                    };
+                    session.fills.lock().plan.ended(&piece.chunks, again);
+                    session.work.notify_one();
+                }
+                Work::Wait(time) => first_of(session.clock.sleep(time), session.work.notified()).await,
+                Work::Complete => {
+                    // A failure has poisoned the session, which ends the worker.
+                    let _ = self.complete().await;
+                }
+                Work::End => return,
+            }
+            if session.map.uncommitted_bytes() >= session.options.commit_bytes && self.commit().await.is_err()
+            {
+                return;
+            }
+        }
+    }
+
+    /// True where some of it must be tried again.
+    async fn fill_piece(&self, chunks: &Range<u64>) -> bool {
+        let session = &*self.session;
+        let RunData { bytes, failed } = session.source.fetch_run(chunks.clone(), Urgency::Background).await;
+        let mut again = false;
+        for (chunk, error) in &failed {
+            match error.kind() {
+                SourceErrorKind::Damaged => {
+                    let _ = session.damaged(*chunk, &error.to_string());
+                }
+                SourceErrorKind::Unavailable | SourceErrorKind::Closed => {
+                    session.source_is_away(error);
+                    session.back_off();
+                    again = true;
+                }
+            }
+        }
+        let whole = session.map.disk().run_range(chunks);
+        if bytes.len() as u64 != whole.len() {
+            tracing::error!(?chunks, len = bytes.len(), "the source gave a run of a wrong length");
+            chunks.clone().for_each(|chunk| drop(session.damaged(chunk, "its run has a wrong length")));
+            return false;
+        }
+        if failed.is_empty() {
+            session.source_answered();
+            return session.after_fill(self.fill(chunks.clone(), bytes, Urgency::Background).await) || again;
+        }
+        let is_good = |chunk: u64| failed.iter().all(|(bad, _)| *bad != chunk);
+        for chunk in chunks.clone().filter(|&chunk| is_good(chunk)) {
+            let range = session.map.disk().chunk_range(chunk);
+            let at = (range.start() - whole.start()) as usize;
+            let part = AlignedBuf::from_slice(&bytes[at..at + range.len() as usize]);
+            again |= session.after_fill(self.fill(chunk..chunk + 1, part, Urgency::Background).await);
+        }
+        session.source.recycle(bytes);
+        again
+    }
+
+    /// Brings one chunk home now.
+    pub(super) async fn bring_home(&self, chunk: u64, urgency: Urgency) -> Result<()> {
+        let session = &*self.session;
+        session.check_open()?;
+        if session.source.is_zero(chunk) {
+            return self.zero_fill(&(chunk..chunk + 1)).await;
+        }
+        let data = match session.decoded(chunk) {
+            Some(data) => data,
+            None => {
+                if session.map.is_whole(chunk) {
+                    return Ok(());
+                }
+                session.fetch(chunk, urgency).await?
+            }
+        };
+        self.fill(chunk..chunk + 1, data.into_buf(), urgency).await
+    }
+
+    /// Leaves a chunk that a guest asked for to the workers; where too many wait for them, or there
+    /// is no worker, writes it home here. Whether it got there is not the guest's concern.
+    pub(super) async fn offer(&self, chunk: u64, data: &ChunkData) {
+        let session = &*self.session;
+        if session.map.is_whole(chunk) || session.accept_offer(chunk, data) {
+            return;
+        }
+        let buf = AlignedBuf::from_slice(data);
+        session.after_fill(self.fill(chunk..chunk + 1, buf, Urgency::Demand).await);
+    }
+
+    async fn fill_offered(&self, chunk: u64, data: ChunkData) -> Result<()> {
+        let result = self.fill(chunk..chunk + 1, AlignedBuf::from_slice(&data), Urgency::Demand).await;
+        self.session.decoded.lock().remove(&chunk);
+        if result.is_err() {
+            self.session.fills.lock().plan.begin_again();
+        }
+        result
+    }
+
+    /// Writes the blocks of `chunks` that are not home. `buf` holds the chunks' bytes.
+    async fn fill(&self, chunks: Range<u64>, buf: AlignedBuf, urgency: Urgency) -> Result<()> {
+        let session = &*self.session;
+        let map = &session.map;
+        let _change = session.begin_change()?;
+        session.catch_up();
+        let _holds = if session.makes(Mistake::FillWithoutHold) {
+            Vec::new()
+        } else {
+            self.hold_exclusive(&chunks).await
+        };
+        let blocks = map.blocks_of_chunks(&chunks);
+        let whole = map.bytes(&blocks);
+        let absent: Vec<Range<u64>> =
+            map.v().runs(blocks.clone()).filter(|(_, is_home)| !is_home).map(|(run, _)| run).collect();
+        let mut written = 0;
+        if absent.as_slice() == [blocks.clone()] {
+            let (result, buf) = self.target.write(whole.start(), buf, Durability::Volatile).await;
+            result?;
+            map.mark_home(blocks);
+            written = whole.len();
+            session.source.recycle(buf);
+        } else {
+            for run in absent {
+                let bytes = map.bytes(&run);
+                let at = (bytes.start() - whole.start()) as usize;
+                let part = AlignedBuf::from_slice(&buf[at..at + bytes.len() as usize]);
+                self.target.write(bytes.start(), part, Durability::Volatile).await.0?;
+                map.mark_home(run);
+                written += bytes.len();
+            }
+            session.source.recycle(buf);
+        }
+        if session.makes(Mistake::MappedJournal) {
+            self.leak_to_journal().await;
+        }
+        let counter = match urgency {
+            Urgency::Background => &session.stats.filled_in_background,
+            Urgency::Readahead | Urgency::Demand => &session.stats.filled_on_demand,
+        };
+        Stats::add(counter, written);
+        Ok(())
+    }
+
+    /// Holds those of `chunks` that are not whole, alone, in ascending order.
+    pub(super) async fn hold_exclusive(&self, chunks: &Range<u64>) -> Vec<Hold> {
+        let mut holds = Vec::new();
+        for chunk in chunks.clone() {
+            if !self.session.map.is_whole(chunk) {
+                holds.push(self.session.holds.exclusive(chunk).await);
+            }
+        }
+        holds
+    }
+}
+
+impl Session {
+    fn next_work(&self) -> Work {
+        if self.stopping.load(Ordering::Acquire) || self.phase() != Phase::Filling {
+            return Work::End;
+        }
+        let now = self.clock.now();
+        let mut fills = self.fills.lock();
+        if now >= fills.not_before
+            && let Some(chunk) = fills.offers.pop_front()
+            && let Some(data) = self.decoded(chunk)
+        {
+            return Work::Offer(chunk, data);
+        }
+        if self.map.is_all_home() {
+            return Work::Complete;
+        }
+        if now < fills.not_before {
+            return Work::Wait(fills.not_before - now);
+        }
+        if !fills.background {
+            return Work::Wait(IDLE);
+        }
+        self.next_piece(&mut fills, now)
+    }
+
+    fn next_piece(&self, fills: &mut Fills, now: Duration) -> Work {
+        let chunk_size = u64::from(self.map.disk().chunk_size);
+        let is_gentle = self.waiting.load(Ordering::Relaxed) > 0
+            || fills.last_miss.is_some_and(|at| now.saturating_sub(at) < GENTLE);
+        if is_gentle && fills.plan.in_flight() > 0 {
+            return Work::Wait(ASIDE);
+        }
+        if let Err(wait) = fills.limit.take(now, 0) {
+            return Work::Wait(wait.min(IDLE));
+        }
+        let piece_bytes = if is_gentle { chunk_size } else { self.options.piece_bytes };
+        let most_data = (piece_bytes / chunk_size).max(1);
+        let most_zero = (ZERO_PIECE_BYTES / chunk_size).max(1);
+        let piece = fills.plan.next(most_data, most_zero, |chunk| self.chunk_state(chunk));
+        let Some(piece) = piece else { return Work::Wait(IDLE) };
+        if !piece.is_zero {
+            let bytes = self.map.disk().run_range(&piece.chunks).len();
+            // It was asked with nothing just above, so this takes in advance.
+            let _ = fills.limit.take(now, bytes);
+        }
+        Work::Piece(piece)
+    }
+
+    fn chunk_state(&self, chunk: u64) -> Chunk {
+        if self.map.is_whole(chunk) {
+            Chunk::Skip
+        } else if self.source.is_zero(chunk) {
+            Chunk::Zero
+        } else if self.stats.is_damaged(chunk) || self.decoded.lock().contains_key(&chunk) {
+            Chunk::Skip
+        } else {
+            Chunk::Data
+        }
+    }
+
+    fn accept_offer(&self, chunk: u64, data: &ChunkData) -> bool {
+        let mut fills = self.fills.lock();
+        let mut decoded = self.decoded.lock();
+        if decoded.contains_key(&chunk) {
+            return true;
+        }
+        let room = (self.options.decoded_bytes / u64::from(self.map.disk().chunk_size)) as usize;
+        let is_working = fills.workers > 0 && self.clock.now() >= fills.not_before;
+        if !is_working || decoded.len() >= room {
+            return false;
+        }
+        decoded.insert(chunk, data.clone());
+        fills.offers.push_back(chunk);
+        drop((fills, decoded));
+        self.work.notify_one();
+        true
+    }
+
+    /// Looks at how a fill went; true where it must be tried again.
+    fn after_fill(&self, result: Result<()>) -> bool {
+        let mut fills = self.fills.lock();
+        let Err(error) = result else {
+            fills.backoff = Duration::ZERO;
+            fills.target_full = false;
+            return false;
+        };
+        match error.kind() {
+            ErrorKind::Poisoned | ErrorKind::Shutdown => return true,
+            ErrorKind::NoSpace if fills.target_full => {}
+            ErrorKind::NoSpace => {
+                fills.target_full = true;
+                tracing::warn!("the target is full: the background waits for room");
+            }
+            _ => {
+                self.stats.target_failed();
+                tracing::error!(error = &error as &dyn std::error::Error, "writing to the target failed");
+            }
+        }
+        drop(fills);
+        self.back_off();
+        true
+    }
+
+    fn back_off(&self) {
+        let mut fills = self.fills.lock();
+        fills.backoff = (fills.backoff * 2).clamp(FIRST_BACKOFF, LONGEST_BACKOFF);
+        fills.not_before = self.clock.now() + fills.backoff;
+    }
+}
+
+/// A worker that is running.
+struct Present<'a>(&'a Session);
+
+impl<'a> Present<'a> {
+    fn new(session: &'a Session) -> Self {
+        session.fills.lock().workers += 1;
+        Self(session)
+    }
+}
+
+impl Drop for Present<'_> {
+    fn drop(&mut self) {
+        self.0.fills.lock().workers -= 1;
+    }
+}

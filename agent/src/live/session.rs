@@ -1,0 +1,455 @@
+//! One restore, from its first start to its completion: what all shards share.
+
+use std::collections::{HashMap, VecDeque};
+use std::ops::Range;
+use std::rc::Rc;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
+use std::time::Duration;
+
+use block::{BLOCK_SIZE, BlockDevice};
+use parking_lot::Mutex;
+use tokio::sync::Notify;
+
+use super::bits::{Bits, words_for, zeroed_words};
+use super::clock::Clock;
+use super::device::LiveDevice;
+use super::error::{Error, ErrorKind, Result};
+use super::holds::Holds;
+use super::journal::{Header, Journal, JournalLayout, SessionId};
+use super::limit::RateLimit;
+use super::live_file::{BootId, Credulity, LiveFile, LiveWords};
+use super::map::BlockMap;
+use super::mistakes::Mistake;
+use super::plan::FillPlan;
+use super::source::{ChunkData, ChunkSource, DiskLayout};
+use super::stats::{Phase, Stats, StatsSnapshot};
+
+/// What a restore is of and to. A journal that names another is refused.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Identity {
+    /// The snapshot's disk, by a name that means one content for ever (with its map's root, say).
+    pub snapshot: String,
+    /// The target, by a name that lasts across reboots.
+    pub target: String,
+}
+
+/// What may be chosen for a session.
+#[derive(Clone, Copy, Debug)]
+pub struct SessionOptions {
+    /// How long a guest's read waits for a source that is out of reach before it fails.
+    pub source_timeout: Duration,
+    /// The background fetches and writes pieces of this many bytes; at least one chunk.
+    pub piece_bytes: u64,
+    /// The journal is brought up to date whenever this many bytes came home.
+    pub commit_bytes: u64,
+    /// The journal is brought up to date this often by [`LiveDevice::commit_worker`].
+    pub commit_interval: Duration,
+    /// Decoded bytes that wait to be written home. When they are as many, a miss writes its own home.
+    pub decoded_bytes: u64,
+    /// Bytes a second that the background may take; 0 is no limit.
+    pub limit: u64,
+    /// Whether the background brings home what nobody asked for.
+    pub background: bool,
+    /// Pages of the journal's log, where it must not be 4096.
+    pub log_pages: Option<u32>,
+}
+
+impl Default for SessionOptions {
+    fn default() -> Self {
+        Self {
+            source_timeout: Duration::from_secs(30),
+            piece_bytes: 1 << 20,
+            commit_bytes: 256 << 20,
+            commit_interval: Duration::from_secs(3),
+            decoded_bytes: 32 << 20,
+            limit: 0,
+            background: true,
+            log_pages: None,
+        }
+    }
+}
+
+/// What a session is made of.
+pub struct SessionParts {
+    /// What is restored, and to where.
+    pub identity: Identity,
+    /// Where absent chunks come from.
+    pub source: Arc<dyn ChunkSource>,
+    /// By what the engine waits.
+    pub clock: Arc<dyn Clock>,
+    /// The live file's words, as many as [`LiveWords::count_for`] says.
+    pub live: LiveWords,
+    /// The running kernel.
+    pub boot: BootId,
+    /// Chunks in the order in which the background should fetch them, as runs of neighbours. What is
+    /// left out comes afterwards.
+    pub plan: Vec<Range<u64>>,
+    /// What may be chosen.
+    pub options: SessionOptions,
+}
+
+/// From what a session was resumed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Resumed {
+    /// The agent had died, the kernel had not: everything acknowledged is there, flushed or not.
+    FromLiveFile,
+    /// The session had been parked: everything is there.
+    FromParked,
+    /// The host or a sync had failed: everything flushed is there. What the guest wrote is known
+    /// only to be among the blocks that are home, so all of these count as written by it.
+    FromJournal,
+}
+
+/// A restore in progress, shared by all shards.
+pub struct Session {
+    pub(super) id: SessionId,
+    pub(super) map: BlockMap,
+    pub(super) holds: Holds,
+    pub(super) source: Arc<dyn ChunkSource>,
+    pub(super) clock: Arc<dyn Clock>,
+    pub(super) options: SessionOptions,
+    pub(super) stats: Stats,
+    /// The flushes that have arrived, by number.
+    pub(super) flushes: AtomicU64,
+    pub(super) committer: tokio::sync::Mutex<Committer>,
+    pub(super) fills: Mutex<Fills>,
+    /// Chunks that were fetched for a guest and are not home yet.
+    pub(super) decoded: Mutex<HashMap<u64, ChunkData>>,
+    /// Wakes workers that have nothing to do, and whoever waits for the last change to end.
+    pub(super) work: Notify,
+    /// Wakes whoever waits for nothing but the end.
+    pub(super) ending: Notify,
+    pub(super) idle: Notify,
+    pub(super) waiting: AtomicU64,
+    pub(super) changes: AtomicU64,
+    pub(super) stopping: AtomicBool,
+    phase: AtomicU8,
+    #[cfg(test)]
+    pub(super) mistake: Option<Mistake>,
+    #[cfg(test)]
+    pub(super) late: Mutex<Vec<Range<u64>>>,
+}
+
+/// Whoever holds this syncs and writes the journal, for all.
+#[derive(Debug)]
+pub(super) struct Committer {
+    pub(super) journal: Journal,
+    /// Every flush up to this number is covered by a sync that succeeded.
+    pub(super) covered: u64,
+}
+
+/// What the fill workers share.
+#[derive(Debug)]
+pub(super) struct Fills {
+    pub(super) plan: FillPlan,
+    pub(super) offers: VecDeque<u64>,
+    pub(super) limit: RateLimit,
+    pub(super) background: bool,
+    pub(super) workers: usize,
+    /// Nothing is begun before this: the target was full, or the source away.
+    pub(super) not_before: Duration,
+    pub(super) backoff: Duration,
+    pub(super) source_away_since: Option<Duration>,
+    pub(super) target_full: bool,
+    pub(super) last_miss: Option<Duration>,
+}
+
+impl Session {
+    /// Begins a restore: makes the journal and the first checkpoint.
+    ///
+    /// `target_is_zero` where the target is known to read as zeroes from its start to its end, and its own
+    /// making is on stable storage: then zero chunks are home from the start. The caller holds the
+    /// target's lock.
+    pub async fn create(
+        parts: SessionParts,
+        id: SessionId,
+        target_is_zero: bool,
+        target: &dyn BlockDevice,
+        journal: &dyn BlockDevice,
+    ) -> Result<Arc<Self>> {
+        let disk = parts.source.layout();
+        check_target(target, disk)?;
+        let map = BlockMap::new(disk, LiveFile::new(parts.live.clone(), disk));
+        map.live().reset();
+        if target_is_zero {
+            target.flush().await?;
+            mark_zero_chunks(&map, &*parts.source);
+        }
+        let mut layout = JournalLayout::for_disk(disk);
+        layout.log_pages = parts.options.log_pages.unwrap_or(layout.log_pages);
+        let Identity { snapshot, target } = parts.identity.clone();
+        let header = Header { session: id, disk, journal: layout, snapshot, target };
+        let journal = Journal::create(journal, header, &map.p(), &map.g()).await?;
+        map.live().begin(id, parts.boot, disk);
+        map.recount(&map.g());
+        Ok(Self::assemble(parts, map, journal, Phase::Filling))
+    }
+
+    /// Goes on with a restore: from the live file where that may be believed, else from the journal.
+    ///
+    /// The caller holds the target's lock, so that nothing of a predecessor is in flight any more.
+    ///
+    /// # Errors
+    /// `NotAJournal` where creation was cut short (it may be created again), `Elsewhere` where the
+    /// journal belongs to another snapshot, disk or target, `Damaged` and `NewerFormat`.
+    pub async fn resume(
+        parts: SessionParts,
+        target: &dyn BlockDevice,
+        journal: &dyn BlockDevice,
+    ) -> Result<(Arc<Self>, Resumed)> {
+        Self::resume_with(parts, target, journal, None).await
+    }
+
+    pub(super) async fn resume_with(
+        parts: SessionParts,
+        target: &dyn BlockDevice,
+        journal_device: &dyn BlockDevice,
+        mistake: Option<Mistake>,
+    ) -> Result<(Arc<Self>, Resumed)> {
+        let disk = parts.source.layout();
+        check_target(target, disk)?;
+        let header = Journal::read_header(journal_device).await?;
+        if mistake != Some(Mistake::ForeignJournal) {
+            check_identity(&header, &parts.identity, disk)?;
+        }
+        let id = header.session;
+        let map = BlockMap::new(disk, LiveFile::new(parts.live.clone(), disk));
+        let guest_words = zeroed_words(words_for(map.block_count()));
+        let guest = Bits::new(&guest_words, map.block_count());
+        let (mut journal, replayed) = Journal::open(journal_device, header, &map.p(), &guest).await?;
+        let credulity = Credulity {
+            any_boot: mistake == Some(Mistake::LiveFileAfterReboot),
+            poisoned: mistake == Some(Mistake::LiveFileAfterFailedSync),
+        };
+        let resumed = if map.live().is_believable(id, parts.boot, disk, credulity) {
+            Resumed::FromLiveFile
+        } else {
+            map.live().reset();
+            if replayed.parked { Resumed::FromParked } else { Resumed::FromJournal }
+        };
+        let (p, v, g) = (map.p(), map.v(), map.g());
+        for word in 0..p.word_count() {
+            let unflushed_writes = if resumed == Resumed::FromJournal { p.word(word) } else { 0 };
+            g.or_word(word, guest.word(word) | unflushed_writes);
+            v.or_word(word, p.word(word));
+        }
+        if mistake == Some(Mistake::ZeroAssumedOnResume) {
+            mark_zero_chunks(&map, &*parts.source);
+        }
+        journal.checkpoint(journal_device, false, &p, &g).await?;
+        if resumed != Resumed::FromLiveFile {
+            map.live().begin(id, parts.boot, disk);
+        }
+        map.recount(&g);
+        let phase = if replayed.complete && map.is_all_home() { Phase::Complete } else { Phase::Filling };
+        if replayed.mended > 0 {
+            tracing::warn!(
+                records = replayed.mended,
+                "records of the journal were damaged; their copies were used"
+            );
+        }
+        tracing::info!(session = %id, ?resumed, records = replayed.records, home = map.home(), "resumed");
+        let session = Self::assemble(parts, map, journal, phase);
+        #[cfg(test)]
+        let session = session.making(mistake);
+        Ok((session, resumed))
+    }
+
+    fn assemble(parts: SessionParts, map: BlockMap, journal: Journal, phase: Phase) -> Arc<Self> {
+        let plan = FillPlan::new(parts.plan, map.disk().chunk_count());
+        Arc::new(Self {
+            id: journal.header().session,
+            map,
+            holds: Holds::new(),
+            source: parts.source,
+            clock: parts.clock,
+            options: parts.options,
+            stats: Stats::new(),
+            flushes: AtomicU64::new(0),
+            committer: tokio::sync::Mutex::new(Committer { journal, covered: 0 }),
+            fills: Mutex::new(Fills {
+                plan,
+                offers: VecDeque::new(),
+                limit: RateLimit::new(parts.options.limit),
+                background: parts.options.background,
+                workers: 0,
+                not_before: Duration::ZERO,
+                backoff: Duration::ZERO,
+                source_away_since: None,
+                target_full: false,
+                last_miss: None,
+            }),
+            decoded: Mutex::new(HashMap::new()),
+            work: Notify::new(),
+            ending: Notify::new(),
+            idle: Notify::new(),
+            waiting: AtomicU64::new(0),
+            changes: AtomicU64::new(0),
+            stopping: AtomicBool::new(false),
+            phase: AtomicU8::new(phase as u8),
+            #[cfg(test)]
+            mistake: None,
+            #[cfg(test)]
+            late: Mutex::new(Vec::new()),
+        })
+    }
+
+    /// A handle for the calling shard, over its own handles of the target and of the journal.
+    ///
+    /// # Errors
+    /// `Unsuitable` where a sync through one handle of the target does not cover writes through another.
+    pub fn device(
+        self: &Arc<Self>,
+        target: Rc<dyn BlockDevice>,
+        journal: Rc<dyn BlockDevice>,
+    ) -> Result<LiveDevice> {
+        check_target(&*target, self.map.disk())?;
+        Ok(LiveDevice::new(Arc::clone(self), target, journal))
+    }
+
+    /// The session's name.
+    #[must_use]
+    pub const fn id(&self) -> SessionId {
+        self.id
+    }
+
+    /// Where the session stands.
+    #[must_use]
+    pub fn phase(&self) -> Phase {
+        match self.phase.load(Ordering::Acquire) {
+            phase if phase == Phase::Filling as u8 => Phase::Filling,
+            phase if phase == Phase::Complete as u8 => Phase::Complete,
+            phase if phase == Phase::Poisoned as u8 => Phase::Poisoned,
+            _ => Phase::Parked,
+        }
+    }
+
+    /// Goes from `Filling` or `Complete` on to `phase`; nothing leads out of the other two.
+    pub(super) fn enter(&self, phase: Phase) -> bool {
+        let changed = self.phase.fetch_update(Ordering::AcqRel, Ordering::Acquire, |from| {
+            let is_open = from == Phase::Filling as u8 || from == Phase::Complete as u8;
+            is_open.then_some(phase as u8)
+        });
+        self.work.notify_waiters();
+        self.ending.notify_waiters();
+        changed.is_ok()
+    }
+
+    /// Changes the background's byte rate; 0 is no limit.
+    pub fn set_limit(&self, bytes_per_second: u64) {
+        let now = self.clock.now();
+        self.fills.lock().limit.set_rate(now, bytes_per_second);
+        self.work.notify_waiters();
+    }
+
+    /// Begins or ends bringing home what nobody asked for.
+    pub fn set_background(&self, is_on: bool) {
+        self.fills.lock().background = is_on;
+        self.work.notify_waiters();
+    }
+
+    /// Tells the fill and commit workers to end after the piece in hand.
+    pub fn stop_workers(&self) {
+        self.stopping.store(true, Ordering::Release);
+        self.work.notify_waiters();
+        self.ending.notify_waiters();
+    }
+
+    /// How far the restore is.
+    #[must_use]
+    pub fn stats(&self) -> StatsSnapshot {
+        let (misses, miss_p50_us, miss_p99_us) = self.stats.waits();
+        let size = self.map.disk().size;
+        let bytes = |blocks: u64| (blocks * BLOCK_SIZE).min(size);
+        let fills = self.fills.lock();
+        let now = self.clock.now();
+        StatsSnapshot {
+            phase: self.phase(),
+            disk_bytes: size,
+            home_bytes: bytes(self.map.home()),
+            stable_bytes: bytes(self.map.p().count()),
+            guest_bytes: bytes(self.map.g().count()),
+            filled_on_demand_bytes: Stats::read(&self.stats.filled_on_demand),
+            filled_in_background_bytes: Stats::read(&self.stats.filled_in_background),
+            zeroed_bytes: Stats::read(&self.stats.zeroed),
+            fetched_bytes: Stats::read(&self.stats.fetched),
+            missed_bytes: Stats::read(&self.stats.missed),
+            misses,
+            miss_p50_us,
+            miss_p99_us,
+            waiting: self.waiting.load(Ordering::Relaxed),
+            source_away: fills.source_away_since.map(|since| now.saturating_sub(since)),
+            target_full: fills.target_full,
+            target_errors: Stats::read(&self.stats.target_errors),
+            commits: Stats::read(&self.stats.commits),
+            limit: fills.limit.rate(),
+            damaged: self.stats.damaged(|chunk| self.map.is_whole(chunk)),
+        }
+    }
+
+    #[cfg(test)]
+    pub(super) fn making(mut self: Arc<Self>, mistake: Option<Mistake>) -> Arc<Self> {
+        Arc::get_mut(&mut self).expect("the session is new").mistake = mistake;
+        self
+    }
+
+    /// Whether a test asked for this mistake. Never outside tests.
+    #[cfg(test)]
+    pub(super) fn makes(&self, mistake: Mistake) -> bool {
+        self.mistake == Some(mistake)
+    }
+
+    /// Whether a test asked for this mistake. Never outside tests.
+    #[cfg(not(test))]
+    #[inline]
+    #[allow(clippy::unused_self, reason = "the same call as in tests")]
+    pub(super) const fn makes(&self, _mistake: Mistake) -> bool {
+        false
+    }
+}
+
+impl std::fmt::Debug for Session {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Session").field("id", &self.id).field("phase", &self.phase()).finish_non_exhaustive()
+    }
+}
+
+fn check_target(target: &dyn BlockDevice, disk: DiskLayout) -> Result<()> {
+    let geometry = target.geometry();
+    let problem = if geometry.size < disk.size {
+        format!("the target has {} bytes, the disk {}", geometry.size, disk.size)
+    } else if geometry.read_only {
+        "the target is read-only".to_owned()
+    } else if u64::from(geometry.minimum_io) > BLOCK_SIZE {
+        format!("the target's smallest write is {} bytes; at most {BLOCK_SIZE} will do", geometry.minimum_io)
+    } else if !geometry.shared_flush {
+        "a flush of the target covers only one of its handles".to_owned()
+    } else {
+        return Ok(());
+    };
+    Err(Error::new(ErrorKind::Unsuitable, problem))
+}
+
+fn check_identity(header: &Header, identity: &Identity, disk: DiskLayout) -> Result<()> {
+    let problem = if header.snapshot != identity.snapshot {
+        format!("the session here restores {}, not {}", header.snapshot, identity.snapshot)
+    } else if header.target != identity.target {
+        format!("the session here belongs to the target {}, not {}", header.target, identity.target)
+    } else if header.disk != disk {
+        format!("the session here is of a disk of {} bytes, not {}", header.disk.size, disk.size)
+    } else {
+        return Ok(());
+    };
+    Err(Error::new(ErrorKind::Elsewhere, problem))
+}
+
+fn mark_zero_chunks(map: &BlockMap, source: &dyn ChunkSource) {
+    for chunk in 0..map.disk().chunk_count() {
+        if source.is_zero(chunk) {
+            let blocks = map.blocks_of_chunks(&(chunk..chunk + 1));
+            map.p().set(blocks.clone());
+            map.v().set(blocks);
+        }
+    }
+}

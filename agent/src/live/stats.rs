@@ -1,0 +1,155 @@
+//! What a session counts, and the picture of it that `status` and progress lines are made of.
+
+use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+use hdrhistogram::Histogram;
+use parking_lot::Mutex;
+
+/// The longest wait that the histogram tells from longer ones.
+const LONGEST_WAIT: Duration = Duration::from_secs(3600);
+/// Damaged chunks that are listed by number; more are only counted.
+const DAMAGED_LISTED: usize = 10_000;
+
+/// The counters of one session.
+#[derive(Debug)]
+pub(super) struct Stats {
+    pub(super) filled_on_demand: AtomicU64,
+    pub(super) filled_in_background: AtomicU64,
+    pub(super) zeroed: AtomicU64,
+    pub(super) fetched: AtomicU64,
+    pub(super) missed: AtomicU64,
+    pub(super) commits: AtomicU64,
+    pub(super) target_errors: AtomicU64,
+    waits: Mutex<Histogram<u32>>,
+    damaged: Mutex<BTreeMap<u64, String>>,
+}
+
+/// Where a session stands.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, serde::Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Phase {
+    /// Chunks are still absent.
+    Filling,
+    /// The whole disk is home, on stable storage.
+    Complete,
+    /// A sync failed. The same command, run again, goes on from what is known to be stable.
+    Poisoned,
+    /// Parked, or being parked: nothing is served any more.
+    Parked,
+}
+
+/// How far a restore is, at one moment.
+#[derive(Clone, Debug, serde::Serialize)]
+pub struct StatsSnapshot {
+    /// Where the session stands.
+    pub phase: Phase,
+    /// The disk's size in bytes.
+    pub disk_bytes: u64,
+    /// Bytes that are home.
+    pub home_bytes: u64,
+    /// Bytes that are home and known to be on stable storage.
+    pub stable_bytes: u64,
+    /// Bytes that the guest wrote.
+    pub guest_bytes: u64,
+    /// Bytes that were written home because a guest asked for them, or for their neighbours.
+    pub filled_on_demand_bytes: u64,
+    /// Bytes that the background brought home.
+    pub filled_in_background_bytes: u64,
+    /// Bytes of zero chunks that were made zero on the target.
+    pub zeroed_bytes: u64,
+    /// Decoded bytes that came from the source.
+    pub fetched_bytes: u64,
+    /// Bytes of guests' reads that were not home.
+    pub missed_bytes: u64,
+    /// Reads and partial writes that waited for the source.
+    pub misses: u64,
+    /// How long half of them waited at most, in microseconds.
+    pub miss_p50_us: u64,
+    /// How long 99 in 100 of them waited at most, in microseconds.
+    pub miss_p99_us: u64,
+    /// Guests that wait for the source right now.
+    pub waiting: u64,
+    /// For how long the source has been out of reach.
+    pub source_away: Option<Duration>,
+    /// The target was full when the background last wrote to it.
+    pub target_full: bool,
+    /// Writes and syncs of the target that failed.
+    pub target_errors: u64,
+    /// Times that the journal was brought up to date.
+    pub commits: u64,
+    /// Bytes a second that the background may take; 0 is no limit.
+    pub limit: u64,
+    /// Chunks that the repository could not give, with the reason; the first 10,000.
+    pub damaged: BTreeMap<u64, String>,
+}
+
+impl StatsSnapshot {
+    /// Decoded bytes fetched for each byte that a guest missed: what the chunk's size costs.
+    #[must_use]
+    pub fn amplification(&self) -> Option<f64> {
+        (self.missed_bytes > 0).then(|| self.fetched_bytes as f64 / self.missed_bytes as f64)
+    }
+}
+
+impl Stats {
+    pub(super) fn new() -> Self {
+        let longest = LONGEST_WAIT.as_micros() as u64;
+        Self {
+            filled_on_demand: AtomicU64::new(0),
+            filled_in_background: AtomicU64::new(0),
+            zeroed: AtomicU64::new(0),
+            fetched: AtomicU64::new(0),
+            missed: AtomicU64::new(0),
+            commits: AtomicU64::new(0),
+            target_errors: AtomicU64::new(0),
+            waits: Mutex::new(Histogram::new_with_bounds(1, longest, 2).expect("the bounds are fit")),
+            damaged: Mutex::new(BTreeMap::new()),
+        }
+    }
+
+    pub(super) fn add(counter: &AtomicU64, amount: u64) {
+        counter.fetch_add(amount, Ordering::Relaxed);
+    }
+
+    pub(super) fn target_failed(&self) {
+        Self::add(&self.target_errors, 1);
+    }
+
+    pub(super) fn waited(&self, time: Duration) {
+        let time = time.min(LONGEST_WAIT).as_micros() as u64;
+        self.waits.lock().saturating_record(time.max(1));
+    }
+
+    /// True where this chunk was not known to be damaged.
+    pub(super) fn found_damaged(&self, chunk: u64, why: &str) -> bool {
+        let mut damaged = self.damaged.lock();
+        let is_new = !damaged.contains_key(&chunk) && damaged.len() < DAMAGED_LISTED;
+        if is_new {
+            damaged.insert(chunk, why.to_owned());
+        }
+        is_new
+    }
+
+    pub(super) fn is_damaged(&self, chunk: u64) -> bool {
+        self.damaged.lock().contains_key(&chunk)
+    }
+
+    /// Forgets damaged chunks that `is_whole`: the guest wrote over them.
+    pub(super) fn damaged(&self, is_whole: impl Fn(u64) -> bool) -> BTreeMap<u64, String> {
+        let mut damaged = self.damaged.lock();
+        damaged.retain(|&chunk, _| !is_whole(chunk));
+        damaged.clone()
+    }
+
+    /// Misses, and the waits that half and 99 in 100 of them did not exceed, in microseconds.
+    pub(super) fn waits(&self) -> (u64, u64, u64) {
+        let waits = self.waits.lock();
+        (waits.len(), waits.value_at_quantile(0.5), waits.value_at_quantile(0.99))
+    }
+
+    pub(super) fn read(counter: &AtomicU64) -> u64 {
+        counter.load(Ordering::Relaxed)
+    }
+}
