@@ -3,6 +3,10 @@
 
 #![allow(clippy::unwrap_used, reason = "all of this is a test")]
 
+#[allow(dead_code, reason = "only the loop device is wanted here")]
+#[path = "contract/disks.rs"]
+mod disks;
+
 use std::io::{BufRead, BufReader};
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
@@ -28,12 +32,21 @@ fn main() {
         println!("killed: not tested here: {error}");
         return;
     }
-    let mut seen = 0;
-    for round in 1..=ROUNDS {
-        seen += successor_sees_no_late_write(round);
+    let size = PIECES * PIECE as u64;
+    let directory = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+    let file = FileDisk::create(directory.path().join("disk"), size, options()).unwrap();
+    let looped = disks::LoopDevice::attach(size);
+    let device = looped.as_ref().map(|looped| FileDisk::open(looped.path(), options()).unwrap());
+    for disk in device.iter().chain([&file]) {
+        let path = disk.path().to_owned();
+        let cut_off: u64 = (1..=ROUNDS).map(|round| successor_sees_no_late_write(&path, round)).sum();
+        println!(
+            "killed: {}: {cut_off} of {} writes were cut off",
+            path.display(),
+            u64::from(ROUNDS) * PIECES
+        );
+        assert!(cut_off > 0, "no kill came while writes were in flight: the test shows nothing");
     }
-    println!("killed: {ROUNDS} rounds, {seen} of {} writes had been cut off", u64::from(ROUNDS) * PIECES);
-    assert!(seen > 0, "no kill came while writes were in flight: the test shows nothing");
     println!("killed: ok");
 }
 
@@ -68,9 +81,8 @@ fn write_until_killed(path: &Path) {
 }
 
 /// Kills a child in the midst of its writes and takes its place. Returns how many of them never happened.
-fn successor_sees_no_late_write(round: u8) -> u64 {
-    let directory = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
-    let disk = FileDisk::create(directory.path().join("disk"), PIECES * PIECE as u64, options()).unwrap();
+fn successor_sees_no_late_write(path: &Path, round: u8) -> u64 {
+    let disk = FileDisk::open(path, options()).unwrap();
     let all = ByteRange::from_bounds(0, disk.size());
     disk.write_zeroes_blocking(all, ZeroMode::ALLOCATE, Durability::Stable).unwrap();
     let mut child = Command::new(std::env::current_exe().unwrap())
@@ -86,6 +98,12 @@ fn successor_sees_no_late_write(round: u8) -> u64 {
     let killed = std::time::Instant::now();
     rustix::fs::flock(&disk, FlockOperation::LockExclusive).unwrap();
     println!("killed: the lock came {:?} after the kill", killed.elapsed());
+    if disk.is_block_device() {
+        let name = path.file_name().unwrap().to_str().unwrap();
+        let in_flight = std::fs::read_to_string(format!("/sys/block/{name}/inflight")).unwrap();
+        let writes = in_flight.split_whitespace().nth(1);
+        assert_eq!(writes, Some("0"), "writes of the killed process are still in flight");
+    }
     let mut cut_off = 0;
     for number in 0..PIECES {
         let at = number * PIECE as u64;
