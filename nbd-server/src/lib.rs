@@ -1,1 +1,29 @@
-//! Placeholder.
+//! Serves any [`block::BlockDevice`] over NBD, and has never heard of a backup.
+//!
+//! A [`Server`] is bound to addresses, then run on a number of shards: threads that each run one event
+//! loop on which a connection lives with its socket and its device operations, without a hop to
+//! another thread. [`ServerHandle`] ends it: nothing more is accepted, what is in flight is finished, and
+//! every thread is joined.
+//!
+//! What a peer can make the server do is bounded by [`Limits`]; what the bytes mean is the `proto` crate's.
+
+mod accept;
+mod address;
+mod budget;
+mod connection;
+mod directory;
+mod error;
+mod export;
+mod listen;
+mod options;
+mod server;
+mod shard;
+mod slots;
+mod socket;
+
+pub use address::ListenAddress;
+pub use error::{Error, ErrorKind, Result};
+pub use export::Export;
+pub use options::{LateRequests, Limits, ServerOptions};
+pub use server::{Server, ServerHandle, Stats};
+pub use shard::{ShardContext, ShardTask};

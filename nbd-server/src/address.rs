@@ -1,0 +1,154 @@
+//! Where a server listens, as people write it, and the URI by which clients find it.
+
+use std::fmt::{self, Write};
+use std::path::PathBuf;
+use std::str::FromStr;
+
+use crate::{Error, ErrorKind};
+
+/// An address to listen at: `unix:PATH` or `tcp:HOST:PORT`, an IPv6 host in brackets.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub enum ListenAddress {
+    /// A unix socket.
+    Unix(PathBuf),
+    /// A TCP port on the addresses of a host.
+    Tcp {
+        /// A name or an address, without brackets.
+        host: String,
+        /// The port; 0 lets the system choose one.
+        port: u16,
+    },
+}
+
+/// What NBD's URIs take where none is written.
+const NBD_PORT: u16 = 10809;
+
+impl ListenAddress {
+    /// The URI of the export of this name at this address, for nbdinfo, nbdcopy, qemu-img and others.
+    #[must_use]
+    pub fn uri(&self, export: &str) -> String {
+        let export = Escaped(export.as_bytes());
+        match self {
+            Self::Unix(path) => {
+                let path = Escaped(path.as_os_str().as_encoded_bytes());
+                format!("nbd+unix:///{export}?socket={path}")
+            }
+            Self::Tcp { host, port } if host.contains(':') => format!("nbd://[{host}]:{port}/{export}"),
+            Self::Tcp { host, port } => format!("nbd://{host}:{port}/{export}"),
+        }
+    }
+}
+
+impl FromStr for ListenAddress {
+    type Err = Error;
+
+    fn from_str(text: &str) -> Result<Self, Error> {
+        let invalid = |why: &str| {
+            Err(Error::new(
+                ErrorKind::InvalidAddress,
+                format!("\"{text}\" is no address to listen at: {why} (unix:PATH or tcp:HOST:PORT)"),
+            ))
+        };
+        match text.split_once(':') {
+            Some(("unix", "")) => invalid("the path is missing"),
+            Some(("unix", path)) => Ok(Self::Unix(path.into())),
+            Some(("tcp", rest)) => {
+                let (host, port) = if let Some(rest) = rest.strip_prefix('[') {
+                    let Some((host, after)) = rest.split_once(']') else {
+                        return invalid("the bracket is not closed");
+                    };
+                    match after.strip_prefix(':') {
+                        Some(port) => (host, Some(port)),
+                        None if after.is_empty() => (host, None),
+                        None => return invalid("something follows the bracket"),
+                    }
+                } else {
+                    match rest.split_once(':') {
+                        Some((_, port)) if port.contains(':') => {
+                            return invalid("an IPv6 address stands in brackets");
+                        }
+                        Some((host, port)) => (host, Some(port)),
+                        None => (rest, None),
+                    }
+                };
+                if host.is_empty() {
+                    return invalid("the host is missing");
+                }
+                match port.map_or(Ok(NBD_PORT), str::parse) {
+                    Ok(port) => Ok(Self::Tcp { host: host.to_owned(), port }),
+                    Err(_) => invalid("the port is not a number from 0 to 65535"),
+                }
+            }
+            _ => invalid("it begins with neither unix: nor tcp:"),
+        }
+    }
+}
+
+impl fmt::Display for ListenAddress {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Unix(path) => write!(f, "unix:{}", path.display()),
+            Self::Tcp { host, port } if host.contains(':') => write!(f, "tcp:[{host}]:{port}"),
+            Self::Tcp { host, port } => write!(f, "tcp:{host}:{port}"),
+        }
+    }
+}
+
+/// Bytes as they may stand in a URI: whatever has a meaning there is escaped, but for the slash.
+struct Escaped<'a>(&'a [u8]);
+
+impl fmt::Display for Escaped<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for &byte in self.0 {
+            if byte.is_ascii_alphanumeric() || b"-._~/:@".contains(&byte) {
+                f.write_char(char::from(byte))?;
+            } else {
+                write!(f, "%{byte:02X}")?;
+            }
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn addresses_survive_the_way_there_and_back() {
+        for text in
+            ["unix:/run/x y.sock", "unix:a:b", "tcp:localhost:10809", "tcp:[::1]:0", "tcp:10.0.0.1:65535"]
+        {
+            assert_eq!(text.parse::<ListenAddress>().unwrap().to_string(), text);
+        }
+        assert_eq!("tcp:host".parse::<ListenAddress>().unwrap().to_string(), "tcp:host:10809");
+        assert_eq!("tcp:[::1]".parse::<ListenAddress>().unwrap().to_string(), "tcp:[::1]:10809");
+    }
+
+    #[test]
+    fn what_is_no_address_says_why() {
+        for (text, why) in [
+            ("unix:", "path is missing"),
+            ("tcp:", "host is missing"),
+            ("tcp::10", "host is missing"),
+            ("tcp:h:70000", "the port"),
+            ("tcp:::1:10", "in brackets"),
+            ("tcp:[::1", "not closed"),
+            ("tcp:[::1]x", "follows the bracket"),
+            ("vsock:1", "neither"),
+            ("/run/socket", "neither"),
+        ] {
+            let error = text.parse::<ListenAddress>().unwrap_err();
+            assert_eq!(error.kind(), ErrorKind::InvalidAddress);
+            assert!(error.to_string().contains(why), "{error}");
+        }
+    }
+
+    #[test]
+    fn uris_escape_what_has_a_meaning_in_them() {
+        let unix: ListenAddress = "unix:/tmp/a b?c".parse().unwrap();
+        assert_eq!(unix.uri("disk 0"), "nbd+unix:///disk%200?socket=/tmp/a%20b%3Fc");
+        let tcp: ListenAddress = "tcp:[::1]:99".parse().unwrap();
+        assert_eq!(tcp.uri(""), "nbd://[::1]:99/");
+    }
+}

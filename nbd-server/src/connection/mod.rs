@@ -1,0 +1,47 @@
+//! One connection, from the greeting to the last reply: first [`negotiate`], then [`transmit`].
+//! The one takes the socket by value and the other gets it, so nothing can be transmitted before GO.
+
+mod batch;
+mod control;
+mod intake;
+mod negotiate;
+mod outbox;
+mod perform;
+mod read;
+mod request;
+mod status;
+mod transmit;
+
+use std::rc::Rc;
+
+pub(crate) use control::Control;
+
+use crate::shard::{ShardState, Ticket};
+use crate::socket::Socket;
+
+/// Serves one connection to its end. Its device operations have ended when this returns.
+pub(crate) async fn serve(socket: Socket, mut ticket: Ticket, shard: Rc<ShardState>, control: Rc<Control>) {
+    let timeout = shard.options.limits.handshake_timeout;
+    // A handshake has no device operation in flight, so it may be dropped at any point.
+    let negotiated = tokio::select! {
+        negotiated = tokio::time::timeout(timeout, negotiate::negotiate(socket, &shard.devices)) => negotiated,
+        () = control.stopping() => {
+            tracing::debug!("the server is ending: a handshake is cut short");
+            return;
+        }
+    };
+    let negotiated = match negotiated {
+        Ok(Ok(negotiated)) => negotiated,
+        Ok(Err(ending)) => {
+            tracing::debug!(%ending, "a handshake came to nothing");
+            return;
+        }
+        Err(_) => {
+            tracing::info!("a handshake took too long: the connection is closed");
+            return;
+        }
+    };
+    ticket.slot.opened();
+    let end = transmit::transmit(negotiated, shard, control).await;
+    tracing::debug!(%end, "a connection ended");
+}

@@ -1,0 +1,207 @@
+//! A request that became a task: it is counted until its reply is sent or thrown away, and it is
+//! answered whatever happens to its task.
+
+use std::cell::{Cell, RefCell};
+use std::rc::Rc;
+use std::task::{Context, Waker};
+
+use proto::server::ReplyEncoder;
+use proto::wire::{Cookie, Errno, RequestHeader};
+
+use super::outbox::Outbox;
+use crate::LateRequests;
+use crate::budget::Allowance;
+use crate::shard::Operations;
+
+/// What a connection shares with the tasks of its requests.
+pub(super) struct Shared {
+    pub(super) outbox: RefCell<Outbox>,
+    pub(super) encoder: ReplyEncoder,
+    pub(super) late_requests: LateRequests,
+    tasks: Cell<usize>,
+    held: Cell<usize>,
+    held_bytes: Cell<u64>,
+    /// A reply was left out on purpose: the connection must end instead.
+    gave_up: Cell<bool>,
+    waker: RefCell<Option<Waker>>,
+    operations: Rc<Operations>,
+}
+
+impl Shared {
+    pub(super) fn new(
+        encoder: ReplyEncoder,
+        late_requests: LateRequests,
+        operations: Rc<Operations>,
+    ) -> Rc<Self> {
+        Rc::new(Self {
+            outbox: RefCell::default(),
+            encoder,
+            late_requests,
+            tasks: Cell::new(0),
+            held: Cell::new(0),
+            held_bytes: Cell::new(0),
+            gave_up: Cell::new(false),
+            waker: RefCell::default(),
+            operations,
+        })
+    }
+
+    /// How many tasks are running.
+    pub(super) fn tasks(&self) -> usize {
+        self.tasks.get()
+    }
+
+    /// How many requests have a task or a reply that holds memory.
+    pub(super) fn in_flight(&self) -> usize {
+        self.held.get()
+    }
+
+    /// The memory of these requests, in bytes.
+    pub(super) fn held_bytes(&self) -> u64 {
+        self.held_bytes.get()
+    }
+
+    pub(super) fn gave_up(&self) -> bool {
+        self.gave_up.get()
+    }
+
+    /// Has the connection's task be woken when something changed here.
+    pub(super) fn listen(&self, cx: &Context<'_>) {
+        let mut waker = self.waker.borrow_mut();
+        if !waker.as_ref().is_some_and(|waker| waker.will_wake(cx.waker())) {
+            *waker = Some(cx.waker().clone());
+        }
+    }
+
+    fn wake(&self) {
+        if let Some(waker) = &*self.waker.borrow() {
+            waker.wake_by_ref();
+        }
+    }
+
+    /// Queues a short reply.
+    pub(super) fn reply(&self, bytes: &[u8]) {
+        self.outbox.borrow_mut().put(bytes);
+    }
+}
+
+/// What a request holds until its reply is sent: its place in the connection, and its memory.
+pub(super) struct Held {
+    shared: Rc<Shared>,
+    bytes: u64,
+    _allowance: Option<Allowance>,
+}
+
+impl Drop for Held {
+    fn drop(&mut self) {
+        let shared = &self.shared;
+        shared.held.set(shared.held.get() - 1);
+        shared.held_bytes.set(shared.held_bytes.get() - self.bytes);
+    }
+}
+
+/// A request under way in a task of its own.
+pub(super) struct Request {
+    pub(super) header: RequestHeader,
+    pub(super) shared: Rc<Shared>,
+    held: Rc<Held>,
+    answered: bool,
+}
+
+impl Request {
+    /// Counts the request, with the memory that it was allowed.
+    pub(super) fn begin(
+        header: RequestHeader,
+        shared: &Rc<Shared>,
+        allowance: Option<(u32, Allowance)>,
+    ) -> Self {
+        let (bytes, allowance) = match allowance {
+            Some((bytes, allowance)) => (u64::from(bytes), Some(allowance)),
+            None => (0, None),
+        };
+        shared.tasks.set(shared.tasks.get() + 1);
+        shared.held.set(shared.held.get() + 1);
+        shared.held_bytes.set(shared.held_bytes.get() + bytes);
+        shared.operations.begin();
+        let held = Rc::new(Held { shared: Rc::clone(shared), bytes, _allowance: allowance });
+        Self { header, shared: Rc::clone(shared), held, answered: false }
+    }
+
+    pub(super) const fn cookie(&self) -> Cookie {
+        self.header.cookie
+    }
+
+    /// What keeps the request counted while its data is queued.
+    pub(super) fn held(&self) -> Rc<Held> {
+        Rc::clone(&self.held)
+    }
+
+    /// Gives it up unanswered: the connection ends in the middle of it.
+    pub(super) fn abandon(mut self) {
+        self.answered = true;
+    }
+
+    /// Answers with whatever `put` queues.
+    pub(super) fn answer(mut self, put: impl FnOnce(&mut Outbox, &Self)) {
+        self.answered = true;
+        let shared = Rc::clone(&self.shared);
+        put(&mut shared.outbox.borrow_mut(), &self);
+    }
+
+    /// Answers that it was done, or why not.
+    pub(super) fn finish(self, result: block::Result<()>) {
+        match result {
+            Ok(()) => {
+                let done = self.shared.encoder.done(self.cookie());
+                self.answer(|outbox, _| outbox.put(&done));
+            }
+            Err(error) => self.fail(&error, None),
+        }
+    }
+
+    /// Answers that it failed; `offset` where it is known at which byte.
+    pub(super) fn fail(mut self, error: &block::Error, offset: Option<u64>) {
+        let errno = errno(error);
+        if errno == Errno::Shutdown && self.shared.late_requests == LateRequests::Leave {
+            self.answered = true;
+            self.shared.gave_up.set(true);
+            return;
+        }
+        log_failure(&self.header, error);
+        let failed = self.shared.encoder.failed(self.cookie(), errno, offset);
+        self.answer(|outbox, _| outbox.put(&failed));
+    }
+}
+
+impl Drop for Request {
+    fn drop(&mut self) {
+        if !self.answered {
+            // Its task panicked. The client must not wait for ever.
+            let failed = self.shared.encoder.failed(self.header.cookie, Errno::Io, None);
+            if let Ok(mut outbox) = self.shared.outbox.try_borrow_mut() {
+                outbox.put(&failed);
+            }
+        }
+        self.shared.tasks.set(self.shared.tasks.get() - 1);
+        self.shared.operations.end();
+        self.shared.wake();
+    }
+}
+
+pub(super) fn log_failure(header: &RequestHeader, error: &block::Error) {
+    tracing::warn!(kind = ?header.kind, offset = header.offset, len = header.len, %error, "a request failed");
+}
+
+/// The one place where a device's error becomes one of the protocol's.
+pub(super) const fn errno(error: &block::Error) -> Errno {
+    use block::ErrorKind;
+    match error.kind() {
+        ErrorKind::InvalidRange => Errno::Invalid,
+        ErrorKind::NoSpace => Errno::NoSpace,
+        ErrorKind::NotPermitted => Errno::NotPermitted,
+        ErrorKind::Unsupported => Errno::NotSupported,
+        ErrorKind::Shutdown => Errno::Shutdown,
+        // Damage, a failed sync, and whatever else comes.
+        _ => Errno::Io,
+    }
+}

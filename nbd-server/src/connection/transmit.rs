@@ -1,0 +1,421 @@
+//! Transmission: one task reads requests, answers what it can at once, and sends every reply; what may
+//! wait for the device runs in tasks of its own, which this one outlives.
+
+use std::fmt;
+use std::future::{Future, poll_fn};
+use std::io;
+use std::pin::Pin;
+use std::rc::Rc;
+use std::task::{Context, Poll};
+
+use block::{AlignedBuf, Attempt};
+use proto::server::{Admission, Command, ReplyEncoder, Verdict};
+use proto::wire::{Errno, RequestHeader, SelectedContext};
+
+use super::control::Control;
+use super::intake::Intake;
+use super::negotiate::Negotiated;
+use super::perform;
+use super::read::{Plan, Reads};
+use super::request::{Request, Shared, errno, log_failure};
+use crate::LateRequests;
+use crate::budget::Allowance;
+use crate::server::Phase;
+use crate::shard::ShardState;
+use crate::socket::Socket;
+
+/// No more requests are taken while so many bytes of replies wait for the peer.
+const MAX_QUEUED_BYTES: usize = 2 << 20;
+/// How much is received after a long payload, which goes straight into its buffer: the next header, and little of what follows.
+const SHORT_RECEIVE_BYTES: usize = 4 << 10;
+
+/// Why a connection ended.
+#[derive(Debug)]
+pub(super) enum End {
+    Disconnected,
+    PeerClosed,
+    NotARequest,
+    PayloadTooLong,
+    Stalled,
+    Stopping,
+    Socket(io::Error),
+}
+
+impl fmt::Display for End {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Disconnected => f.write_str("the client said goodbye"),
+            Self::PeerClosed => f.write_str("the client closed the connection"),
+            Self::NotARequest => f.write_str("the client sent something that is not a request"),
+            Self::PayloadTooLong => f.write_str("the client announced a payload that is too long"),
+            Self::Stalled => f.write_str("the client took no replies while others waited for memory"),
+            Self::Stopping => f.write_str("the server is ending"),
+            Self::Socket(error) => write!(f, "the socket failed: {error}"),
+        }
+    }
+}
+
+/// What the bytes that come next are.
+enum State {
+    /// A request's header.
+    Header,
+    /// Whatever they are, they are not looked at before there is memory for this request.
+    Memory { header: RequestHeader, then: Then, allowance: Pin<Box<dyn Future<Output = Allowance>>> },
+    /// The payload of a WRITE.
+    Payload { request: Request, fua: bool, buf: AlignedBuf, filled: usize },
+    /// The payload of a request that was refused.
+    Skip { header: RequestHeader, left: usize, errno: Errno },
+}
+
+/// What a request with memory does.
+#[derive(Clone, Copy)]
+enum Then {
+    Fetch,
+    FindHoles,
+    Receive { fua: bool },
+}
+
+/// What taking requests came to.
+enum Taken {
+    /// More bytes are needed.
+    NeedsBytes,
+    /// Something must end or be sent first.
+    NeedsRoom,
+    /// Nothing more is taken.
+    Ended(End),
+}
+
+struct Transmission {
+    socket: Socket,
+    intake: Intake,
+    state: State,
+    admission: Admission,
+    reads: Rc<Reads>,
+    contexts: Rc<[SelectedContext]>,
+    shared: Rc<Shared>,
+    shard: Rc<ShardState>,
+    control: Rc<Control>,
+    receive_limit: usize,
+    /// The phase in which this task is listed to be told of the next.
+    listed_in: Option<Phase>,
+    end: Option<End>,
+    /// The peer takes nothing: since when is in the timer.
+    stalled: Option<Pin<Box<tokio::time::Sleep>>>,
+}
+
+/// Serves requests until the connection ends. Every task that it began has ended when it returns.
+pub(super) async fn transmit(negotiated: Negotiated, shard: Rc<ShardState>, control: Rc<Control>) -> End {
+    let Negotiated { socket, agreed, device, rest } = negotiated;
+    socket.enlarge_send_buffer();
+    let admission = Admission {
+        size: agreed.info.size,
+        flags: agreed.info.flags,
+        replies: agreed.replies,
+        has_contexts: !agreed.contexts.is_empty(),
+        max_request: shard.options.limits.request_bytes,
+    };
+    let encoder = ReplyEncoder::new(agreed.replies);
+    let shared = Shared::new(encoder, shard.options.late_requests, Rc::clone(&shard.operations));
+    let mut transmission = Transmission {
+        socket,
+        intake: Intake::new(&rest),
+        state: State::Header,
+        admission,
+        reads: Rc::new(Reads::new(device)),
+        contexts: agreed.contexts.into(),
+        shared,
+        shard,
+        control,
+        receive_limit: usize::MAX,
+        listed_in: None,
+        end: None,
+        stalled: None,
+    };
+    let end = poll_fn(|cx| transmission.poll(cx)).await;
+    poll_fn(|cx| {
+        transmission.control.forget(cx.waker());
+        Poll::Ready(())
+    })
+    .await;
+    end
+}
+
+impl Transmission {
+    fn poll(&mut self, cx: &mut Context<'_>) -> Poll<End> {
+        self.shared.listen(cx);
+        if self.listed_in != Some(self.control.phase()) {
+            self.listed_in = Some(self.control.phase());
+            self.control.listen(cx);
+        }
+        if self.control.is_aborting() {
+            self.cut(End::Stopping);
+        }
+        loop {
+            let taken = if self.end.is_some() { Taken::NeedsRoom } else { self.take_requests(cx) };
+            let taken = match taken {
+                Taken::Ended(end) => {
+                    self.finish(end);
+                    Taken::NeedsRoom
+                }
+                other => other,
+            };
+            let sent = self.send(cx).unwrap_or_else(|error| {
+                self.cut(End::Socket(error));
+                false
+            });
+            let idle = self.shared.tasks() == 0 && self.shared.outbox.borrow().is_empty();
+            if self.end.is_some() {
+                match self.end.take_if(|_| idle) {
+                    Some(end) => return Poll::Ready(end),
+                    None => return Poll::Pending,
+                }
+            }
+            match taken {
+                Taken::NeedsBytes => match self.receive(cx) {
+                    Poll::Ready(Ok(0)) => self.finish(End::PeerClosed),
+                    Poll::Ready(Ok(_)) => {}
+                    Poll::Ready(Err(error)) => self.cut(End::Socket(error)),
+                    Poll::Pending if idle && self.control.is_stopping() => self.finish(End::Stopping),
+                    Poll::Pending => return Poll::Pending,
+                },
+                // What was sent just now may have made room.
+                _ if sent => {}
+                _ => return Poll::Pending,
+            }
+        }
+    }
+
+    /// Takes no more requests. What is in flight ends, and its replies are sent.
+    fn finish(&mut self, end: End) {
+        self.end.get_or_insert(end);
+        if let State::Payload { request, .. } = std::mem::replace(&mut self.state, State::Header) {
+            request.abandon();
+        }
+    }
+
+    /// Ends the connection without another byte to or from the peer. What is in flight still ends.
+    fn cut(&mut self, end: End) {
+        self.finish(end);
+        self.shared.outbox.borrow_mut().close();
+        // The peer must not wait for us to wait for a disk. Where it fails, it is gone already.
+        let _ = rustix::net::shutdown(&self.socket, rustix::net::Shutdown::Both);
+    }
+
+    fn is_full(&self) -> bool {
+        let limits = &self.shard.options.limits;
+        self.shared.in_flight() >= limits.requests_in_flight.max(1)
+            || self.shared.outbox.borrow().queued_bytes() >= MAX_QUEUED_BYTES
+    }
+
+    /// One connection's share of the memory: a quarter, or one request.
+    fn may_hold(&self, len: u32) -> bool {
+        let held = self.shared.held_bytes();
+        held == 0 || held + u64::from(len) <= self.shard.options.limits.memory_bytes / 4
+    }
+
+    fn receive(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<usize>> {
+        if let State::Payload { buf, filled, .. } = &mut self.state {
+            let received = self.socket.poll_read(cx, &mut buf[*filled..]);
+            if let Poll::Ready(Ok(len)) = received {
+                *filled += len;
+            }
+            return received;
+        }
+        let received = self.socket.poll_read(cx, self.intake.room(self.receive_limit));
+        if let Poll::Ready(Ok(len)) = received {
+            self.intake.received(len);
+        }
+        received
+    }
+
+    /// Sends what is queued; whether anything was. Where the peer takes nothing, it has a time to take something.
+    fn send(&mut self, cx: &mut Context<'_>) -> io::Result<bool> {
+        let mut any = false;
+        loop {
+            let sent = self.shared.outbox.borrow_mut().send(&self.socket)?;
+            any |= sent > 0;
+            if any {
+                self.stalled = None;
+            }
+            if self.shared.outbox.borrow().is_empty() {
+                self.stalled = None;
+                return Ok(any);
+            }
+            match self.socket.poll_writable(cx) {
+                Poll::Ready(result) => result?,
+                Poll::Pending => break,
+            }
+        }
+        let timeout = self.shard.options.limits.stall_timeout;
+        loop {
+            let timer = self.stalled.get_or_insert_with(|| Box::pin(tokio::time::sleep(timeout)));
+            if timer.as_mut().poll(cx).is_pending() {
+                return Ok(any);
+            }
+            if self.end.is_some() || self.shard.budget.is_wanted() {
+                self.cut(End::Stalled);
+                return Ok(any);
+            }
+            self.stalled = None;
+        }
+    }
+
+    /// Takes requests from what was received until something is missing.
+    fn take_requests(&mut self, cx: &mut Context<'_>) -> Taken {
+        if self.shared.gave_up() {
+            return Taken::Ended(End::Stopping);
+        }
+        loop {
+            match std::mem::replace(&mut self.state, State::Header) {
+                State::Header => {
+                    if self.control.is_stopping() && self.shard.options.late_requests == LateRequests::Leave {
+                        return Taken::Ended(End::Stopping);
+                    }
+                    if self.is_full() {
+                        return Taken::NeedsRoom;
+                    }
+                    let Some(bytes) = self.intake.bytes().first_chunk() else { return Taken::NeedsBytes };
+                    let Some(header) = RequestHeader::decode(bytes) else {
+                        return Taken::Ended(End::NotARequest);
+                    };
+                    if let Some(taken) = self.take_request(header) {
+                        return taken;
+                    }
+                }
+                State::Memory { header, then, mut allowance } => {
+                    let granted =
+                        if self.may_hold(header.len) { allowance.as_mut().poll(cx) } else { Poll::Pending };
+                    match granted {
+                        Poll::Ready(allowance) => self.begin(header, then, allowance),
+                        Poll::Pending => {
+                            self.state = State::Memory { header, then, allowance };
+                            return Taken::NeedsRoom;
+                        }
+                    }
+                }
+                State::Payload { request, fua, mut buf, mut filled } => {
+                    filled += self.intake.move_into(&mut buf[filled..]);
+                    if filled < buf.len() {
+                        self.state = State::Payload { request, fua, buf, filled };
+                        return Taken::NeedsBytes;
+                    }
+                    let device = Rc::clone(&self.reads.device);
+                    tokio::task::spawn_local(perform::write(device, request, buf, fua));
+                }
+                State::Skip { header, left, errno } => {
+                    let skipped = left.min(self.intake.bytes().len());
+                    self.intake.consume(skipped);
+                    if skipped < left {
+                        self.state = State::Skip { header, left: left - skipped, errno };
+                        return Taken::NeedsBytes;
+                    }
+                    self.shared.reply(&self.shared.encoder.failed(header.cookie, errno, None));
+                }
+            }
+        }
+    }
+
+    /// Takes the request at the front of the intake; `None` where the next one can be taken.
+    fn take_request(&mut self, header: RequestHeader) -> Option<Taken> {
+        let mut verdict = self.admission.check(&header);
+        if self.control.is_stopping() && matches!(verdict, Verdict::Perform(_)) {
+            verdict = Verdict::Refuse(Errno::Shutdown);
+        }
+        match verdict {
+            Verdict::Perform(Command::Write { fua: false })
+                if header.len as usize <= Intake::INLINE_BYTES =>
+            {
+                return self.take_small_write(header);
+            }
+            Verdict::Perform(command) => {
+                self.intake.consume(RequestHeader::BYTES);
+                self.perform(header, command);
+            }
+            Verdict::Nothing => {
+                self.intake.consume(RequestHeader::BYTES);
+                self.shared.reply(&self.shared.encoder.done(header.cookie));
+            }
+            Verdict::Refuse(errno) => {
+                self.intake.consume(RequestHeader::BYTES);
+                self.state = State::Skip { header, left: header.payload_len() as usize, errno };
+            }
+            Verdict::Disconnect => return Some(Taken::Ended(End::Disconnected)),
+            Verdict::TooLong => return Some(Taken::Ended(End::PayloadTooLong)),
+        }
+        None
+    }
+
+    /// A WRITE whose payload fits beside its header: the device takes it from there, if it can at once.
+    fn take_small_write(&mut self, header: RequestHeader) -> Option<Taken> {
+        self.receive_limit = usize::MAX;
+        let whole = RequestHeader::BYTES + header.len as usize;
+        let Some(message) = self.intake.bytes().get(..whole) else { return Some(Taken::NeedsBytes) };
+        let encoder = self.shared.encoder;
+        match self.reads.device.try_write(header.offset, &message[RequestHeader::BYTES..]) {
+            Ok(Attempt::Done) => {
+                self.intake.consume(whole);
+                self.shared.reply(&encoder.done(header.cookie));
+            }
+            Ok(Attempt::WouldWait) => {
+                self.intake.consume(RequestHeader::BYTES);
+                self.with_memory(header, Then::Receive { fua: false });
+            }
+            Err(error) => {
+                self.intake.consume(whole);
+                log_failure(&header, &error);
+                self.shared.reply(&encoder.failed(header.cookie, errno(&error), None));
+            }
+        }
+        None
+    }
+
+    fn perform(&mut self, header: RequestHeader, command: Command) {
+        match command {
+            Command::Read { whole } => match self.reads.at_once(&header, whole, &self.shared) {
+                Plan::Answered => {}
+                Plan::Fetch => self.with_memory(header, Then::Fetch),
+                Plan::FindHoles => self.with_memory(header, Then::FindHoles),
+            },
+            Command::Write { fua } => {
+                if header.len as usize > Intake::INLINE_BYTES {
+                    self.receive_limit = SHORT_RECEIVE_BYTES;
+                }
+                self.with_memory(header, Then::Receive { fua });
+            }
+            _ => {
+                let request = Request::begin(header, &self.shared, None);
+                let (device, contexts) = (Rc::clone(&self.reads.device), Rc::clone(&self.contexts));
+                tokio::task::spawn_local(perform::control(device, request, command, contexts));
+            }
+        }
+    }
+
+    /// Goes on with the request once there is memory for its data.
+    fn with_memory(&mut self, header: RequestHeader, then: Then) {
+        let now = if self.may_hold(header.len) { self.shard.budget.try_take(header.len) } else { None };
+        match now {
+            Some(allowance) => self.begin(header, then, allowance),
+            None => {
+                let allowance = Box::pin(self.shard.budget.take(header.len));
+                self.state = State::Memory { header, then, allowance };
+            }
+        }
+    }
+
+    fn begin(&mut self, header: RequestHeader, then: Then, allowance: Allowance) {
+        let request = Request::begin(header, &self.shared, Some((header.len, allowance)));
+        let reads = Rc::clone(&self.reads);
+        match then {
+            Then::Fetch => {
+                tokio::task::spawn_local(reads.fetch(request));
+            }
+            Then::FindHoles => {
+                tokio::task::spawn_local(reads.find_holes(request));
+            }
+            Then::Receive { fua } => {
+                let buf = perform::buffer(header.len as usize);
+                self.state = State::Payload { request, fua, buf, filled: 0 };
+            }
+        }
+    }
+}

@@ -1,0 +1,62 @@
+//! What a server is told when it is made, and what its peers may cost.
+
+use std::time::Duration;
+
+use proto::wire::MAX_PAYLOAD_BYTES;
+
+/// What peers may cost. Every limit holds from the start; there is no way to have none.
+#[derive(Clone, Debug)]
+pub struct Limits {
+    /// How long a whole handshake may take, from the connection to the start of transmission.
+    pub handshake_timeout: Duration,
+    /// How many connections may be open. One more is closed at once.
+    pub connections: usize,
+    /// How many of them may be in their handshake.
+    pub half_open: usize,
+    /// The longest READ or WRITE in bytes; no more than the protocol's portable 32 MiB.
+    pub request_bytes: u32,
+    /// How many requests of one connection may be in flight.
+    pub requests_in_flight: usize,
+    /// The memory in bytes for the data of all requests in flight on all connections. One connection has at most a
+    /// quarter of it, or one request.
+    pub memory_bytes: u64,
+    /// How long a peer that takes none of its replies may hold memory that another one waits for.
+    pub stall_timeout: Duration,
+    /// How long a shutdown waits for what is in flight before it closes the connections.
+    pub shutdown_grace: Duration,
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        Self {
+            handshake_timeout: Duration::from_secs(10),
+            connections: 256,
+            half_open: 64,
+            request_bytes: MAX_PAYLOAD_BYTES,
+            requests_in_flight: 128,
+            memory_bytes: 256 << 20,
+            stall_timeout: Duration::from_secs(30),
+            shutdown_grace: Duration::from_secs(5),
+        }
+    }
+}
+
+/// What becomes of requests that come when the server is ending.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum LateRequests {
+    /// They fail with ESHUTDOWN, so that a client knows at once.
+    #[default]
+    Refuse,
+    /// They are left unanswered, and so is what the device gave up because it is ending: the connection just closes.
+    /// A client that reconnects (QEMU with `reconnect-delay`) sends them again, and its guest sees no error.
+    Leave,
+}
+
+/// How a server serves.
+#[derive(Clone, Debug, Default)]
+pub struct ServerOptions {
+    /// What peers may cost.
+    pub limits: Limits,
+    /// What becomes of requests that come when the server is ending.
+    pub late_requests: LateRequests,
+}

@@ -1,0 +1,208 @@
+//! The server as its owner sees it: bound, run, ended.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::thread::{self, JoinHandle};
+
+use block::Engine;
+use tokio::sync::{mpsc, watch};
+
+use crate::accept::{self, Acceptor};
+use crate::budget::Budget;
+use crate::listen::Listener;
+use crate::shard::{self, ShardSeed, ShardTask};
+use crate::slots::Slots;
+use crate::{Error, ErrorKind, Export, ListenAddress, Result, ServerOptions, export};
+
+/// How far the end of a server is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) enum Phase {
+    /// It serves.
+    Running,
+    /// It accepts nothing more, and connections finish what is in flight.
+    Stopping,
+    /// Connections that are still there are closed.
+    Aborting,
+    /// Every connection is gone.
+    Drained,
+}
+
+/// A server that listens and does not serve yet: clients may connect, and wait.
+pub struct Server {
+    listeners: Vec<Listener>,
+    addresses: Vec<ListenAddress>,
+    exports: Arc<[Export]>,
+    options: ServerOptions,
+    on_shard_start: Option<ShardTask>,
+}
+
+impl std::fmt::Debug for Server {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Server")
+            .field("addresses", &self.addresses)
+            .field("exports", &self.exports)
+            .finish_non_exhaustive()
+    }
+}
+
+/// What is going on in a server right now.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Stats {
+    /// Connections that are open.
+    pub connections: usize,
+    /// Those of them that are in their handshake.
+    pub half_open: usize,
+    /// Device operations in flight, those of connections that are gone included.
+    pub operations: usize,
+    /// The memory of requests in flight, in bytes.
+    pub memory_bytes: u64,
+}
+
+impl Server {
+    /// Listens at every address. A unix socket that a dead server left is taken over.
+    ///
+    /// # Errors
+    /// Where an address is in use or cannot be had, or an export cannot be named on the wire.
+    pub fn bind(addresses: &[ListenAddress], exports: Vec<Export>, options: ServerOptions) -> Result<Self> {
+        export::check(&exports)?;
+        let mut bound = Self {
+            listeners: Vec::new(),
+            addresses: Vec::new(),
+            exports: exports.into(),
+            options,
+            on_shard_start: None,
+        };
+        for address in addresses {
+            let (listener, address) = Listener::bind(address)?;
+            bound.listeners.push(listener);
+            bound.addresses.push(address);
+        }
+        Ok(bound)
+    }
+
+    /// The addresses, with the ports that the system chose.
+    #[must_use]
+    pub fn addresses(&self) -> &[ListenAddress] {
+        &self.addresses
+    }
+
+    /// Has every shard run `task` beside its connections, on the same event loop and ring. A shard ends after
+    /// its task did; the task is told to end by [`crate::ShardContext::drained`].
+    #[must_use]
+    pub fn on_shard_start(mut self, task: ShardTask) -> Self {
+        self.on_shard_start = Some(task);
+        self
+    }
+
+    /// Serves from `shards` threads (at least one), each with an event loop of `engine`.
+    ///
+    /// # Errors
+    /// Where threads cannot be had.
+    pub fn run(self, shards: usize, engine: Engine) -> Result<ServerHandle> {
+        let (phase, phases) = watch::channel(Phase::Running);
+        let slots = Slots::default();
+        let limits = &self.options.limits;
+        let budget = Budget::new(limits.memory_bytes, limits.request_bytes);
+        let operations = Arc::new(AtomicUsize::new(0));
+        let mut handle = ServerHandle {
+            phase: phase.clone(),
+            slots: slots.clone(),
+            budget: budget.clone(),
+            operations: Arc::clone(&operations),
+            addresses: self.addresses,
+            threads: Vec::new(),
+        };
+        let mut senders = Vec::new();
+        for index in 0..shards.max(1) {
+            let (sender, inbox) = mpsc::unbounded_channel();
+            let load = Arc::new(AtomicUsize::new(0));
+            let seed = ShardSeed {
+                index,
+                inbox,
+                phases: phases.clone(),
+                exports: Arc::clone(&self.exports),
+                options: self.options.clone(),
+                budget: budget.clone(),
+                operations: Arc::clone(&operations),
+                task: self.on_shard_start.clone(),
+            };
+            senders.push(accept::Shard { sender, load });
+            handle.spawn(format!("nbd-shard-{index}"), move || shard::run(seed, engine))?;
+        }
+        let acceptor =
+            Acceptor { listeners: self.listeners, shards: senders, slots, phase, options: self.options };
+        handle.spawn("nbd-accept".to_owned(), move || accept::run(acceptor))?;
+        Ok(handle)
+    }
+}
+
+/// A server that serves. Dropping it begins the shutdown and does not wait for it.
+#[derive(Debug)]
+pub struct ServerHandle {
+    phase: watch::Sender<Phase>,
+    slots: Slots,
+    budget: Budget,
+    operations: Arc<AtomicUsize>,
+    addresses: Vec<ListenAddress>,
+    threads: Vec<JoinHandle<()>>,
+}
+
+impl ServerHandle {
+    fn spawn(&mut self, name: String, body: impl FnOnce() + Send + 'static) -> Result<()> {
+        let context = format!("cannot start the thread {name}");
+        let thread = thread::Builder::new().name(name).spawn(body);
+        self.threads.push(thread.map_err(|source| Error::io(context, source))?);
+        Ok(())
+    }
+
+    /// The addresses, with the ports that the system chose.
+    #[must_use]
+    pub fn addresses(&self) -> &[ListenAddress] {
+        &self.addresses
+    }
+
+    /// What is going on right now.
+    #[must_use]
+    pub fn stats(&self) -> Stats {
+        Stats {
+            connections: self.slots.connections(),
+            half_open: self.slots.half_open(),
+            operations: self.operations.load(Ordering::Relaxed),
+            memory_bytes: self.budget.used_bytes(),
+        }
+    }
+
+    /// Begins the end: nothing more is accepted, connections finish what is in flight, and are closed
+    /// after the grace period whatever they do. Returns at once.
+    pub fn shutdown(&self) {
+        self.phase.send_if_modified(|phase| {
+            let begins = *phase == Phase::Running;
+            if begins {
+                *phase = Phase::Stopping;
+            }
+            begins
+        });
+    }
+
+    /// Waits for every thread of the server: for the shutdown, if nobody began it before. Connections end
+    /// within the grace period; device operations in flight and the shards' own tasks are waited for.
+    ///
+    /// # Errors
+    /// Where a thread ended by a panic.
+    pub fn join(mut self) -> Result<()> {
+        let mut result = Ok(());
+        for thread in self.threads.drain(..) {
+            let name = thread.thread().name().unwrap_or_default().to_owned();
+            if thread.join().is_err() {
+                result = Err(Error::new(ErrorKind::Panicked, format!("the thread {name} panicked")));
+            }
+        }
+        result
+    }
+}
+
+impl Drop for ServerHandle {
+    fn drop(&mut self) {
+        self.shutdown();
+    }
+}

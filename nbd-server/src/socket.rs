@@ -1,0 +1,103 @@
+//! A connection's socket, unix or TCP: on the event loop of its shard, read and written without blocking.
+
+use std::io::{self, IoSlice};
+use std::os::fd::{AsFd, BorrowedFd};
+use std::pin::Pin;
+use std::task::{Context, Poll, ready};
+
+use rustix::net::{SendAncillaryBuffer, SendFlags, sendmsg, sockopt};
+use tokio::io::{AsyncRead, Interest, ReadBuf};
+use tokio::net::{TcpStream, UnixStream};
+
+/// Room for replies in the kernel: with it `sendfile` need not wait for the peer between its pieces.
+const SEND_BUFFER_BYTES: usize = 2 << 20;
+
+/// An accepted socket on its way to a shard.
+#[derive(Debug)]
+pub(crate) enum Accepted {
+    Unix(std::os::unix::net::UnixStream),
+    Tcp(std::net::TcpStream),
+}
+
+/// A socket on the calling thread's event loop.
+#[derive(Debug)]
+pub(crate) enum Socket {
+    Unix(UnixStream),
+    Tcp(TcpStream),
+}
+
+impl Socket {
+    /// Takes a nonblocking socket into the calling thread's event loop.
+    pub(crate) fn from_accepted(accepted: Accepted) -> io::Result<Self> {
+        match accepted {
+            Accepted::Unix(stream) => Ok(Self::Unix(UnixStream::from_std(stream)?)),
+            Accepted::Tcp(stream) => {
+                stream.set_nodelay(true)?;
+                sockopt::set_socket_keepalive(&stream, true)?;
+                Ok(Self::Tcp(TcpStream::from_std(stream)?))
+            }
+        }
+    }
+
+    /// Gives the socket room for large replies, as far as the system allows.
+    pub(crate) fn enlarge_send_buffer(&self) {
+        if let Err(error) = sockopt::set_socket_send_buffer_size(self, SEND_BUFFER_BYTES) {
+            tracing::debug!(%error, "the socket's send buffer stays as it is");
+        }
+    }
+
+    /// Reads what is there, at most `buf.len()` bytes; 0 at the peer's end.
+    pub(crate) fn poll_read(&mut self, cx: &mut Context<'_>, buf: &mut [u8]) -> Poll<io::Result<usize>> {
+        let mut buf = ReadBuf::new(buf);
+        ready!(match self {
+            Self::Unix(stream) => Pin::new(stream).poll_read(cx, &mut buf),
+            Self::Tcp(stream) => Pin::new(stream).poll_read(cx, &mut buf),
+        })?;
+        Poll::Ready(Ok(buf.filled().len()))
+    }
+
+    /// Waits until something can be written.
+    pub(crate) fn poll_writable(&self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        match self {
+            Self::Unix(stream) => stream.poll_write_ready(cx),
+            Self::Tcp(stream) => stream.poll_write_ready(cx),
+        }
+    }
+
+    /// Sends what fits of `slices`; `more` says that more follows at once. `WouldBlock` where nothing fits.
+    pub(crate) fn try_send(&self, slices: &[IoSlice<'_>], more: bool) -> io::Result<usize> {
+        let flags = if more { SendFlags::NOSIGNAL | SendFlags::MORE } else { SendFlags::NOSIGNAL };
+        self.try_write(|fd| {
+            // One slice is by far the most common, and the plain call is cheaper.
+            let sent = match slices {
+                [slice] => rustix::net::send(fd, slice, flags)?,
+                _ => sendmsg(fd, slices, &mut SendAncillaryBuffer::default(), flags)?,
+            };
+            Ok(sent)
+        })
+    }
+
+    /// Sends what fits of a file's bytes; 0 where the file ends there.
+    pub(crate) fn try_send_file(&self, file: BorrowedFd<'_>, offset: u64, len: usize) -> io::Result<usize> {
+        self.try_write(|fd| {
+            let mut offset = offset;
+            Ok(rustix::fs::sendfile(fd, file, Some(&mut offset), len)?)
+        })
+    }
+
+    fn try_write<T>(&self, mut write: impl FnMut(BorrowedFd<'_>) -> io::Result<T>) -> io::Result<T> {
+        match self {
+            Self::Unix(stream) => stream.try_io(Interest::WRITABLE, || write(stream.as_fd())),
+            Self::Tcp(stream) => stream.try_io(Interest::WRITABLE, || write(stream.as_fd())),
+        }
+    }
+}
+
+impl AsFd for Socket {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        match self {
+            Self::Unix(stream) => stream.as_fd(),
+            Self::Tcp(stream) => stream.as_fd(),
+        }
+    }
+}
