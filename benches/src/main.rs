@@ -17,6 +17,8 @@ mod table;
 mod trace;
 mod workload;
 
+use std::process::ExitCode;
+
 use anyhow::{Context, Result};
 use clap::{Parser, Subcommand};
 
@@ -49,8 +51,17 @@ enum Workload {
     Restore(workload::restore::Options),
 }
 
-fn main() -> Result<()> {
-    let cli = Cli::parse();
+fn main() -> ExitCode {
+    match run(&Cli::parse()) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(cli: &Cli) -> Result<()> {
     let common = &cli.common;
     let report = match &cli.workload {
         Workload::Serve(options) => workload::serve::run(common, options)?,

@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use clap::Args;
 
 use super::{Common, boot, bytes_under, remove, settle};
@@ -85,8 +85,11 @@ pub(crate) fn run(common: &Common, options: &Options) -> Result<Report> {
                 data / restored.elapsed.as_secs_f64(),
             ),
             (Metric::lower("stored", Unit::Bytes), bytes_under(&repo)? as f64),
-            (Metric::lower("map bytes per TB of data", Unit::Bytes), per_terabyte(bytes_in(&repo, MAPS)?)),
-            (Metric::lower("index bytes per TB of data", Unit::Bytes), per_terabyte(bytes_in(&repo, INDEX)?)),
+            (Metric::lower("map bytes per TB of data", Unit::Bytes), per_terabyte(map_bytes(&repo)?)),
+            (
+                Metric::lower("index bytes per TB of data", Unit::Bytes),
+                per_terabyte(bytes_under(&repo.join("index"))?),
+            ),
         ];
         remove(&dir)?;
         Ok(sample)
@@ -99,11 +102,52 @@ pub(crate) fn run(common: &Common, options: &Options) -> Result<Report> {
     Ok(report)
 }
 
-/// Where a repository keeps its disk maps (docs/format.md).
-const MAPS: &str = "maps";
-/// Where it keeps its index segments.
-const INDEX: &str = "index";
+/// The bytes of the disk maps in a repository: the records of kind 1 in its packs (docs/format.md, the record, the pack).
+fn map_bytes(repo: &Path) -> Result<u64> {
+    let mut total = 0;
+    for entry in std::fs::read_dir(repo.join("packs")).context("the repository has no packs")? {
+        let path = entry?.path();
+        total +=
+            map_bytes_of_pack(&path).with_context(|| format!("cannot account for {}", path.display()))?;
+    }
+    Ok(total)
+}
 
-fn bytes_in(repo: &Path, part: &str) -> Result<u64> {
-    bytes_under(&repo.join(part))
+fn map_bytes_of_pack(path: &Path) -> Result<u64> {
+    use std::os::unix::fs::FileExt;
+    let pack = std::fs::File::open(path)?;
+    let trailer_at = pack.metadata()?.len().checked_sub(TRAILER_BYTES as u64).context("it is too short")?;
+    let mut trailer = [0; TRAILER_BYTES];
+    pack.read_exact_at(&mut trailer, trailer_at)?;
+    ensure!(trailer.starts_with(b"LBPKTAIL"), "it has no trailer");
+    let count = u32::from_le_bytes([trailer[8], trailer[9], trailer[10], trailer[11]]) as usize;
+    let table_at = trailer_at.checked_sub((count * RECORD_BYTES) as u64).context("its table does not fit")?;
+    let mut table = vec![0; count * RECORD_BYTES];
+    pack.read_exact_at(&mut table, table_at)?;
+    Ok(map_bytes_of_table(&table))
+}
+
+fn map_bytes_of_table(table: &[u8]) -> u64 {
+    let nodes = table.chunks_exact(RECORD_BYTES).filter(|record| record[54] == MAP_NODE);
+    nodes.map(|record| u64::from(u32::from_le_bytes([record[40], record[41], record[42], record[43]]))).sum()
+}
+
+const TRAILER_BYTES: usize = 64;
+const RECORD_BYTES: usize = 56;
+const MAP_NODE: u8 = 1;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_map_nodes_are_accounted_as_maps() {
+        let mut table = vec![0; 3 * RECORD_BYTES];
+        for (record, (kind, stored)) in table.chunks_exact_mut(RECORD_BYTES).zip([(0, 50), (1, 300), (1, 4)])
+        {
+            record[54] = kind;
+            record[40..44].copy_from_slice(&u32::to_le_bytes(stored));
+        }
+        assert_eq!(map_bytes_of_table(&table), 304);
+    }
 }
