@@ -136,7 +136,7 @@ impl LiveRestore {
         let mut command = arguments.repository.verb("live-restore", &["--json", &arguments.snapshot])?;
         command.arg(&arguments.target).arg("--listen").arg(unix(&arguments.socket)).args(&arguments.further);
         let mut process = Process::spawn(&command)?;
-        let ready = process.wait_for("its state `ready`", |line| state(line, "ready"))?;
+        let ready = process.wait_for("its event `ready`", |line| event(line, "ready"))?;
         Ok(Self { arguments, process, ready, start_time: began.elapsed() })
     }
 
@@ -155,39 +155,41 @@ impl LiveRestore {
     /// # Errors
     /// It printed none.
     pub fn qemu_arguments(&self) -> Result<Vec<String>> {
-        let arguments = self.ready["qemu"].as_array().context("the state `ready` has QEMU's arguments")?;
+        let arguments = self.ready["qemu"].as_array().context("the event `ready` has QEMU's arguments")?;
         arguments.iter().map(|one| one.as_str().map(str::to_owned).context("an argument is text")).collect()
     }
 
-    /// Waits until every block is home, and returns the state `complete`.
+    /// Waits until every block is home, and returns the event `complete`.
     ///
     /// # Errors
     /// It ended before.
     pub fn wait_complete(&mut self) -> Result<Value> {
-        self.process.wait_for("its state `complete`", |line| state(line, "complete"))
+        self.process.wait_for("its event `complete`", |line| event(line, "complete"))
     }
 
-    /// Waits for the next report of progress and returns it; the state `complete` counts as one.
+    /// Waits for the next report of progress and returns it; the event `complete` counts as one.
     ///
     /// # Errors
     /// It ended before.
     pub fn wait_progress(&mut self) -> Result<Value> {
-        self.process.wait_for("a state `progress`", |line| {
-            state(line, "progress").or_else(|| state(line, "complete"))
+        self.process.wait_for("an event `progress`", |line| {
+            event(line, "progress").or_else(|| event(line, "complete"))
         })
     }
 
-    /// Waits for the next state that it prints, or until `limit` is over.
+    /// Waits for the next event that it prints, or until `limit` is over.
     ///
     /// # Errors
     /// It ended.
     pub fn wait_report_within(&mut self, limit: Duration) -> Result<()> {
-        self.process.wait_for_within(limit, "a state", |line| line.starts_with('{').then_some(())).map(|_| ())
+        self.process
+            .wait_for_within(limit, "an event", |line| line.starts_with('{').then_some(()))
+            .map(|_| ())
     }
 
-    /// True where some state `complete` was printed.
+    /// True where some event `complete` was printed.
     pub fn is_complete(&self) -> bool {
-        self.process.lines().iter().any(|line| state(line, "complete").is_some())
+        self.process.lines().iter().any(|line| event(line, "complete").is_some())
     }
 
     /// `kill -9`, then the same command again: returns when it is ready.
@@ -261,10 +263,10 @@ fn wait_listening(process: &mut Process, socket: &Path) -> Result<()> {
     process.wait_for_text(&socket.display().to_string()).map(|_| ())
 }
 
-/// `line` as JSON, if it is the state `name`.
-fn state(line: &str, name: &str) -> Option<Value> {
+/// `line` as JSON, if it is the event `name`.
+fn event(line: &str, name: &str) -> Option<Value> {
     let value: Value = serde_json::from_str(line).ok()?;
-    (value["state"] == name).then_some(value)
+    (value["event"] == name).then_some(value)
 }
 
 fn unix(socket: &Path) -> String {
