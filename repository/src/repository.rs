@@ -12,7 +12,7 @@ use crate::codec::ChunkDecoder;
 use crate::config::{self, Config, InitOptions};
 use crate::error::{Error, ErrorKind, Result, nearest_names};
 use crate::frame;
-use crate::id::ChunkId;
+use crate::id::{ChunkId, PackId};
 use crate::index::Index;
 use crate::manifest::{Attachment, DiskEntry};
 use crate::map::DiskMap;
@@ -24,7 +24,7 @@ use crate::reader::ChunkReader;
 use crate::record::Location;
 use crate::snapshots;
 use crate::storage::directory::Directory;
-use crate::storage::{Storage, WriteHint, read_all};
+use crate::storage::{ReadFile, Storage, WriteHint, read_all};
 use crate::{index, pack};
 
 /// The directory of what is being written.
@@ -234,13 +234,27 @@ impl Repository {
     }
 
     /// A map node, from the cache or its pack.
-    pub(crate) fn node(&self, id: &ChunkId) -> Result<Arc<Node>> {
+    fn node(&self, id: &ChunkId) -> Result<Arc<Node>> {
         if let Some(node) = self.0.nodes.get(id) {
             return Ok(node);
         }
         let node = self.read_node(id).map_err(|error| error.within("cannot read the disk's map"))?;
         self.0.nodes.insert(*id, node.clone());
         Ok(node)
+    }
+
+    /// A map node that must have this level.
+    pub(crate) fn node_of_level(&self, level: u8, id: &ChunkId) -> Result<Arc<Node>> {
+        let node = self.node(id)?;
+        if node.level() != level {
+            return Err(Error::damaged(format!("map node {id} has level {}, not {level}", node.level())));
+        }
+        Ok(node)
+    }
+
+    /// A pack's file, open, its header checked.
+    pub(crate) fn open_pack(&self, id: PackId) -> Result<Arc<dyn ReadFile>> {
+        self.0.packs.file(id)
     }
 
     fn read_node(&self, id: &ChunkId) -> Result<Arc<Node>> {

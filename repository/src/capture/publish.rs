@@ -65,8 +65,8 @@ impl Publisher {
         }
         self.records = 0;
         records.sort_unstable_by_key(|record| record.id);
-        let mut segment =
-            SegmentWriter::create(self.storage.clone(), SegmentId::after(None)?, records.len() as u64)?;
+        let id = SegmentId::after(None)?;
+        let mut segment = SegmentWriter::create(self.storage.clone(), id, records.len() as u64)?;
         for record in &records {
             segment.push(record)?;
         }
@@ -80,9 +80,12 @@ impl Publisher {
             pack.path = to;
         }
         sync_dir(&*self.storage, pack::DIR)?;
-        // From here on an index may name them, so they stay.
-        self.sealed.clear();
-        let id = segment.publish()?;
+        let published = segment.publish();
+        if published.is_ok() || self.storage.open(&index::path(id)).is_ok() {
+            // An index names them, so they stay.
+            self.sealed.clear();
+        }
+        published?;
         self.index.add(id)?;
         self.new_ids.forget(records.iter().map(Record::chunk_id));
         Ok(())

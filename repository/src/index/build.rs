@@ -169,14 +169,13 @@ pub(crate) struct SealedSegment(Temporary);
 
 impl SealedSegment {
     /// Gives it its name, durably.
-    pub(crate) fn publish(mut self) -> Result<SegmentId> {
-        let (id, to) = (self.0.id, super::path(self.0.id));
+    pub(crate) fn publish(mut self) -> Result<()> {
+        let to = super::path(self.0.id);
         let storage = self.0.storage.clone();
         storage
             .publish(&self.0.path, &to)
             .map_err(|error| Error::io("cannot name an index segment", error).at(storage.describe(&to)))?;
         self.0.file = None;
-        sync_dir(&*storage, super::DIR)?;
-        Ok(id)
+        sync_dir(&*storage, super::DIR)
     }
 }

@@ -45,7 +45,7 @@ pub(crate) fn merge(index: &Index) -> Result<()> {
     }
 }
 
-fn write_merged(index: &Index, inputs: &[Arc<Segment>]) -> Result<SegmentId> {
+fn write_merged(index: &Index, inputs: &[Arc<Segment>]) -> Result<()> {
     let tables = inputs.iter().map(|input| input.packs()).collect::<Result<Vec<_>>>()?;
     let mut packs: Vec<PackId> = tables.concat();
     packs.sort_unstable();

@@ -178,22 +178,34 @@ impl Segment {
         Scan { segment: self, next_page: 0, buffer: Vec::new(), at: 0, last: None }
     }
 
-    /// Reads every page, whether or not anything needs it, and checks that what it holds is what the format says.
-    pub(crate) fn check_all(&self, mut each: impl FnMut(&Record, &Location)) -> Result<()> {
+    /// Goes through all records, past the cache.
+    pub(crate) fn for_each(&self, mut each: impl FnMut(&Record, &Location)) -> Result<()> {
         let mut scan = self.scan();
         while let Some(record) = scan.next()? {
             each(&record, &self.location(&record)?);
-            if self.find(&record.chunk_id())?.is_none() {
-                return Err(Error::damaged(format!(
-                    "index segment {} does not find an entry of its own",
-                    self.id
-                )));
-            }
         }
-        self.packs()?;
-        let filter_pages = self.blocks.div_ceil(BLOCKS_PER_PAGE as u32);
-        for number in 0..filter_pages {
-            page::read(&*self.file, 1 + self.entry_pages + self.pack_pages + number)?;
+        Ok(())
+    }
+
+    /// Reads every page past the cache, whether or not anything needs it, and checks that each entry can be found.
+    pub(crate) fn check_all(&self) -> Result<()> {
+        let filter_from = 1 + self.entry_pages + self.pack_pages;
+        let filter = (0..self.blocks.div_ceil(BLOCKS_PER_PAGE as u32))
+            .map(|number| page::read(&*self.file, filter_from + number))
+            .collect::<Result<Vec<_>>>()?;
+        let mut hidden = 0u64;
+        self.for_each(|record, _| {
+            let id = record.chunk_id();
+            let block = filter::block_of(&id, self.blocks) as usize;
+            let at = block % BLOCKS_PER_PAGE * BLOCK_LEN;
+            let page = &filter[block / BLOCKS_PER_PAGE];
+            hidden += u64::from(!filter::may_contain(&page.content()[at..at + BLOCK_LEN], &id));
+        })?;
+        if hidden > 0 {
+            return Err(Error::damaged(format!(
+                "the filter of index segment {} hides {hidden} entries",
+                self.id
+            )));
         }
         Ok(())
     }

@@ -120,7 +120,7 @@ impl DiskMap {
         if ours == theirs {
             return Ok(());
         }
-        let load = |id: Option<ChunkId>| id.map(|id| self.node(level, &id)).transpose();
+        let load = |id: Option<ChunkId>| id.map(|id| self.repository.node_of_level(level, &id)).transpose();
         let (ours, theirs) = (load(ours)?, load(theirs)?);
         let slots = geometry::slots(level);
         for slot in 0..slots {
@@ -143,36 +143,19 @@ impl DiskMap {
     }
 
     /// The leaf of that number; none where all is zero.
-    pub(crate) fn leaf(&self, number: u64) -> Result<Option<Arc<Node>>> {
-        Ok(self.leaf_node(number)?.map(|(_, node)| node))
-    }
-
-    /// The leaf of that number, with its id.
-    pub(crate) fn leaf_node(&self, number: u64) -> Result<Option<(ChunkId, Arc<Node>)>> {
+    fn leaf(&self, number: u64) -> Result<Option<Arc<Node>>> {
         let Some(mut id) = self.root else { return Ok(None) };
         let mut level = self.geometry.root_level();
         loop {
-            let node = self.node(level, &id)?;
+            let node = self.repository.node_of_level(level, &id)?;
             if level == 0 {
-                return Ok(Some((id, node)));
+                return Ok(Some(node));
             }
             match node.slot(self.geometry.slot_of(number, level)) {
                 Some(child) => (id, level) = (child, level - 1),
                 None => return Ok(None),
             }
         }
-    }
-
-    fn node(&self, level: u8, id: &ChunkId) -> Result<Arc<Node>> {
-        let node = self.repository.node(id)?;
-        if node.level() != level {
-            return Err(Error::damaged(format!("map node {id} has level {}, not {level}", node.level())));
-        }
-        Ok(node)
-    }
-
-    pub(crate) fn geometry(&self) -> &Geometry {
-        &self.geometry
     }
 }
 
