@@ -3,5 +3,8 @@
 
 pub mod cli;
 pub mod live;
+pub mod live_restore;
 pub mod output;
+pub mod serve;
 pub mod source;
+pub mod status;

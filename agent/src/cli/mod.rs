@@ -48,6 +48,9 @@ Exit codes: 0 done; 1 failed; 2 wrong usage; 3 done, but something is damaged (n
 #[derive(Debug, Subcommand)]
 enum Command {
     Init(init::Args),
+    LiveRestore(crate::live_restore::Args),
+    Status(crate::status::Args),
+    Serve(crate::serve::Args),
     Completions(generate::CompletionsArgs),
     Man(generate::ManArgs),
 }
@@ -56,6 +59,9 @@ impl Command {
     fn run(self, context: &Context) -> anyhow::Result<Outcome> {
         match self {
             Self::Init(args) => args.run(context),
+            Self::LiveRestore(args) => args.run(context),
+            Self::Status(args) => args.run(context),
+            Self::Serve(args) => args.run(context),
             Self::Completions(args) => args.run(context),
             Self::Man(args) => args.run(context),
         }

@@ -18,6 +18,7 @@ mod limit;
 mod live_file;
 mod map;
 mod mistakes;
+mod peek;
 mod plan;
 mod read;
 mod session;
@@ -32,6 +33,7 @@ pub use error::{Error, ErrorKind, Result};
 pub use journal::{BlockRun, JournalLayout, SessionId};
 pub use limit::RateLimit;
 pub use live_file::{BootId, LiveWords};
+pub use peek::{Peek, peek};
 pub use session::{Identity, Resumed, Session, SessionOptions, SessionParts};
 pub use source::{
     ChunkData, ChunkSource, DiskLayout, FetchFuture, RunData, SourceError, SourceErrorKind, Urgency,

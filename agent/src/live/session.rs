@@ -364,6 +364,12 @@ impl Session {
         let bytes = |blocks: u64| (blocks * BLOCK_SIZE).min(size);
         let fills = self.fills.lock();
         let now = self.clock.now();
+        let damaged = self.stats.damaged(|chunk| self.map.is_whole(chunk));
+        let absent = |chunk: u64| {
+            let blocks = self.map.blocks_of_chunks(&(chunk..chunk + 1));
+            let runs = self.map.v().runs(blocks).filter(|(_, home)| !home);
+            runs.map(|(run, _)| self.map.bytes(&run).len()).sum::<u64>()
+        };
         StatsSnapshot {
             phase: self.phase(),
             disk_bytes: size,
@@ -384,7 +390,8 @@ impl Session {
             target_errors: Stats::read(&self.stats.target_errors),
             commits: Stats::read(&self.stats.commits),
             limit: fills.limit.rate(),
-            damaged: self.stats.damaged(|chunk| self.map.is_whole(chunk)),
+            damaged_bytes: damaged.keys().map(|&chunk| absent(chunk)).sum(),
+            damaged,
         }
     }
 

@@ -81,6 +81,8 @@ pub struct StatsSnapshot {
     pub commits: u64,
     /// Bytes a second that the background may take; 0 is no limit.
     pub limit: u64,
+    /// Bytes of damaged chunks that are not home.
+    pub damaged_bytes: u64,
     /// Chunks that the repository could not give, with the reason; the first 10,000.
     pub damaged: BTreeMap<u64, String>,
 }

@@ -8,15 +8,21 @@
 //! the background has no more bytes in flight than [`window`] allows. Decoding is bounded by the
 //! cores and takes the urgent first.
 
+mod args;
 mod chunk_store;
+mod disk;
 mod piece;
 mod pool;
 mod queue;
+mod repository_store;
 #[cfg(test)]
 mod tests;
 mod throttle;
 mod window;
 
+pub use args::{SourceArgs, parse_time};
 pub use chunk_store::{ChunkStore, Decode, Key, Placed};
+pub use disk::{DiskSource, ZeroChunks};
 pub use pool::{FetchPool, FetchStats, PoolOptions};
+pub use repository_store::{RepositoryStore, pack_order, zero_chunks};
 pub use throttle::SourcePace;

@@ -1,0 +1,45 @@
+//! How far a session is that no agent serves: read from its journal and live file, changing neither.
+
+use block::{BLOCK_SIZE, BlockDevice};
+
+use super::bits::{Bits, words_for, zeroed_words};
+use super::error::Result;
+use super::journal::Journal;
+use super::live_file::{BootId, Credulity, LiveFile, LiveWords};
+
+/// What is known of a session at rest.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Peek {
+    /// Bytes that a resumed session will find home.
+    pub home_bytes: u64,
+    /// Bytes among them that the guest wrote.
+    pub guest_bytes: u64,
+    /// Whether the whole disk is home, on stable storage.
+    pub complete: bool,
+}
+
+/// Looks at a session that no agent serves. `live` is its live file, where there is one.
+///
+/// # Errors
+/// As for [`super::Session::resume`].
+pub async fn peek(journal: &dyn BlockDevice, live: Option<LiveWords>, boot: BootId) -> Result<Peek> {
+    let header = Journal::read_header(journal).await?;
+    let (session, disk) = (header.session, header.disk);
+    let block_count = disk.size.div_ceil(BLOCK_SIZE);
+    let (home, guest) = (zeroed_words(words_for(block_count)), zeroed_words(words_for(block_count)));
+    let (home, guest) = (Bits::new(&home, block_count), Bits::new(&guest, block_count));
+    let (_, replayed) = Journal::open(journal, header, &home, &guest).await?;
+    let bytes = |bits: &Bits<'_>| (bits.count() * BLOCK_SIZE).min(disk.size);
+    let peek = |home: &Bits<'_>, guest: &Bits<'_>| Peek {
+        home_bytes: bytes(home),
+        guest_bytes: bytes(guest),
+        complete: replayed.complete,
+    };
+    if let Some(words) = live.filter(|live| live.words().len() == LiveWords::count_for(disk)) {
+        let live = LiveFile::new(words, disk);
+        if live.is_believable(session, boot, disk, Credulity::default()) {
+            return Ok(peek(&live.v(), &live.g()));
+        }
+    }
+    Ok(peek(&home, &guest))
+}

@@ -1,0 +1,65 @@
+//! What to type next: the QEMU arguments for an export.
+
+use nbd_server::ListenAddress;
+
+/// How long QEMU waits for an agent that is started again, in seconds.
+const RECONNECT_SECONDS: u32 = 300;
+
+/// QEMU's arguments for a drive on this export. A raw node stands above the NBD node, so that the
+/// drive can be moved onto the target later without the guest's noticing.
+pub(super) fn qemu_arguments(address: &ListenAddress, export: &str) -> Vec<String> {
+    let server = match address {
+        ListenAddress::Unix(path) => {
+            format!("server.type=unix,server.path={}", escaped(&path.display().to_string()))
+        }
+        ListenAddress::Tcp { host, port } => {
+            format!("server.type=inet,server.host={},server.port={port}", escaped(host))
+        }
+    };
+    vec![
+        "-blockdev".to_owned(),
+        format!(
+            "driver=nbd,node-name=lifeboot-nbd,{server},export={},reconnect-delay={RECONNECT_SECONDS},discard=unmap",
+            escaped(export)
+        ),
+        "-blockdev".to_owned(),
+        "driver=raw,node-name=lifeboot,file=lifeboot-nbd,discard=unmap".to_owned(),
+        "-device".to_owned(),
+        "virtio-blk-pci,drive=lifeboot".to_owned(),
+    ]
+}
+
+/// In QEMU's option syntax a comma is written twice.
+fn escaped(text: &str) -> String {
+    text.replace(',', ",,")
+}
+
+/// The arguments as a shell takes them.
+pub(super) fn shell_line(arguments: &[String]) -> String {
+    let quoted: Vec<String> = arguments
+        .iter()
+        .map(|argument| {
+            let is_plain = |c: char| c.is_ascii_alphanumeric() || "-_=.,/:@%+".contains(c);
+            if argument.chars().all(is_plain) {
+                argument.clone()
+            } else {
+                format!("'{}'", argument.replace('\'', r"'\''"))
+            }
+        })
+        .collect();
+    quoted.join(" ")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn paths_with_commas_and_spaces_survive_qemu_and_the_shell() {
+        let address = ListenAddress::Unix("/run/a,b c.sock".into());
+        let line = shell_line(&qemu_arguments(&address, "disk0"));
+        assert!(line.contains("server.path=/run/a,,b c.sock,export=disk0,reconnect-delay="), "{line}");
+        assert!(line.starts_with("-blockdev 'driver=nbd,"), "{line}");
+        assert!(line.ends_with("-device virtio-blk-pci,drive=lifeboot"), "{line}");
+    }
+}

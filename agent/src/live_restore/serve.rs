@@ -1,0 +1,304 @@
+//! Serves a session until it is told to end, and says how it goes.
+
+use std::rc::Rc;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use anyhow::Context as _;
+use block::{BlockDevice, Engine, FileDisk, OpenDevice};
+use nbd_server::{Export, LateRequests, ListenAddress, Server, ServerHandle, ServerOptions, ShardTask};
+
+use super::advice;
+use super::control::Control;
+use super::open::Opened;
+use super::report::{Event, RateMeter, status};
+use super::state_dir::{SessionRecord, StateDir};
+use crate::cli::{Context, Failure, Interrupt, Outcome};
+use crate::live::{LiveDevice, Phase, Resumed, Session, StatsSnapshot};
+use crate::output::{Progress, human_size};
+use crate::source::{FetchPool, RepositoryStore};
+use crate::status::Status;
+
+/// How often the state is looked at.
+const TICK: Duration = Duration::from_millis(50);
+/// How often progress is told.
+const PROGRESS_INTERVAL: Duration = Duration::from_secs(1);
+/// Fills in flight on each shard.
+const FILLS_PER_SHARD: usize = 4;
+
+/// How a session is served.
+pub(super) struct Plan<'a> {
+    pub(super) listen: &'a [ListenAddress],
+    pub(super) exit_when_done: bool,
+    pub(super) engine: Engine,
+    pub(super) state: &'a StateDir,
+}
+
+/// The session's disk, opened once on each shard over that shard's own handles.
+struct LiveDisk {
+    session: Arc<Session>,
+    target: FileDisk,
+    journal: FileDisk,
+}
+
+impl LiveDisk {
+    fn device(&self) -> block::Result<LiveDevice> {
+        let (target, journal) = (self.target.open()?, self.journal.open()?);
+        self.session.device(target, journal).map_err(|error| block::Error::new(block::ErrorKind::Io, error))
+    }
+}
+
+impl OpenDevice for LiveDisk {
+    fn open(&self) -> block::Result<Rc<dyn BlockDevice>> {
+        Ok(Rc::new(self.device()?))
+    }
+}
+
+/// Serves until a signal, a failure, or, if that is wanted, completion.
+pub(super) fn serve(
+    opened: Opened,
+    plan: &Plan<'_>,
+    context: &Context,
+    interrupt: &Interrupt,
+) -> anyhow::Result<Outcome> {
+    let Opened { session, target, journal, record, pool, resumed } = opened;
+    let disk = Arc::new(LiveDisk { session: Arc::clone(&session), target, journal });
+    let mut export = Export::new(record.disk.clone(), Arc::clone(&disk) as Arc<dyn OpenDevice>);
+    export.description = format!("live restore of {}/{}", record.snapshot, record.disk);
+    export.dirty_bitmap = Some(super::DIRTY_BITMAP.to_owned());
+    // A guest's client reconnects and asks again: it must not hear of our end.
+    let options = ServerOptions { late_requests: LateRequests::Leave, ..ServerOptions::default() };
+    let server = Server::bind(plan.listen, vec![export], options)?.on_shard_start(workers(&disk));
+    let shards = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
+    let handle = server.run(shards, plan.engine)?;
+    let story = Story { context, record: &record, session: &session, pool: &pool, handle: &handle };
+    let told = story.tell(plan, resumed, interrupt);
+    handle.shutdown();
+    handle.join()?;
+    let parked = plan.engine.run(async { anyhow::Ok(disk.device()?.park().await?) });
+    let end = told?;
+    let last = session.stats();
+    parked.map_err(|error| poisoned(&record, error))?;
+    if end == End::Parked {
+        let status = status(&record, None, &last, pool.stats(), 0);
+        let output = context.output();
+        output.event(&Event::Parked(&status))?;
+        output.line(format_args!("parked at {:.1} % home; the same command goes on", status.percent()))?;
+    }
+    if last.damaged.is_empty() {
+        return Ok(Outcome::Done);
+    }
+    for range in status(&record, None, &last, pool.stats(), 0).damaged {
+        let end = range.offset + range.len;
+        context.output().damaged(format_args!(
+            "bytes {}..{end} of {}/{}: {}",
+            range.offset, record.snapshot, record.disk, range.reason
+        ));
+    }
+    Ok(Outcome::Damaged)
+}
+
+fn poisoned(record: &SessionRecord, error: anyhow::Error) -> Failure {
+    Failure::new(
+        format!("the target {} could not be brought onto stable storage", record.target.display()),
+        "look after its storage, then run the same command: it goes on from what is known to be stable",
+    )
+    .because(error)
+}
+
+/// What each shard runs beside its connections: fills, and on the first one the commits.
+fn workers(disk: &Arc<LiveDisk>) -> ShardTask {
+    let disk = Arc::clone(disk);
+    Arc::new(move |shard| {
+        let disk = Arc::clone(&disk);
+        Box::pin(async move {
+            let device = match disk.device() {
+                Ok(device) => device,
+                Err(error) => {
+                    tracing::error!(%error, "a shard cannot open the target: it copies nothing home");
+                    return;
+                }
+            };
+            let mut tasks = tokio::task::JoinSet::new();
+            for _ in 0..FILLS_PER_SHARD {
+                tasks.spawn_local(device.clone().fill_worker());
+            }
+            if shard.index() == 0 {
+                tasks.spawn_local(device.clone().commit_worker());
+            }
+            shard.stopping().await;
+            disk.session.stop_workers();
+            while let Some(ended) = tasks.join_next().await {
+                if let Err(error) = ended {
+                    tracing::error!(%error, "a worker of the session failed");
+                }
+            }
+        })
+    })
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum End {
+    Parked,
+    Complete,
+    /// All is home but what is damaged.
+    Settled,
+    Poisoned,
+}
+
+/// Whether nothing is left to bring home but what is damaged.
+fn is_settled(stats: &StatsSnapshot) -> bool {
+    !stats.damaged.is_empty() && stats.home_bytes + stats.damaged_bytes >= stats.disk_bytes
+}
+
+/// What is said while the session is served.
+struct Story<'a> {
+    context: &'a Context,
+    record: &'a SessionRecord,
+    session: &'a Session,
+    pool: &'a FetchPool<RepositoryStore>,
+    handle: &'a ServerHandle,
+}
+
+impl Story<'_> {
+    fn tell(&self, plan: &Plan<'_>, resumed: Option<Resumed>, interrupt: &Interrupt) -> anyhow::Result<End> {
+        self.say(self.say_ready(resumed));
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_all()
+            .build()
+            .context("cannot start the control's event loop")?;
+        let control = {
+            let _inside = runtime.enter();
+            Control::listen(plan.state.path()).context("cannot listen for `lifeboot status`")?
+        };
+        runtime.block_on(self.watch(plan, &control, interrupt))
+    }
+
+    async fn watch(&self, plan: &Plan<'_>, control: &Control, interrupt: &Interrupt) -> anyhow::Result<End> {
+        let output = self.context.output();
+        let mut meter = RateMeter::default();
+        let mut ticks = tokio::time::interval(TICK);
+        let mut told_at = Instant::now();
+        let mut told_complete = false;
+        let mut told_waiting = None;
+        let mut bar: Option<Progress> = None;
+        let mut rate = meter.sample(Instant::now(), self.session.stats().home_bytes);
+        loop {
+            tokio::select! {
+                asked = control.accept() => {
+                    if let Ok(stream) = asked {
+                        tokio::spawn(Control::answer(stream, self.status(&self.session.stats(), rate)));
+                    }
+                    continue;
+                }
+                _ = ticks.tick() => {}
+            }
+            if interrupt.is_raised() {
+                return Ok(End::Parked);
+            }
+            let phase = self.session.phase();
+            let now = Instant::now();
+            if phase == Phase::Filling && now.duration_since(told_at) >= PROGRESS_INTERVAL {
+                told_at = now;
+                let stats = self.session.stats();
+                rate = meter.sample(now, stats.home_bytes);
+                let status = self.status(&stats, rate);
+                self.say(output.event(&Event::Progress(&status)));
+                if !output.is_json() {
+                    bar.get_or_insert_with(|| output.progress("copying home", Some(status.size)))
+                        .set(status.home_bytes);
+                }
+                if status.waiting != told_waiting {
+                    if let (None, Some(why)) = (&told_waiting, &status.waiting) {
+                        output.warn(why);
+                    }
+                    told_waiting.clone_from(&status.waiting);
+                }
+                if plan.exit_when_done && is_settled(&stats) && self.handle.stats().connections == 0 {
+                    return Ok(End::Settled);
+                }
+            }
+            match phase {
+                Phase::Filling | Phase::Parked => {}
+                Phase::Complete => {
+                    if !told_complete {
+                        told_complete = true;
+                        bar = None;
+                        self.say(self.say_complete(plan));
+                    }
+                    if plan.exit_when_done && self.handle.stats().connections == 0 {
+                        return Ok(End::Complete);
+                    }
+                }
+                Phase::Poisoned => return Ok(End::Poisoned),
+            }
+        }
+    }
+
+    /// Whoever read our stdout may go away; guests that use the disk stay.
+    fn say(&self, result: anyhow::Result<()>) {
+        if let Err(error) = result {
+            tracing::debug!(%error, "nobody listens");
+        }
+    }
+
+    fn status(&self, stats: &StatsSnapshot, rate: u64) -> Status {
+        let uri = self.handle.addresses().first().map(|address| address.uri(&self.record.disk));
+        status(self.record, uri, stats, self.pool.stats(), rate)
+    }
+
+    fn say_ready(&self, resumed: Option<Resumed>) -> anyhow::Result<()> {
+        let output = self.context.output();
+        let uris: Vec<String> =
+            self.handle.addresses().iter().map(|address| address.uri(&self.record.disk)).collect();
+        let stats = self.session.stats();
+        let status = self.status(&stats, 0);
+        let uri = uris.first().map_or("", String::as_str);
+        output.event(&Event::Ready {
+            uri,
+            uris: &uris,
+            size: self.record.size,
+            resumed: resumed.is_some(),
+            status: &status,
+        })?;
+        let how = match resumed {
+            None => "restoring",
+            Some(Resumed::FromLiveFile) => "going on after the agent had died: everything is there:",
+            Some(Resumed::FromParked) => "going on where it was parked:",
+            Some(Resumed::FromJournal) => {
+                "going on after the host had gone down: everything flushed is there:"
+            }
+        };
+        output.line(format_args!(
+            "{how} {}/{} ({}, {:.1} % home) to {}",
+            self.record.snapshot,
+            self.record.disk,
+            human_size(self.record.size),
+            status.percent(),
+            self.record.target.display()
+        ))?;
+        for uri in &uris {
+            output.line(format_args!("ready: {uri}"))?;
+        }
+        if let Some(address) = self.handle.addresses().first() {
+            let arguments = advice::qemu_arguments(address, &self.record.disk);
+            output.line(format_args!("QEMU: {}", advice::shell_line(&arguments)))?;
+        }
+        // Without systemd there is nobody to tell.
+        let _ = sd_notify::notify(&[sd_notify::NotifyState::Ready]);
+        Ok(())
+    }
+
+    fn say_complete(&self, plan: &Plan<'_>) -> anyhow::Result<()> {
+        let output = self.context.output();
+        let status = self.status(&self.session.stats(), 0);
+        output.event(&Event::Complete(&status))?;
+        output.line(format_args!(
+            "complete: {} holds the whole disk; {} fetched, {} written by the guest{}",
+            self.record.target.display(),
+            human_size(status.fetched_bytes),
+            human_size(status.guest_bytes),
+            if plan.exit_when_done { "" } else { "; it goes on being served, Ctrl-C ends that" }
+        ))
+    }
+}

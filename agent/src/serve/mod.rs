@@ -1,0 +1,115 @@
+//! `lifeboot serve`: snapshots as NBD exports, one per disk. Read-only, or with `--scratch` writable
+//! into files that are forgotten at the end.
+
+mod device;
+mod exports;
+mod scratch;
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use anyhow::Context as _;
+use block::{Engine, IoEngine};
+use nbd_server::{ListenAddress, Server, ServerHandle, ServerOptions};
+use repository::Repository;
+use serde::Serialize;
+
+use crate::cli::{Context, Outcome, Verb};
+use crate::source::{FetchPool, RepositoryStore, SourceArgs};
+
+pub use device::SnapshotDisk;
+
+/// How often the command looks for Ctrl-C.
+const TICK: Duration = Duration::from_millis(50);
+
+/// Serve snapshots over NBD, one export per disk
+///
+/// An export is called SNAPSHOT/DISK, as in web01@2026-11-21T00:33:12Z/disk0, and web01@latest/disk0 for
+/// the newest of a group. The first one also answers to the empty name. Without SNAPSHOT all of the
+/// repository is served. It runs until Ctrl-C.
+#[derive(Debug, clap::Args)]
+#[command(after_help = "\
+Example: lifeboot serve -r /backup web01@latest --listen unix:/run/web01.sock
+         qemu-img compare disk.raw 'nbd+unix:///?socket=/run/web01.sock'")]
+pub struct Args {
+    /// Which snapshots, or disks of them: GROUP@TIME[/DISK] or GROUP@latest[/DISK]
+    #[arg(value_name = "SNAPSHOT")]
+    snapshots: Vec<String>,
+
+    /// Where to listen: unix:PATH or tcp:HOST:PORT; may be given several times
+    #[arg(short, long, required = true, value_name = "ADDRESS")]
+    listen: Vec<ListenAddress>,
+
+    /// Let clients write, into files in this directory that have no name and are gone at the end
+    #[arg(long, value_name = "DIR")]
+    scratch: Option<PathBuf>,
+
+    /// How disks are read and written: auto, uring or threads
+    #[arg(long, value_name = "ENGINE", default_value = "auto")]
+    io_engine: IoEngine,
+
+    #[command(flatten)]
+    source: SourceArgs,
+}
+
+#[derive(Serialize)]
+struct Ready<'a> {
+    event: &'static str,
+    exports: &'a [ExportLine],
+}
+
+#[derive(Serialize)]
+struct ExportLine {
+    name: String,
+    size: u64,
+    uris: Vec<String>,
+}
+
+impl Verb for Args {
+    fn run(self, context: &Context) -> anyhow::Result<Outcome> {
+        let repository = Repository::open(context.repository_path()?)?;
+        let interrupt = context.interrupt()?;
+        let engine = Engine::choose(self.io_engine)?;
+        let wanted = exports::wanted(&repository, &self.snapshots)?;
+        let store = RepositoryStore::new(repository.clone());
+        let pool = FetchPool::start(store, self.source.pool_options())
+            .context("cannot start the fetching threads")?;
+        let scratch = self.scratch.as_deref().map(|dir| (dir, engine));
+        let exports = exports::open(wanted, pool, &repository, scratch)?;
+        let sizes: Vec<(String, u64)> =
+            exports.iter().map(|export| (export.export.name.clone(), export.size)).collect();
+        let exports = exports.into_iter().map(|export| export.export).collect();
+        let server = Server::bind(&self.listen, exports, ServerOptions::default())?;
+        let shards = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
+        let handle = server.run(shards, engine)?;
+        say_ready(context, &handle, &sizes)?;
+        while !interrupt.is_raised() {
+            std::thread::sleep(TICK);
+        }
+        handle.shutdown();
+        handle.join()?;
+        Ok(Outcome::Done)
+    }
+}
+
+fn say_ready(context: &Context, handle: &ServerHandle, exports: &[(String, u64)]) -> anyhow::Result<()> {
+    let output = context.output();
+    let lines: Vec<ExportLine> = exports
+        .iter()
+        .map(|(name, size)| ExportLine {
+            name: name.clone(),
+            size: *size,
+            uris: handle.addresses().iter().map(|address| address.uri(name)).collect(),
+        })
+        .collect();
+    output.event(&Ready { event: "ready", exports: &lines })?;
+    for line in &lines {
+        for uri in &line.uris {
+            output.line(format_args!("{}  {}  {uri}", line.name, crate::output::human_size(line.size)))?;
+        }
+    }
+    output.line("serving; Ctrl-C ends it")?;
+    // Without systemd there is nobody to tell.
+    let _ = sd_notify::notify(&[sd_notify::NotifyState::Ready]);
+    Ok(())
+}

@@ -1,0 +1,77 @@
+//! Writable exports whose writes are forgotten: a live-restore into a file without a name, without a background.
+
+use std::fs::OpenOptions;
+use std::os::unix::fs::OpenOptionsExt as _;
+use std::path::Path;
+use std::rc::Rc;
+use std::sync::Arc;
+
+use anyhow::Context as _;
+use block::{BlockDevice, DirectIo, Engine, FileDisk, FileOptions, OpenDevice};
+
+use crate::live::{
+    BootId, ChunkSource, Identity, JournalLayout, LiveWords, Session, SessionId, SessionOptions,
+    SessionParts, TokioClock,
+};
+
+/// A session that nobody will resume, opened on any thread.
+struct ScratchDisk {
+    session: Arc<Session>,
+    target: FileDisk,
+    journal: FileDisk,
+}
+
+impl OpenDevice for ScratchDisk {
+    fn open(&self) -> block::Result<Rc<dyn BlockDevice>> {
+        let (target, journal) = (self.target.open()?, self.journal.open()?);
+        let device = self
+            .session
+            .device(target, journal)
+            .map_err(|error| block::Error::new(block::ErrorKind::Io, error))?;
+        Ok(Rc::new(device))
+    }
+}
+
+/// Makes a disk that reads as `source` until it is written to. What is written goes to files in `dir`
+/// that have no name, so that they are gone when the process ends, however it does.
+pub(super) fn open(
+    source: Arc<dyn ChunkSource>,
+    dir: &Path,
+    engine: Engine,
+) -> anyhow::Result<Arc<dyn OpenDevice>> {
+    let layout = source.layout();
+    let target = nameless(dir, layout.size, engine)?;
+    let journal = nameless(dir, JournalLayout::for_disk(layout).len_bytes(), engine)?;
+    let parts = SessionParts {
+        identity: Identity { snapshot: "scratch".to_owned(), target: "scratch".to_owned() },
+        source,
+        clock: Arc::new(TokioClock::new()),
+        live: LiveWords::in_memory(layout),
+        boot: BootId::current().context("cannot read the kernel's boot id")?,
+        plan: Vec::new(),
+        options: SessionOptions { background: false, ..SessionOptions::default() },
+    };
+    let mut id = [0; 16];
+    getrandom::fill(&mut id).expect("the kernel's random numbers do not fail once it has booted");
+    let session = engine.run(async {
+        let (target, journal) = (target.open()?, journal.open()?);
+        anyhow::Ok(Session::create(parts, SessionId(id), true, &*target, &*journal).await?)
+    })?;
+    Ok(Arc::new(ScratchDisk { session, target, journal }))
+}
+
+fn nameless(dir: &Path, size: u64, engine: Engine) -> anyhow::Result<FileDisk> {
+    let cannot = || format!("cannot make a file in {}", dir.display());
+    let file = OpenOptions::new()
+        .read(true)
+        .write(true)
+        .mode(0o600)
+        .custom_flags(libc::O_TMPFILE)
+        .open(dir)
+        .with_context(cannot)?;
+    file.set_len(size).with_context(cannot)?;
+    // A file without a name is opened once more through its descriptor.
+    let path = format!("/proc/self/fd/{}", std::os::fd::AsRawFd::as_raw_fd(&file));
+    let disk = FileDisk::open(path, FileOptions::new(engine).direct(DirectIo::Off));
+    Ok(disk?)
+}

@@ -1,0 +1,80 @@
+//! The options of every verb that fetches from a repository while somebody waits.
+
+use std::time::Duration;
+
+use super::{PoolOptions, SourcePace};
+use crate::cli::{Rate, Size};
+
+/// How the repository is read.
+#[derive(Clone, Debug, clap::Args)]
+#[command(next_help_heading = "Source options")]
+pub struct SourceArgs {
+    /// Keep so many bytes of decoded chunks for further reads
+    #[arg(long, value_name = "SIZE", default_value = "64MiB")]
+    cache_memory: Size,
+
+    /// Make the source no faster than this, for rehearsals and benchmarks; 0 is no limit
+    #[arg(long, value_name = "RATE", default_value = "0")]
+    source_rate: Rate,
+
+    /// Make each fetch wait so long (others in flight meanwhile), for rehearsals and benchmarks
+    #[arg(long, value_name = "TIME", default_value = "0s", value_parser = parse_time)]
+    source_delay: Duration,
+
+    /// Fetches in flight at most; a quarter of them is kept for guests
+    #[arg(long, value_name = "COUNT", default_value_t = 32, value_parser = clap::value_parser!(u16).range(1..=1024))]
+    source_slots: u16,
+}
+
+impl SourceArgs {
+    /// How a pool works with these options.
+    #[must_use]
+    pub fn pool_options(&self) -> PoolOptions {
+        let slots = usize::from(self.source_slots);
+        PoolOptions {
+            slots,
+            reserved_for_demand: slots / 4,
+            cache_bytes: self.cache_memory.0,
+            pace: SourcePace {
+                bytes_per_second: self.source_rate.limit().map_or(0, std::num::NonZeroU64::get),
+                delay: self.source_delay,
+            },
+            ..PoolOptions::default()
+        }
+    }
+}
+
+/// Reads a time with its unit: `5ms`, `30s`, `2m`.
+///
+/// # Errors
+/// A sentence for the user where it is none, or is negative.
+pub fn parse_time(text: &str) -> Result<Duration, String> {
+    let wrong = || format!("{text:?} is no time: write a number with a unit, like 5ms, 30s or 2m");
+    if text.trim() == "0" {
+        return Ok(Duration::ZERO);
+    }
+    let time: jiff::SignedDuration = text.parse().map_err(|_| wrong())?;
+    Duration::try_from(time).map_err(|_| wrong())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn times_are_read_with_their_units() {
+        for (text, time) in [
+            ("5ms", Duration::from_millis(5)),
+            ("0s", Duration::ZERO),
+            ("0", Duration::ZERO),
+            ("30s", Duration::from_secs(30)),
+            ("2m", Duration::from_secs(120)),
+            ("1h 30m", Duration::from_secs(5400)),
+        ] {
+            assert_eq!(parse_time(text), Ok(time), "{text}");
+        }
+        for text in ["", "5", "-5ms", "soon"] {
+            assert!(parse_time(text).is_err(), "{text}");
+        }
+    }
+}

@@ -1,0 +1,181 @@
+//! `lifeboot status`: how far a live-restore is, asked from another terminal.
+
+mod document;
+mod remote;
+
+use std::net::TcpStream;
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use anyhow::Context as _;
+use nbd_server::ListenAddress;
+
+use crate::cli::{Context, Failure, Outcome, Verb};
+use crate::live_restore::{self, StateDir};
+use crate::output::{Align, Table, human_duration, human_size};
+
+pub use document::{DamagedRange, Misses, Phase, Status};
+
+/// How long a server is given to answer.
+const PATIENCE: Duration = Duration::from_secs(10);
+
+/// Show how far a live-restore is
+///
+/// Asks the agent that serves TARGET; where none runs, says what is known of its session. With --listen
+/// the export is asked over NBD, from wherever it can be reached.
+#[derive(Debug, clap::Args)]
+#[command(after_help = "\
+Example: lifeboot status /var/lib/vm/web01.raw
+         lifeboot status --listen tcp:10.0.0.5:10809")]
+pub struct Args {
+    /// The target of the live-restore
+    #[arg(value_name = "TARGET", required_unless_present = "listen", conflicts_with = "listen")]
+    target: Option<PathBuf>,
+
+    /// The address where it is served: unix:PATH or tcp:HOST:PORT
+    #[arg(short, long, value_name = "ADDRESS")]
+    listen: Option<ListenAddress>,
+
+    /// The export to ask about, with --listen; the only or first one if none is named
+    #[arg(long, value_name = "NAME", default_value = "", hide_default_value = true, requires = "listen")]
+    export: String,
+
+    /// Where sessions are kept, if not beside the target
+    #[arg(long, value_name = "DIR")]
+    state: Option<PathBuf>,
+}
+
+impl Verb for Args {
+    fn run(self, context: &Context) -> anyhow::Result<Outcome> {
+        match (&self.listen, &self.target) {
+            (Some(address), _) => show_remote(context, address, &self.export),
+            (None, Some(target)) => show_session(context, target, self.state.as_deref()),
+            (None, None) => unreachable!("clap requires one of them"),
+        }
+    }
+}
+
+fn show_session(context: &Context, target: &Path, state: Option<&Path>) -> anyhow::Result<Outcome> {
+    let state = StateDir::of(target, state)?;
+    let Some(record) = state.record()? else {
+        return Err(Failure::new(
+            format!("no live-restore to {} is known", target.display()),
+            format!("its session would be kept in {}", state.path().display()),
+        )
+        .into());
+    };
+    let asked = live_restore::ask(state.path())
+        .with_context(|| format!("the agent that serves {} does not answer", target.display()))?;
+    let status = match asked {
+        Some(status) => status,
+        None => live_restore::stopped_status(&state, &record)?,
+    };
+    let output = context.output();
+    output.document(&status)?;
+    output.table(&table(&status))?;
+    for range in &status.damaged {
+        let end = range.offset + range.len;
+        output.damaged(format_args!("bytes {}..{end}: {}", range.offset, range.reason));
+    }
+    Ok(if status.damaged.is_empty() { Outcome::Done } else { Outcome::Damaged })
+}
+
+fn table(status: &Status) -> Table {
+    let state = match status.phase {
+        Phase::Running => "running: copying home".to_owned(),
+        Phase::Complete => match status.pid {
+            Some(_) => "complete, and still served".to_owned(),
+            None => "complete".to_owned(),
+        },
+        Phase::Stopped => "stopped: the same live-restore command goes on".to_owned(),
+        Phase::Poisoned => "failed: a sync failed; run the same command again".to_owned(),
+    };
+    let mut table = Table::new(&[("LIVE-RESTORE", Align::Left), ("", Align::Left)]);
+    let mut row = |name: &str, value: String| table.row([name.to_owned(), value]);
+    row("state", state);
+    row("snapshot", format!("{}/{}", status.snapshot, status.disk));
+    row("target", status.target.display().to_string());
+    if let (Some(uri), Some(pid)) = (&status.uri, status.pid) {
+        row("served at", uri.clone());
+        row("agent", format!("process {pid}"));
+    }
+    row(
+        "home",
+        format!(
+            "{:.1} %, {} of {}",
+            status.percent(),
+            human_size(status.home_bytes),
+            human_size(status.size)
+        ),
+    );
+    row("written by the guest", human_size(status.guest_bytes));
+    if status.pid.is_some() {
+        row("rate", format!("{}/s", human_size(status.bytes_per_second)));
+        if let Some(seconds) = status.seconds_left {
+            row("time left", human_duration(Duration::from_secs(seconds)));
+        }
+        row(
+            "fetched",
+            format!(
+                "{}, {} decoded",
+                human_size(status.fetched_bytes),
+                human_size(status.fetched_plain_bytes)
+            ),
+        );
+        let milliseconds = |us: u64| us as f64 / 1000.0;
+        row(
+            "misses",
+            format!(
+                "{}; p50 {:.1} ms, p99 {:.1} ms",
+                status.misses.count,
+                milliseconds(status.misses.p50_us),
+                milliseconds(status.misses.p99_us)
+            ),
+        );
+    }
+    if let Some(why) = &status.waiting {
+        row("waiting", why.clone());
+    }
+    if !status.damaged.is_empty() {
+        row("damaged", format!("{} ranges", status.damaged.len()));
+    }
+    table
+}
+
+fn show_remote(context: &Context, address: &ListenAddress, export: &str) -> anyhow::Result<Outcome> {
+    let cannot = || format!("cannot connect to {address}");
+    let status = match address {
+        ListenAddress::Unix(path) => {
+            let mut stream = UnixStream::connect(path).with_context(cannot)?;
+            stream.set_read_timeout(Some(PATIENCE))?;
+            stream.set_write_timeout(Some(PATIENCE))?;
+            remote::ask(&mut stream, export)
+        }
+        ListenAddress::Tcp { host, port } => {
+            let mut stream = TcpStream::connect((host.as_str(), *port)).with_context(cannot)?;
+            stream.set_read_timeout(Some(PATIENCE))?;
+            stream.set_write_timeout(Some(PATIENCE))?;
+            remote::ask(&mut stream, export)
+        }
+    }
+    .with_context(|| format!("cannot ask the server at {address}"))?;
+    let output = context.output();
+    output.document(&status)?;
+    let mut table = Table::new(&[("LIVE-RESTORE", Align::Left), ("", Align::Left)]);
+    table.row(["export".to_owned(), status.export.clone()]);
+    let percent = if status.absent_bytes == 0 {
+        100.0
+    } else {
+        (status.home_bytes as f64 / status.size as f64 * 1000.0).floor() / 10.0
+    };
+    table.row([
+        "home".to_owned(),
+        format!("{percent:.1} %, {} of {}", human_size(status.home_bytes), human_size(status.size)),
+    ]);
+    if let Some(bytes) = status.guest_bytes {
+        table.row(["written by the guest".to_owned(), human_size(bytes)]);
+    }
+    output.table(&table)?;
+    Ok(Outcome::Done)
+}
