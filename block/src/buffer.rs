@@ -1,13 +1,18 @@
 //! Memory that the kernel may hold: page-aligned, owned, passed in and handed back.
 
-use std::alloc::{Layout, alloc_zeroed, dealloc, handle_alloc_error};
+use std::alloc::{Layout, alloc, alloc_zeroed, dealloc, handle_alloc_error};
 use std::ops::{Deref, DerefMut};
 use std::ptr::NonNull;
+
+use rustix::mm::Advice;
 
 use crate::pool::Slot;
 
 /// The alignment of every buffer: enough for `O_DIRECT` on any device with blocks of up to 4 KiB.
 pub const ALIGNMENT: usize = 4096;
+
+/// The size, and the alignment, from which memory may be had in huge pages.
+const HUGE_PAGE: usize = 2 << 20;
 
 /// An owned buffer whose memory starts at a multiple of [`ALIGNMENT`].
 ///
@@ -36,8 +41,12 @@ impl AlignedBuf {
     pub fn zeroed(len: usize) -> Self {
         let capacity = len.next_multiple_of(ALIGNMENT).max(ALIGNMENT);
         let layout = Self::layout(capacity);
-        // SAFETY: the layout's size is at least one page, so it is not zero.
-        let memory = unsafe { alloc_zeroed(layout) };
+        let memory = if capacity >= HUGE_PAGE {
+            Self::alloc_huge(layout)
+        } else {
+            // SAFETY: the layout's size is at least one page, so it is not zero.
+            unsafe { alloc_zeroed(layout) }
+        };
         let Some(memory) = NonNull::new(memory) else { handle_alloc_error(layout) };
         Self { memory, capacity, len, slot: None }
     }
@@ -82,8 +91,28 @@ impl AlignedBuf {
         self.memory.as_ptr()
     }
 
+    /// Zeroed memory on huge pages where there are some: a disk's driver takes only so many pieces of
+    /// memory in one request, and 4 MiB in single pages are a thousand.
+    fn alloc_huge(layout: Layout) -> *mut u8 {
+        // SAFETY: the layout's size is not zero.
+        let memory = unsafe { alloc(layout) };
+        if memory.is_null() {
+            return memory;
+        }
+        let whole = layout.size() - layout.size() % HUGE_PAGE;
+        // SAFETY: the range was just allocated, and is ours alone; the advice changes no contents.
+        let advised = unsafe { rustix::mm::madvise(memory.cast(), whole, Advice::LinuxHugepage) };
+        if let Err(error) = advised {
+            tracing::trace!(%error, "no huge pages for a buffer");
+        }
+        // SAFETY: `layout.size()` bytes were just allocated.
+        unsafe { memory.write_bytes(0, layout.size()) };
+        memory
+    }
+
     fn layout(capacity: usize) -> Layout {
-        Layout::from_size_align(capacity, ALIGNMENT).expect("a buffer's size was bounded by its caller")
+        let alignment = if capacity >= HUGE_PAGE { HUGE_PAGE } else { ALIGNMENT };
+        Layout::from_size_align(capacity, alignment).expect("a buffer's size was bounded by its caller")
     }
 }
 
@@ -92,7 +121,7 @@ impl Drop for AlignedBuf {
         if self.slot.is_some() {
             return; // Dropping the slot gives the memory back to its pool.
         }
-        // SAFETY: `memory` came from `alloc_zeroed` with this very layout and is freed once.
+        // SAFETY: `memory` came from the allocator with this very layout and is freed once.
         unsafe { dealloc(self.memory.as_ptr(), Self::layout(self.capacity)) }
     }
 }
