@@ -150,7 +150,13 @@ fn reconnecting(source: &Path, socket: &Path) -> Command {
 fn fio(socket: &Path, size: u64, seconds: f64, round: u32, under_way: &Path) -> Command {
     let mut fio = Command::new("fio");
     fio.args(["--name=j", "--ioengine=nbd", "--rw=randwrite", "--bs=4k", "--iodepth=16", "--fsync=64"]);
-    fio.args(["--verify=crc32c", "--verify_fatal=1", "--do_verify=1", "--output-format=json"]);
+    fio.args([
+        "--verify=crc32c",
+        "--verify_fatal=1",
+        "--do_verify=1",
+        "--verify_state_save=0",
+        "--output-format=json",
+    ]);
     fio.arg(format!("--uri=nbd+unix:///{EXPORT}?socket={}", socket.display()));
     fio.arg(format!("--size={}", size / 4096 * 4096));
     // A bounded number of writes at a bounded rate: a job that ends by the clock skips its verification.
