@@ -1,10 +1,12 @@
 //! The `lifeboot` program: captures disks into a repository, restores them, and boots machines from
 //! their backup. Each verb of the command line has a module of its own; [`cli`] puts them together.
 
+pub mod capture;
 pub mod cli;
 pub mod live;
 pub mod live_restore;
 pub mod output;
+pub mod restore;
 pub mod serve;
 pub mod source;
 pub mod status;

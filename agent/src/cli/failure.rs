@@ -2,7 +2,10 @@
 
 use std::error::Error;
 use std::fmt;
+use std::io;
 use std::process::ExitCode;
+
+use block::ErrorKind;
 
 use super::Interrupted;
 use crate::output::Output;
@@ -120,7 +123,24 @@ fn message(error: &anyhow::Error) -> String {
 }
 
 fn advice(error: &anyhow::Error) -> Option<String> {
-    error.chain().find_map(|cause| Some(cause.downcast_ref::<Failure>()?.advice.clone()))
+    error.chain().find_map(|cause| {
+        if let Some(failure) = cause.downcast_ref::<Failure>() {
+            return Some(failure.advice.clone());
+        }
+        // The repository's errors carry their advice in their own words.
+        let kind = if let Some(error) = cause.downcast_ref::<block::Error>() {
+            error.kind()
+        } else {
+            block::Error::io("", io::Error::from(cause.downcast_ref::<io::Error>()?.kind())).kind()
+        };
+        match kind {
+            ErrorKind::NoSpace => Some("free some space there, then try again".to_owned()),
+            ErrorKind::NotPermitted => {
+                Some("check the owner and the permissions, or run it as root".to_owned())
+            }
+            _ => None,
+        }
+    })
 }
 
 #[cfg(test)]

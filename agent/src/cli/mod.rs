@@ -48,6 +48,8 @@ Exit codes: 0 done; 1 failed; 2 wrong usage; 3 done, but something is damaged (n
 #[derive(Debug, Subcommand)]
 enum Command {
     Init(init::Args),
+    Capture(crate::capture::Args),
+    Restore(crate::restore::Args),
     LiveRestore(crate::live_restore::Args),
     Status(crate::status::Args),
     Serve(crate::serve::Args),
@@ -59,6 +61,8 @@ impl Command {
     fn run(self, context: &Context) -> anyhow::Result<Outcome> {
         match self {
             Self::Init(args) => args.run(context),
+            Self::Capture(args) => args.run(context),
+            Self::Restore(args) => args.run(context),
             Self::LiveRestore(args) => args.run(context),
             Self::Status(args) => args.run(context),
             Self::Serve(args) => args.run(context),

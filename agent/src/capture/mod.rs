@@ -1,0 +1,259 @@
+//! `lifeboot capture`: disks into a repository.
+
+mod format;
+mod order;
+mod pipeline;
+mod reader;
+mod source;
+mod stop;
+mod workers;
+
+use std::path::{Path, PathBuf};
+use std::time::Instant;
+
+use anyhow::Context as _;
+use block::{Engine, FileOptions, IoEngine};
+use repository::{
+    CaptureOptions, CaptureWriter, Consistency, DiskMap, DiskName, DiskWriter, GroupName, MAX_PLAIN_LEN,
+    Repository, Snapshot, SnapshotMeta,
+};
+use serde::Serialize;
+
+pub(crate) use stop::Stop;
+
+use crate::cli::{Context, Failure, Outcome, Size, UsageError, Verb};
+use crate::output::{Output, human_count, human_duration, human_size};
+use reader::Plan;
+use source::{Source, SourceArg};
+
+/// Take a snapshot of one or more disks
+///
+/// Reads raw disk images and block devices. What the repository has already is not stored again, so a
+/// second capture of a disk costs what has changed. Nothing of a capture can be seen until it is complete.
+#[derive(Debug, clap::Args)]
+#[command(after_help = "\
+Examples:
+  lifeboot capture -r /backup web01 /var/lib/libvirt/images/web01.raw
+  lifeboot capture -r /backup db root=/dev/vg/db-root data=/dev/vg/db-data --attach db.xml
+
+Disks without a NAME are called disk0, disk1, … by their place. A source is read through the page cache if
+it is there already, and around it otherwise. Ctrl-C leaves nothing behind; exit code 130.")]
+pub struct Args {
+    /// The group: the machine whose disks these are
+    group: String,
+
+    /// A raw disk image or a block device; `./a=b` for a file with = in its name
+    #[arg(required = true, value_name = "[NAME=]SOURCE")]
+    sources: Vec<SourceArg>,
+
+    /// A file to keep with the snapshot, such as the machine's configuration; may be repeated
+    #[arg(long, value_name = "FILE")]
+    attach: Vec<PathBuf>,
+
+    /// Bytes of a chunk, from 64KiB to 4MiB, a power of two [default: the parent snapshot's, else the repository's]
+    #[arg(long, value_name = "SIZE")]
+    chunk_size: Option<Size>,
+
+    /// zstd's compression level
+    #[arg(long, default_value_t = repository::DEFAULT_LEVEL, allow_negative_numbers = true)]
+    level: i32,
+
+    /// How to do I/O: auto, uring or threads
+    #[arg(long, default_value_t = IoEngine::Auto, value_name = "ENGINE")]
+    io_engine: IoEngine,
+
+    /// What to remember about this snapshot
+    #[arg(long, value_name = "TEXT")]
+    note: Option<String>,
+
+    /// Capture image files such as qcow2 as they are, not the disks in them
+    #[arg(long)]
+    as_raw: bool,
+}
+
+#[derive(Serialize)]
+struct Report<'a> {
+    snapshot: String,
+    consistency: Consistency,
+    warnings: Vec<String>,
+    disks: Vec<ReportedDisk<'a>>,
+    attachments: Vec<&'a str>,
+    seconds: f64,
+}
+
+#[derive(Serialize)]
+struct ReportedDisk<'a> {
+    name: &'a str,
+    source: &'a Path,
+    size_bytes: u64,
+    chunk_size_bytes: u32,
+    data_chunks: u64,
+    zero_chunks: u64,
+    new_chunks: u64,
+    new_bytes: u64,
+    new_stored_bytes: u64,
+}
+
+impl Verb for Args {
+    fn run(self, context: &Context) -> anyhow::Result<Outcome> {
+        let started = Instant::now();
+        let group: GroupName =
+            self.group.parse().map_err(|error: repository::Error| UsageError::new(error))?;
+        let named = source::name_all(self.sources).map_err(UsageError::new)?;
+        let repository = Repository::open(context.repository_path()?)?;
+        let engine = Engine::choose(self.io_engine)?;
+        let interrupt = context.interrupt()?;
+        let sources = named
+            .into_iter()
+            .map(|(name, path)| Source::open(name, path, self.as_raw))
+            .collect::<anyhow::Result<Vec<_>>>()?;
+        let attachments =
+            self.attach.iter().map(|path| read_attachment(path)).collect::<anyhow::Result<Vec<_>>>()?;
+
+        let parent = find_parent(&repository, &group, context.output());
+        let mut writer = repository.begin_capture(&group, CaptureOptions::default())?;
+        let chunk_size = self.chunk_size.map(Size::chunk_size).transpose()?;
+        let disks = begin_disks(&repository, &mut writer, &sources, parent.as_ref(), chunk_size)?;
+        let plans = sources
+            .iter()
+            .zip(&disks)
+            .map(|(source, disk)| {
+                let options = FileOptions::new(engine).direct(reader::how_to_read(source));
+                Plan::new(source, disk.chunk_size(), options)
+            })
+            .collect::<anyhow::Result<Vec<_>>>()?;
+        for (name, bytes) in &attachments {
+            writer.add_attachment(name.clone(), bytes)?;
+        }
+        let total = plans.iter().map(Plan::data_bytes).sum();
+        let progress = context.output().progress(format_args!("capturing {group}"), Some(total));
+        pipeline::run(engine, &sources, &plans, &disks, self.level, &progress, interrupt.clone())?;
+        drop(progress);
+
+        let warnings = changes(&sources)?;
+        for warning in &warnings {
+            context.output().warn(warning);
+        }
+        let meta = SnapshotMeta {
+            host: rustix::system::uname().nodename().to_string_lossy().into_owned(),
+            tool: concat!("lifeboot ", env!("CARGO_PKG_VERSION")).to_owned(),
+            consistency: if warnings.is_empty() { Consistency::Crash } else { Consistency::Changing },
+            parent: parent.as_ref().map(|parent| parent.manifest().time),
+            note: self.note,
+        };
+        // From here on it either becomes a snapshot or fails: an interrupt comes too late.
+        interrupt.check()?;
+        let snapshot = writer.commit(meta)?;
+        report(context.output(), &snapshot, &sources, warnings, started)
+    }
+}
+
+/// The group's newest snapshot. One that cannot be read is a reason to warn, not to refuse a capture.
+fn find_parent(repository: &Repository, group: &GroupName, output: &Output) -> Option<Snapshot> {
+    match repository.latest(group) {
+        Ok(parent) => parent,
+        Err(error) => {
+            output.warn(format_args!(
+                "the newest snapshot of {group} cannot be read and is not used as parent: {error}"
+            ));
+            None
+        }
+    }
+}
+
+fn begin_disks(
+    repository: &Repository,
+    writer: &mut CaptureWriter,
+    sources: &[Source],
+    parent: Option<&Snapshot>,
+    chunk_size: Option<u32>,
+) -> anyhow::Result<Vec<DiskWriter>> {
+    let mut disks = Vec::with_capacity(sources.len());
+    for source in sources {
+        let before =
+            parent.and_then(|parent| parent.manifest().disks.iter().find(|disk| disk.name == source.name));
+        let chunk_size = chunk_size
+            .or(before.map(|disk| disk.chunk_size))
+            .unwrap_or_else(|| repository.config().chunk_size);
+        let map: Option<DiskMap> = before.map(|disk| repository.disk_map(disk)).transpose()?;
+        disks.push(writer.begin_disk(source.name.clone(), source.size, chunk_size, map)?);
+    }
+    Ok(disks)
+}
+
+fn read_attachment(path: &Path) -> anyhow::Result<(DiskName, Vec<u8>)> {
+    let shown = path.display();
+    let reading = || format!("cannot read the attachment {shown}");
+    let metadata = std::fs::metadata(path).with_context(reading)?;
+    if !metadata.is_file() || metadata.len() > MAX_PLAIN_LEN as u64 {
+        return Err(Failure::new(
+            format_args!(
+                "{shown} cannot be attached: it is not a file of at most {}",
+                human_size(MAX_PLAIN_LEN as u64)
+            ),
+            "attach small files, such as the machine's configuration; capture disks as sources",
+        )
+        .into());
+    }
+    let name = path.file_name().unwrap_or_default().to_string_lossy();
+    let name = name.parse().with_context(|| format!("{shown} cannot be attached under its name"))?;
+    Ok((name, std::fs::read(path).with_context(reading)?))
+}
+
+/// What changed while it was read, in words.
+fn changes(sources: &[Source]) -> anyhow::Result<Vec<String>> {
+    let mut warnings = Vec::new();
+    for source in sources {
+        if let Some(how) = source.change()? {
+            warnings.push(format!(
+                "{} ({}) changed while it was captured: {how}; the snapshot may hold a state that never was",
+                source.name,
+                source.path().display()
+            ));
+        }
+    }
+    Ok(warnings)
+}
+
+fn report(
+    output: &Output,
+    snapshot: &Snapshot,
+    sources: &[Source],
+    warnings: Vec<String>,
+    started: Instant,
+) -> anyhow::Result<Outcome> {
+    let elapsed = started.elapsed();
+    let manifest = snapshot.manifest();
+    let disks = manifest.disks.iter().zip(sources).map(|(disk, source)| ReportedDisk {
+        name: disk.name.as_str(),
+        source: source.path(),
+        size_bytes: disk.size,
+        chunk_size_bytes: disk.chunk_size,
+        data_chunks: disk.stats.data_chunks,
+        zero_chunks: disk.stats.zero_chunks,
+        new_chunks: disk.stats.new_chunks,
+        new_bytes: disk.stats.new_bytes,
+        new_stored_bytes: disk.stats.new_stored_bytes,
+    });
+    let report = Report {
+        snapshot: snapshot.name().to_string(),
+        consistency: manifest.consistency,
+        warnings,
+        disks: disks.collect(),
+        attachments: manifest.attachments.iter().map(|attachment| attachment.name.as_str()).collect(),
+        seconds: elapsed.as_secs_f64(),
+    };
+    output.document(&report)?;
+    let new: u64 = report.disks.iter().map(|disk| disk.new_bytes).sum();
+    let stored: u64 = report.disks.iter().map(|disk| disk.new_stored_bytes).sum();
+    output.line(format_args!(
+        "captured {} in {}: {} of {}, {} of it new ({} stored)",
+        report.snapshot,
+        human_duration(elapsed),
+        human_count(report.disks.len() as u64, "disk", "disks"),
+        human_size(manifest.size()),
+        human_size(new),
+        human_size(stored),
+    ))?;
+    Ok(Outcome::Done)
+}

@@ -1,0 +1,67 @@
+//! The threads of a capture: one reads, as many as there are cores hash and compress, and the repository's
+//! own write the packs.
+
+use std::sync::mpsc;
+
+use anyhow::Context as _;
+use block::Engine;
+use parking_lot::Mutex;
+use repository::DiskWriter;
+
+use super::order::InOrder;
+use super::reader::{self, Plan};
+use super::source::Source;
+use super::stop::Stop;
+use super::workers::Workers;
+use crate::cli::Interrupt;
+use crate::output::Progress;
+
+/// Reads all sources and puts every chunk of them.
+///
+/// # Errors
+/// The first thing that failed, or the interrupt.
+pub(super) fn run(
+    engine: Engine,
+    sources: &[Source],
+    plans: &[Plan],
+    disks: &[DiskWriter],
+    level: i32,
+    progress: &Progress,
+    interrupt: Interrupt,
+) -> anyhow::Result<()> {
+    for (plan, disk) in plans.iter().zip(disks) {
+        for hole in plan.holes(disk.chunk_count()) {
+            disk.put_zero(hole)?;
+        }
+    }
+    let stop = Stop::new(interrupt);
+    let (piece_sender, pieces) = mpsc::channel();
+    let (freed, freed_receiver) = tokio::sync::mpsc::unbounded_channel();
+    let free = freed.clone();
+    let workers = Workers {
+        disks,
+        level,
+        stop: &stop,
+        progress,
+        pieces: Mutex::new(pieces),
+        freed,
+        order: InOrder::new(),
+    };
+    let threads = std::thread::available_parallelism().map_or(2, usize::from);
+    std::thread::scope(|scope| {
+        let mut spawned = Ok(());
+        for _ in 0..threads {
+            let worker = std::thread::Builder::new().name("capture".into());
+            spawned = spawned.and(worker.spawn_scoped(scope, || workers.run()).map(drop));
+        }
+        // The reader needs no thread of its own: this one has nothing else to do.
+        let read = spawned.context("cannot start a thread").and_then(|()| {
+            engine.run(reader::read_all(plans, sources, piece_sender, freed_receiver, free, &stop))
+        });
+        if let Err(error) = read {
+            stop.keep(error);
+        }
+    });
+    drop(workers);
+    stop.conclude()
+}

@@ -1,0 +1,209 @@
+//! Reading the sources in order, several pieces at once, into buffers that come back when their contents
+//! have been put away: those bound how much a capture holds in memory.
+
+use std::os::fd::AsFd;
+use std::rc::Rc;
+use std::sync::mpsc;
+
+use block::{AlignedBuf, BlockDevice, BufferPool, ByteRange, DirectIo, FileDisk, FileOptions, OpenDevice};
+use rustix::io::ReadWriteFlags;
+use tokio::sync::mpsc as local;
+use tokio::task::JoinSet;
+
+use super::source::Source;
+use super::stop::Stop;
+
+/// How many pieces are read, hashed, or on their way into a pack at once.
+pub(super) const PIECES: usize = 16;
+/// Bytes of a piece, unless a chunk is longer.
+pub(super) const PIECE_LEN: usize = BufferPool::LARGE;
+
+/// Consecutive chunks of a disk, as read.
+#[derive(Debug)]
+pub(super) struct Piece {
+    /// Its place in the order of capture.
+    pub(super) sequence: u64,
+    pub(super) disk: usize,
+    pub(super) first_chunk: u64,
+    pub(super) bytes: AlignedBuf,
+}
+
+/// A disk as the reader sees it.
+#[derive(Debug)]
+pub(super) struct Plan {
+    pub(super) file: FileDisk,
+    pub(super) chunk_size: u32,
+    /// The chunks that may hold data, in order.
+    pub(super) data: Vec<std::ops::Range<u64>>,
+}
+
+impl Plan {
+    /// Opens the source for bulk reading, and finds its holes.
+    pub(super) fn new(source: &Source, chunk_size: u32, options: FileOptions) -> anyhow::Result<Self> {
+        let file = FileDisk::open(source.path(), options.read_only(true))?;
+        let whole = ByteRange::from_bounds(0, source.size.min(file.size()));
+        let data = chunk_runs(&file.data_ranges(whole)?, u64::from(chunk_size));
+        Ok(Self { file, chunk_size, data })
+    }
+
+    /// The chunks between the data: zeroes without reading them.
+    pub(super) fn holes(&self, chunk_count: u64) -> impl Iterator<Item = std::ops::Range<u64>> {
+        let starts = std::iter::once(0).chain(self.data.iter().map(|run| run.end));
+        let ends = self.data.iter().map(|run| run.start).chain(std::iter::once(chunk_count));
+        starts.zip(ends).map(|(start, end)| start..end).filter(|hole| !hole.is_empty())
+    }
+
+    /// How many bytes will be read, the last chunk taken for a whole one.
+    pub(super) fn data_bytes(&self) -> u64 {
+        self.data.iter().map(|run| (run.end - run.start) * u64::from(self.chunk_size)).sum()
+    }
+}
+
+/// The chunks that the ranges touch, as runs that neither touch nor overlap.
+fn chunk_runs(ranges: &[ByteRange], chunk_size: u64) -> Vec<std::ops::Range<u64>> {
+    let mut runs: Vec<std::ops::Range<u64>> = Vec::new();
+    for range in ranges {
+        let run = range.units(chunk_size);
+        match runs.last_mut() {
+            Some(last) if run.start <= last.end => last.end = last.end.max(run.end),
+            _ => runs.push(run),
+        }
+    }
+    runs
+}
+
+/// How to read a source: through the page cache if most of it is there already, around it if not, so
+/// that a large cold disk neither pushes everything else out of memory nor pays for a copy.
+pub(super) fn how_to_read(source: &Source) -> DirectIo {
+    const SAMPLES: u64 = 32;
+    let mut byte = [0; 1];
+    let mut cached = 0;
+    let mut holding = 0;
+    for sample in 0..SAMPLES {
+        let at = source.size / SAMPLES * sample;
+        // A hole tells nothing; take the next data after it.
+        let Ok(at) = rustix::fs::seek(source.as_fd(), rustix::fs::SeekFrom::Data(at)) else { continue };
+        holding += 1;
+        let buffer = &mut [std::io::IoSliceMut::new(&mut byte)];
+        if rustix::io::preadv2(source.as_fd(), buffer, at, ReadWriteFlags::NOWAIT).is_ok() {
+            cached += 1;
+        }
+    }
+    if cached * 2 >= holding { DirectIo::Off } else { DirectIo::Auto }
+}
+
+/// A buffer that may be filled again, or the word that nothing more is wanted.
+pub(super) type Freed = Option<AlignedBuf>;
+
+/// Reads all data of all disks and sends it as pieces. Runs on a thread of its own, inside the engine.
+pub(super) async fn read_all(
+    plans: &[Plan],
+    sources: &[Source],
+    pieces: mpsc::Sender<Piece>,
+    mut freed: local::UnboundedReceiver<Freed>,
+    free: local::UnboundedSender<Freed>,
+    stop: &Stop,
+) -> anyhow::Result<()> {
+    let pool = BufferPool::of_thread()?;
+    let piece_len = plans.iter().map(piece_len).max().unwrap_or(PIECE_LEN);
+    for _ in 0..PIECES {
+        // The receiver is here.
+        let _ = free.send(Some(pool.take(piece_len)));
+    }
+    drop(free);
+    let mut sequence = 0;
+    let mut reads = JoinSet::new();
+    for (disk, (plan, source)) in plans.iter().zip(sources).enumerate() {
+        let device = plan.file.open()?;
+        for (first_chunk, range) in pieces_of(plan, source.size) {
+            stop.check()?;
+            let Some(Some(mut bytes)) = freed.recv().await else { return stop.check() };
+            bytes.set_len(usize::try_from(range.len()).expect("a piece is a few MiB"));
+            let piece = Piece { sequence, disk, first_chunk, bytes };
+            reads.spawn_local(read_one(Rc::clone(&device), range, piece, pieces.clone()));
+            sequence += 1;
+            while let Some(read) = reads.try_join_next() {
+                finished(read, sources, &pieces)?;
+            }
+        }
+    }
+    while let Some(read) = reads.join_next().await {
+        finished(read, sources, &pieces)?;
+    }
+    Ok(())
+}
+
+/// A read that failed, with what it was to fill.
+type Failed = (block::Error, ByteRange, Piece);
+
+async fn read_one(
+    device: Rc<dyn BlockDevice>,
+    range: ByteRange,
+    mut piece: Piece,
+    pieces: mpsc::Sender<Piece>,
+) -> Result<(), Box<Failed>> {
+    let bytes = std::mem::replace(&mut piece.bytes, AlignedBuf::zeroed(0));
+    let (result, bytes) = device.read(range.start(), bytes).await;
+    piece.bytes = bytes;
+    match result {
+        // Nobody takes pieces any more only after a failure, which is told elsewhere.
+        Ok(()) => drop(pieces.send(piece)),
+        Err(error) => return Err(Box::new((error, range, piece))),
+    }
+    Ok(())
+}
+
+fn finished(
+    read: Result<Result<(), Box<Failed>>, tokio::task::JoinError>,
+    sources: &[Source],
+    pieces: &mpsc::Sender<Piece>,
+) -> anyhow::Result<()> {
+    let Err(failed) = read? else { return Ok(()) };
+    let (error, range, mut piece) = *failed;
+    // A source that became shorter is captured with zeroes at its end; that it changed is found and said later.
+    let source = &sources[piece.disk];
+    let size = source.size_now()?;
+    if size >= range.end() {
+        return Err(
+            anyhow::Error::from(error).context(format!("cannot read {range} of {}", source.path().display()))
+        );
+    }
+    let left = usize::try_from(size.saturating_sub(range.start())).expect("less than a piece");
+    let read = source.read_up_to(&mut piece.bytes[..left], range.start())?;
+    piece.bytes[read..].fill(0);
+    drop(pieces.send(piece));
+    Ok(())
+}
+
+fn piece_len(plan: &Plan) -> usize {
+    PIECE_LEN.max(plan.chunk_size as usize)
+}
+
+/// Cuts the data of a disk into pieces of whole chunks: the first chunk of each, and its bytes.
+fn pieces_of(plan: &Plan, size: u64) -> impl Iterator<Item = (u64, ByteRange)> {
+    let chunk_size = u64::from(plan.chunk_size);
+    let per_piece = piece_len(plan) as u64 / chunk_size;
+    plan.data.iter().flat_map(move |run| {
+        run.clone().step_by(usize::try_from(per_piece).expect("a piece has few chunks")).map(move |first| {
+            let end = (first + per_piece).min(run.end) * chunk_size;
+            (first, ByteRange::from_bounds(first * chunk_size, end.min(size)))
+        })
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn range(start: u64, end: u64) -> ByteRange {
+        ByteRange::from_bounds(start, end)
+    }
+
+    #[test]
+    fn data_ranges_that_share_a_chunk_become_one_run() {
+        let runs = chunk_runs(&[range(0, 10), range(20, 99), range(100, 101), range(350, 360)], 100);
+        assert_eq!(runs, [0..2, 3..4]);
+        assert_eq!(chunk_runs(&[range(0, 100), range(100, 200), range(300, 301)], 100), [0..2, 3..4]);
+        assert!(chunk_runs(&[], 100).is_empty());
+    }
+}

@@ -1,0 +1,184 @@
+//! `lifeboot restore`: a disk out of a repository, whole and verified.
+
+mod damage;
+mod decode;
+mod locks;
+mod pipeline;
+mod plan;
+mod signature;
+mod target;
+mod writer;
+
+use std::path::{Path, PathBuf};
+use std::time::Instant;
+
+use block::{DirectIo, Engine, FileOptions, IoEngine};
+use repository::{DiskEntry, Repository, Snapshot};
+use serde::Serialize;
+
+use crate::cli::{Context, Failure, Outcome, Verb};
+use crate::output::{Output, human_count, human_duration, human_size};
+use damage::{Damage, DamageLog};
+use pipeline::Restore;
+use target::Target;
+
+/// Bring a disk of a snapshot back to a file or a block device
+///
+/// Every chunk is verified before it is written. A file stays sparse, and gets its name only when it is
+/// whole and on stable storage; a block device is written in place, and zeroed where the disk has zeroes.
+#[derive(Debug, clap::Args)]
+#[command(after_help = "\
+Examples:
+  lifeboot restore -r /backup web01@latest /var/lib/libvirt/images/web01.raw
+  lifeboot restore -r /backup db@2026-11-21T00:33:12Z/data /dev/vg/db-data --force
+
+A target counts as empty if it is a file that was never written to (it may have a size), or a block device
+that is zero in its first and last MiB. A file is replaced by one of the disk's size, with the old one's owner
+and permissions. Ctrl-C, or a failure, leaves a file target as it was; exit code 130, or 1.")]
+pub struct Args {
+    /// The snapshot, and the disk if it has several: web01@latest, web01@latest/disk0
+    #[arg(value_name = "SNAPSHOT[/DISK]")]
+    snapshot: String,
+
+    /// A file, which need not exist, or a block device
+    target: PathBuf,
+
+    /// Replace what is in the target
+    #[arg(long)]
+    force: bool,
+
+    /// Leave zeroes where the repository is damaged, name all such places, and end with exit code 3
+    #[arg(long)]
+    keep_going: bool,
+
+    /// How to do I/O: auto, uring or threads
+    #[arg(long, default_value_t = IoEngine::Auto, value_name = "ENGINE")]
+    io_engine: IoEngine,
+
+    /// Whether to write around the page cache
+    #[arg(long, value_enum, default_value_t = Direct::Auto, value_name = "WHEN")]
+    direct: Direct,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+enum Direct {
+    /// Where the file system allows
+    Auto,
+    /// Or fail
+    On,
+    /// Through the page cache
+    Off,
+}
+
+#[derive(Serialize)]
+struct Report<'a> {
+    snapshot: String,
+    disk: &'a str,
+    target: &'a Path,
+    size_bytes: u64,
+    data_bytes: u64,
+    damaged_bytes: u64,
+    damaged: &'a [Damage],
+    seconds: f64,
+}
+
+impl Verb for Args {
+    fn run(self, context: &Context) -> anyhow::Result<Outcome> {
+        let started = Instant::now();
+        let output = context.output();
+        let repository = Repository::open(context.repository_path()?)?;
+        let (snapshot, disk) = repository.resolve(&self.snapshot)?;
+        let disk = match disk {
+            Some(disk) => disk,
+            None => only_disk(&snapshot)?.clone(),
+        };
+        let map = repository.disk_map(&disk)?;
+        let engine = Engine::choose(self.io_engine)?;
+        let interrupt = context.interrupt()?;
+        let direct = match self.direct {
+            Direct::Auto => DirectIo::Auto,
+            Direct::On => DirectIo::On,
+            Direct::Off => DirectIo::Off,
+        };
+        let options = FileOptions::new(engine).direct(direct);
+        let (target, target_disk) = Target::open(&self.target, disk.size, self.force, options)?;
+
+        let data_bytes = (disk.stats.data_chunks * u64::from(disk.chunk_size)).min(disk.size);
+        let progress = output.progress(format_args!("restoring {}", disk.name), Some(data_bytes));
+        let damage = DamageLog::new(self.keep_going);
+        let restore = Restore {
+            repository: &repository,
+            map: &map,
+            target: &target_disk,
+            target_is_zero: target.starts_as_zeroes(),
+            engine,
+            damage: &damage,
+            progress: &progress,
+        };
+        restore.run(interrupt.clone())?;
+        interrupt.check()?;
+        let path = target.path().to_owned();
+        target.complete()?;
+        drop(progress);
+
+        let (damaged, damaged_bytes) = damage.conclude();
+        let elapsed = started.elapsed();
+        report_damage(output, &disk, &damaged, damaged_bytes);
+        output.document(&Report {
+            snapshot: snapshot.name().to_string(),
+            disk: disk.name.as_str(),
+            target: &path,
+            size_bytes: disk.size,
+            data_bytes,
+            damaged_bytes,
+            damaged: &damaged,
+            seconds: elapsed.as_secs_f64(),
+        })?;
+        output.line(format_args!(
+            "restored {}/{} to {} in {}: {}, {} of it data",
+            snapshot.name(),
+            disk.name,
+            path.display(),
+            human_duration(elapsed),
+            human_size(disk.size),
+            human_size(data_bytes),
+        ))?;
+        Ok(if damaged.is_empty() { Outcome::Done } else { Outcome::Damaged })
+    }
+}
+
+/// The one disk of a snapshot.
+///
+/// # Errors
+/// Where it has several: their names are offered.
+pub(crate) fn only_disk(snapshot: &Snapshot) -> anyhow::Result<&DiskEntry> {
+    let name = snapshot.name();
+    match snapshot.manifest().disks.as_slice() {
+        [disk] => Ok(disk),
+        [] => {
+            Err(Failure::new(format_args!("{name} has no disks"), "`lifeboot show` says what is in it")
+                .into())
+        }
+        disks => {
+            let names = disks.iter().map(|disk| format!("{name}/{}", disk.name)).collect::<Vec<_>>();
+            Err(Failure::new(
+                format_args!("{name} has {} disks", disks.len()),
+                format_args!("say which one: {}", names.join(", ")),
+            )
+            .into())
+        }
+    }
+}
+
+fn report_damage(output: &Output, disk: &DiskEntry, damaged: &[Damage], bytes: u64) {
+    for damage in damaged {
+        output.damaged(format_args!(
+            "{}: {} bytes at offset {} are lost and left as zeroes: {}",
+            disk.name, damage.len, damage.offset, damage.reason
+        ));
+    }
+    if bytes > 0 {
+        let places = human_count(damaged.len() as u64, "place", "places");
+        output.damaged(format_args!("{} are lost in {places} of {}", human_size(bytes), disk.name));
+    }
+}
