@@ -141,6 +141,11 @@ pub(crate) fn thread_pool_of_buffers() -> Result<BufferPool> {
     })
 }
 
+/// The same, unless nobody has asked for it yet.
+pub(crate) fn thread_pool_of_buffers_if_any() -> Option<BufferPool> {
+    LOCAL.with(|local| local.buffers.borrow().clone())
+}
+
 /// What the kernel uses while an operation is in flight: a descriptor and, for a transfer, a buffer.
 ///
 /// It is the operation's own until the completion comes, and is given back by [`InFlight::complete`].

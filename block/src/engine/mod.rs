@@ -8,7 +8,10 @@ use std::fmt;
 use std::future::Future;
 use std::str::FromStr;
 
-pub(crate) use local::{InFlight, closing, has_ring, register_pool, registered_pool, thread_pool_of_buffers};
+pub(crate) use local::{
+    InFlight, closing, has_ring, register_pool, registered_pool, thread_pool_of_buffers,
+    thread_pool_of_buffers_if_any,
+};
 
 use crate::{Error, ErrorKind, Result};
 
@@ -34,7 +37,7 @@ impl FromStr for IoEngine {
             "threads" => Ok(Self::Threads),
             _ => Err(Error::new(
                 ErrorKind::Unsupported,
-                "the I/O engines are auto, uring and threads; this is none of them",
+                format_args!("there is no I/O engine {name:?}: there are auto, uring and threads"),
             )),
         }
     }

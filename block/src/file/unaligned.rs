@@ -4,7 +4,7 @@
 use super::handle::Handle;
 use super::range_lock::Hold;
 use crate::queue::{Direction, Queue};
-use crate::{AlignedBuf, BufferPool, ByteRange, Durability, Result};
+use crate::{AlignedBuf, ByteRange, Durability, Result, engine};
 
 impl<Q: Queue> Handle<Q> {
     /// Reads the units around `range` and keeps the part that was asked for.
@@ -71,5 +71,5 @@ impl<Q: Queue> Handle<Q> {
 }
 
 fn bounce(len: usize) -> AlignedBuf {
-    BufferPool::of_thread().map_or_else(|_| AlignedBuf::zeroed(len), |pool| pool.take(len))
+    engine::thread_pool_of_buffers_if_any().map_or_else(|| AlignedBuf::zeroed(len), |pool| pool.take(len))
 }

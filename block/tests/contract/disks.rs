@@ -97,7 +97,12 @@ pub(crate) struct LoopDevice {
 impl LoopDevice {
     /// `None`, with the reason on standard error, where this user may not make one.
     pub(crate) fn attach(size: u64) -> Option<Self> {
-        let file = tempfile::NamedTempFile::new_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+        Self::attach_in(Path::new(env!("CARGO_TARGET_TMPDIR")), size)
+    }
+
+    /// The same, with the file in this directory.
+    pub(crate) fn attach_in(directory: &Path, size: u64) -> Option<Self> {
+        let file = tempfile::NamedTempFile::new_in(directory).unwrap();
         file.as_file().set_len(size).unwrap();
         let output = Command::new("losetup").args(["--find", "--show"]).arg(file.path()).output();
         match output {

@@ -1,5 +1,6 @@
 //! Where a disk says no: read-only, locked, full, not a disk at all.
 
+use std::path::Path;
 use std::process::Command;
 
 use block::{
@@ -67,7 +68,7 @@ fn a_second_opener_does_not_get_the_lock_until_the_last_handle_of_the_first_is_g
 #[test]
 fn what_is_no_disk_is_refused_at_once() {
     let directory = tempfile::tempdir().unwrap();
-    let kind = |path: &std::path::Path| FileDisk::open(path, FileOptions::default()).unwrap_err().kind();
+    let kind = |path: &Path| FileDisk::open(path, FileOptions::default()).unwrap_err().kind();
     let fifo = directory.path().join("fifo");
     assert!(Command::new("mkfifo").arg(&fifo).status().unwrap().success());
     assert_eq!(kind(&fifo), ErrorKind::Unsupported);
@@ -134,10 +135,14 @@ fn a_file_that_became_shorter_is_an_error_and_not_zeroes() {
 /// A small file system on a loop device.
 struct SmallFileSystem {
     directory: tempfile::TempDir,
-    _device: LoopDevice,
+    device: LoopDevice,
 }
 
 impl SmallFileSystem {
+    fn path(&self) -> &Path {
+        self.directory.path()
+    }
+
     fn mount() -> Option<Self> {
         let device = LoopDevice::attach(16 << 20)?;
         let directory = tempfile::tempdir().unwrap();
@@ -148,7 +153,7 @@ impl SmallFileSystem {
             eprintln!("a full file system is not tested here: it cannot be mounted");
             return None;
         }
-        Some(Self { directory, _device: device })
+        Some(Self { directory, device })
     }
 }
 
@@ -165,7 +170,7 @@ fn a_full_file_system_is_no_space_and_serves_on_once_there_is_room() {
     for engine in disks::engines() {
         for direct in [DirectIo::On, DirectIo::Off] {
             let options = FileOptions::new(engine).direct(direct).overwrite(true);
-            let disk = FileDisk::create(small.directory.path().join("disk"), 64 << 20, options).unwrap();
+            let disk = FileDisk::create(small.path().join("disk"), 64 << 20, options).unwrap();
             engine.run(async {
                 let device = disk.open().unwrap();
                 let mut filled = 0;
@@ -202,6 +207,81 @@ fn a_full_file_system_is_no_space_and_serves_on_once_there_is_room() {
                 assert_eq!(buf[..], [3; 4096]);
             });
             drop(disk);
+        }
+    }
+}
+
+#[test]
+fn a_mounted_device_is_seen_to_be_in_use() {
+    let Some(small) = SmallFileSystem::mount() else { return };
+    let disk = FileDisk::open(small.device.path(), FileOptions::default().read_only(true)).unwrap();
+    assert!(disk.is_used_by_kernel().unwrap());
+    drop(small);
+    let Some(unused) = LoopDevice::attach(1 << 20) else { return };
+    assert!(!FileDisk::open(unused.path(), FileOptions::default()).unwrap().is_used_by_kernel().unwrap());
+}
+
+/// A device that loses what is written to it: its file is sparse, on a file system without the room.
+#[test]
+fn after_a_failed_sync_no_later_one_claims_success() {
+    for engine in disks::engines() {
+        let Some(small) = SmallFileSystem::mount() else { return };
+        let Some(device) = LoopDevice::attach_in(small.path(), 64 << 20) else { return };
+        let disk = FileDisk::open(device.path(), FileOptions::new(engine).direct(DirectIo::Off)).unwrap();
+        engine.run(async {
+            let device = disk.open().unwrap();
+            for at in 0..32u64 {
+                let mut data = AlignedBuf::zeroed(1 << 20);
+                data.fill(1);
+                device.write(at << 20, data, Durability::Volatile).await.0.unwrap();
+            }
+            device.flush().await.unwrap_err();
+            // The kernel has told us once, and would not again.
+            rustix::fs::fdatasync(&disk).unwrap();
+            assert_eq!(device.flush().await.unwrap_err().kind(), ErrorKind::Poisoned);
+            let other = disk.open().unwrap();
+            let stable = other.write(0, AlignedBuf::zeroed(512), Durability::Stable).await.0;
+            assert_eq!(stable.unwrap_err().kind(), ErrorKind::Poisoned);
+            let range = ByteRange::new(0, 4096).unwrap();
+            let zeroes = other.write_zeroes(range, ZeroMode::UNMAP, Durability::Stable).await;
+            assert_eq!(zeroes.unwrap_err().kind(), ErrorKind::Poisoned);
+            other.read(0, AlignedBuf::zeroed(4096)).await.0.unwrap();
+        });
+    }
+}
+
+/// The flushes that a loop device was asked for so far.
+fn flushes(device: &LoopDevice) -> u64 {
+    let name = device.path().file_name().unwrap().to_str().unwrap();
+    let stat = std::fs::read_to_string(format!("/sys/block/{name}/stat")).unwrap();
+    stat.split_whitespace().nth(15).expect("kernels since 5.5 count flushes").parse().unwrap()
+}
+
+#[test]
+fn a_flush_and_a_stable_write_reach_the_device() {
+    for engine in disks::engines() {
+        for direct in [DirectIo::On, DirectIo::Off] {
+            let Some(device) = LoopDevice::attach(1 << 20) else { return };
+            let disk = FileDisk::open(device.path(), FileOptions::new(engine).direct(direct)).unwrap();
+            engine.run(async {
+                let handle = disk.open().unwrap();
+                let range = ByteRange::new(0, 8192).unwrap();
+                // Some writes take more than one flush: what counts is that none takes none.
+                let mut before = flushes(&device);
+                let mut flushed = || flushes(&device) > std::mem::replace(&mut before, flushes(&device));
+                handle.write(0, AlignedBuf::zeroed(4096), Durability::Volatile).await.0.unwrap();
+                assert!(!flushed(), "nobody asked for a flush yet");
+                handle.flush().await.unwrap();
+                assert!(flushed());
+                handle.write(0, AlignedBuf::zeroed(4096), Durability::Stable).await.0.unwrap();
+                assert!(flushed());
+                handle.write(3, AlignedBuf::zeroed(4096), Durability::Stable).await.0.unwrap();
+                assert!(flushed());
+                handle.write_zeroes(range, ZeroMode::UNMAP, Durability::Stable).await.unwrap();
+                assert!(flushed());
+                handle.trim(range, Durability::Stable).await.unwrap();
+                assert!(flushed());
+            });
         }
     }
 }
