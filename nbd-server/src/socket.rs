@@ -49,11 +49,17 @@ impl Socket {
     /// Reads what is there, at most `buf.len()` bytes; 0 at the peer's end.
     pub(crate) fn poll_read(&mut self, cx: &mut Context<'_>, buf: &mut [u8]) -> Poll<io::Result<usize>> {
         let mut buf = ReadBuf::new(buf);
-        ready!(match self {
-            Self::Unix(stream) => Pin::new(stream).poll_read(cx, &mut buf),
-            Self::Tcp(stream) => Pin::new(stream).poll_read(cx, &mut buf),
-        })?;
-        Poll::Ready(Ok(buf.filled().len()))
+        loop {
+            let received = ready!(match self {
+                Self::Unix(stream) => Pin::new(stream).poll_read(cx, &mut buf),
+                Self::Tcp(stream) => Pin::new(stream).poll_read(cx, &mut buf),
+            });
+            match received {
+                Ok(()) => return Poll::Ready(Ok(buf.filled().len())),
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) => return Poll::Ready(Err(error)),
+            }
+        }
     }
 
     /// Waits until something can be written.

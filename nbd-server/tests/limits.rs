@@ -1,0 +1,232 @@
+//! Each limit, exceeded: the one who exceeds it pays, and the server goes on.
+
+mod common;
+
+use std::io::{Read, Write};
+use std::os::unix::net::UnixStream;
+use std::time::Duration;
+
+use common::{Client, MemoryDisk, Served, assert_closed, begin_hand_made, option, wish};
+use nbd_server::{Limits, ServerOptions};
+use proto::wire::{CommandFlags, CommandKind, Errno, MAX_PAYLOAD_BYTES};
+
+const SIZE: usize = 64 << 20;
+
+fn served(limits: Limits) -> Served {
+    Served::new(MemoryDisk::new(SIZE), ServerOptions { limits, ..ServerOptions::default() })
+}
+
+#[test]
+fn a_silent_client_is_closed_when_its_time_is_over() {
+    let limits = Limits { handshake_timeout: Duration::from_millis(50), ..Limits::default() };
+    let served = served(limits);
+    let mut silent = UnixStream::connect(&served.path).unwrap();
+    assert_closed(&mut silent);
+    let mut half = begin_hand_made(&served.path, 3).unwrap();
+    half.write_all(&option(7, &[0; 6])[..10]).unwrap();
+    assert_closed(&mut half);
+    served.check_health();
+    served.end();
+}
+
+#[test]
+fn a_client_that_keeps_talking_does_not_prolong_its_handshake() {
+    let limits = Limits { handshake_timeout: Duration::from_millis(100), ..Limits::default() };
+    let served = served(limits);
+    let mut talker = begin_hand_made(&served.path, 3).unwrap();
+    // One byte of an endless option at a time: it ends by the server's closing, not by ours.
+    let endless = option(9999, &vec![0; 65536]);
+    let mut bytes = endless.iter();
+    while let Some(byte) = bytes.next()
+        && talker.write_all(&[*byte]).is_ok()
+    {
+        std::thread::yield_now();
+    }
+    assert_closed(&mut talker);
+    served.check_health();
+    served.end();
+}
+
+#[test]
+fn half_open_connections_leave_room_for_those_who_talk() {
+    let served = served(Limits { half_open: 3, ..Limits::default() });
+    let mut established = served.client();
+    let _silent: Vec<_> = (0..3).map(|_| UnixStream::connect(&served.path).unwrap()).collect();
+    served.wait_for(|stats| stats.half_open == 3);
+    let mut refused = UnixStream::connect(&served.path).unwrap();
+    assert_closed(&mut refused);
+    assert_eq!(established.read(0, 4096).result, Ok(()));
+    drop(_silent);
+    served.wait_for(|stats| stats.half_open == 0);
+    served.client().disconnect();
+    served.end();
+}
+
+#[test]
+fn one_connection_too_many_is_closed_and_the_others_go_on() {
+    let served = served(Limits { connections: 4, ..Limits::default() });
+    let mut clients: Vec<Client> = (0..4).map(|_| served.client()).collect();
+    assert!(Client::connect(&served.path, wish("disk0", true)).is_err());
+    for client in &mut clients {
+        assert_eq!(client.read(0, 4096).result, Ok(()));
+    }
+    clients.pop().unwrap().disconnect();
+    served.wait_for(|stats| stats.connections == 3);
+    served.client().disconnect();
+    served.end();
+}
+
+#[test]
+fn requests_longer_than_allowed_are_refused_and_their_payload_skipped() {
+    let served = served(Limits { request_bytes: 1 << 20, ..Limits::default() });
+    let mut client = served.client();
+    assert_eq!(client.connected.info.block_sizes.maximum, 1 << 20);
+    assert_eq!(client.read(0, (1 << 20) + 1).result, Err(Errno::Invalid));
+    assert_eq!(client.write(0, &vec![1; (1 << 20) + 1]).result, Err(Errno::Invalid));
+    assert_eq!(client.write(0, &vec![1; MAX_PAYLOAD_BYTES as usize]).result, Err(Errno::Invalid));
+    assert_eq!(client.read(0, 1 << 20).result, Ok(()));
+    assert!(served.disk.bytes().iter().all(|byte| *byte == 0));
+    served.end();
+}
+
+#[test]
+fn the_largest_requests_are_served() {
+    let served = served(Limits::default());
+    let mut client = served.client();
+    let data: Vec<u8> = (0..MAX_PAYLOAD_BYTES).map(|at| at as u8 | 1).collect();
+    assert_eq!(client.write(4096, &data).result, Ok(()));
+    assert!(client.read(4096, MAX_PAYLOAD_BYTES).data == data);
+    assert_eq!(client.read(0, MAX_PAYLOAD_BYTES + 1).result, Err(Errno::Invalid));
+    served.end();
+}
+
+#[test]
+fn a_payload_that_nobody_would_drain_ends_the_connection_at_once() {
+    let served = served(Limits::default());
+    let mut client = served.client();
+    let header = client.header(CommandKind::Write, CommandFlags::NONE, 0, MAX_PAYLOAD_BYTES + 1);
+    client.socket.write_all(&header.encode()).unwrap();
+    client.assert_closed();
+    served.check_health();
+    served.end();
+}
+
+#[test]
+fn a_connection_has_no_more_requests_in_flight_than_allowed() {
+    let limits = Limits { requests_in_flight: 3, ..Limits::default() };
+    let served =
+        Served::new(MemoryDisk::new(1 << 20).slow(), ServerOptions { limits, ..ServerOptions::default() });
+    served.disk.close_gate();
+    let mut client = served.client();
+    for _ in 0..10 {
+        client.send(CommandKind::Read, CommandFlags::NONE, 0, 4096, &[]);
+    }
+    served.disk.wait_for_waiting(3);
+    // A connection of its own is not held up, and shows that the first one takes no more meanwhile.
+    let mut other = served.client();
+    other.send(CommandKind::Read, CommandFlags::NONE, 0, 4096, &[]);
+    served.disk.wait_for_waiting(4);
+    assert_eq!(served.handle.stats().operations, 4);
+    served.disk.open_gate();
+    for _ in 0..10 {
+        assert_eq!(client.receive().unwrap().result, Ok(()));
+    }
+    served.end();
+}
+
+#[test]
+fn memory_in_flight_never_exceeds_the_budget_and_everybody_is_served_in_turn() {
+    let limits = Limits { memory_bytes: 4 << 20, request_bytes: 1 << 20, ..Limits::default() };
+    let served =
+        Served::new(MemoryDisk::new(8 << 20).slow(), ServerOptions { limits, ..ServerOptions::default() });
+    served.disk.close_gate();
+    let mut clients: Vec<Client> = (0..6).map(|_| served.simple_client()).collect();
+    for client in &mut clients {
+        for number in 0..4 {
+            client.send(CommandKind::Read, CommandFlags::NONE, number << 20, 1 << 20, &[]);
+        }
+    }
+    // Four connections have their quarter each; two wait.
+    served.disk.wait_for_waiting(4);
+    assert_eq!(served.handle.stats().memory_bytes, 4 << 20);
+    assert_eq!(served.disk.waiting(), 4);
+    served.disk.open_gate();
+    for client in &mut clients {
+        for _ in 0..4 {
+            assert_eq!(client.receive().unwrap().result, Ok(()));
+            assert!(served.handle.stats().memory_bytes <= 4 << 20);
+        }
+    }
+    drop(clients);
+    served.check_health();
+    served.end();
+}
+
+#[test]
+fn who_takes_no_replies_loses_its_memory_to_those_who_wait() {
+    let limits = Limits {
+        memory_bytes: 16 << 20,
+        request_bytes: 16 << 20,
+        stall_timeout: Duration::from_millis(50),
+        ..Limits::default()
+    };
+    let served =
+        Served::new(MemoryDisk::new(16 << 20).slow(), ServerOptions { limits, ..ServerOptions::default() });
+    let mut stalled = served.simple_client();
+    stalled.send(CommandKind::Read, CommandFlags::NONE, 0, 16 << 20, &[]);
+    served.wait_for(|stats| stats.memory_bytes == 16 << 20 && stats.operations == 0);
+    let mut other = served.simple_client();
+    assert_eq!(other.read(0, 16 << 20).result, Ok(()));
+    stalled.assert_closed();
+    drop((stalled, other));
+    served.check_health();
+    served.end();
+}
+
+#[test]
+fn who_takes_no_replies_keeps_its_connection_while_nobody_waits() {
+    let limits = Limits { stall_timeout: Duration::from_millis(1), ..Limits::default() };
+    let served = served(limits);
+    let mut lazy = served.simple_client();
+    lazy.send(CommandKind::Read, CommandFlags::NONE, 0, 32 << 20, &[]);
+    served.wait_for(|stats| stats.memory_bytes == 32 << 20 && stats.operations == 0);
+    // Long enough for the timer to have run out many times.
+    let mut other = served.simple_client();
+    for _ in 0..1000 {
+        assert_eq!(other.read(0, 4096).result, Ok(()));
+    }
+    assert_eq!(lazy.receive().unwrap().result, Ok(()));
+    served.end();
+}
+
+#[test]
+fn options_without_end_are_cut_off() {
+    let served = served(Limits::default());
+    let mut socket = begin_hand_made(&served.path, 3).unwrap();
+    let mut message = Vec::new();
+    for _ in 0..40 {
+        message.extend_from_slice(&option(3, &[]));
+    }
+    socket.write_all(&message).unwrap();
+    assert_closed(&mut socket);
+    let mut socket = begin_hand_made(&served.path, 3).unwrap();
+    let mut long = option(3, &[]);
+    long[12..16].copy_from_slice(&u32::MAX.to_be_bytes());
+    socket.write_all(&long).unwrap();
+    assert_closed(&mut socket);
+    served.check_health();
+    served.end();
+}
+
+#[test]
+fn a_listing_is_answered_and_the_next_option_too() {
+    let served = served(Limits::default());
+    let mut socket = begin_hand_made(&served.path, 3).unwrap();
+    socket.write_all(&option(3, &[])).unwrap();
+    // Two exports and the end of the list.
+    socket.read_exact(&mut [0; 20 + 4 + 5 + 20 + 4 + 6 + 20]).unwrap();
+    socket.write_all(&option(2, &[])).unwrap();
+    socket.read_exact(&mut [0; 20]).unwrap();
+    assert_closed(&mut socket);
+    served.end();
+}
