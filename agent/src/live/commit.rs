@@ -7,6 +7,7 @@ use block::{Error, ErrorKind, Result};
 use super::device::LiveDevice;
 use super::error;
 use super::join::first_of;
+use super::journal::Entry;
 use super::mistakes::Mistake;
 use super::session::{Committer, Session};
 use super::stats::{Phase, Stats};
@@ -120,19 +121,11 @@ impl LiveDevice {
         if runs.is_empty() && !complete {
             return Ok(());
         }
-        if session.makes(Mistake::JournalUnsynced) {
-            map.mark_stable(&runs);
-            return committer
-                .journal
-                .append_unsynced(&*self.journal, complete, &runs)
-                .await
-                .map_err(into_block);
-        }
         let on_stable = |runs: &_| map.mark_stable(runs);
         let journal = &mut committer.journal;
-        if let Err(error) =
-            journal.append(&*self.journal, complete, &runs, &map.p(), &map.g(), on_stable).await
-        {
+        let is_synced = !session.makes(Mistake::JournalUnsynced);
+        let entry = Entry { runs: &runs, complete, is_synced };
+        if let Err(error) = journal.append(&*self.journal, entry, &map.p(), &map.g(), on_stable).await {
             session.poison(&error);
             return Err(into_block(error));
         }
@@ -145,11 +138,13 @@ impl LiveDevice {
         let runs = map.note();
         let on_stable = |runs: &_| map.mark_stable(runs);
         let journal = &mut committer.journal;
-        journal
-            .append(&*self.journal, false, &runs, &map.p(), &map.g(), on_stable)
-            .await
-            .map_err(into_block)?;
-        self.target.flush().await
+        let entry = Entry { runs: &runs, complete: false, is_synced: true };
+        let written = journal.append(&*self.journal, entry, &map.p(), &map.g(), on_stable).await;
+        let result = match written {
+            Ok(()) => self.target.flush().await,
+            Err(error) => Err(into_block(error)),
+        };
+        result.inspect_err(|error| self.session.poison(error))
     }
 }
 

@@ -45,11 +45,11 @@ impl LiveDevice {
         })
     }
 
-    fn check_serving(&self) -> Result<()> {
-        if self.session.phase() == Phase::Parked {
-            return Err(Error::new(ErrorKind::Shutdown, "the session is parked"));
-        }
-        Ok(())
+    /// Reads from the target. After a failed sync the kernel may have dropped what it could not write,
+    /// and give what was there before: a guest gets an error then, not old data.
+    pub(super) async fn read_target(&self, offset: u64, buf: AlignedBuf) -> (Result<()>, AlignedBuf) {
+        let (result, buf) = self.target.read(offset, buf).await;
+        (result.and_then(|()| self.session.check_open()), buf)
     }
 
     pub(super) fn is_home(&self, range: ByteRange) -> bool {
@@ -71,7 +71,7 @@ impl BlockDevice for LiveDevice {
 
     fn try_read(&self, offset: u64, buf: &mut [u8]) -> Result<Attempt> {
         let range = self.check(offset, buf.len() as u64)?;
-        self.check_serving()?;
+        self.session.check_open()?;
         if self.is_home(range) { self.target.try_read(offset, buf) } else { Ok(Attempt::WouldWait) }
     }
 
@@ -88,15 +88,15 @@ impl BlockDevice for LiveDevice {
     }
 
     fn resident(&self, range: ByteRange) -> Option<(BorrowedFd<'_>, u64)> {
-        let is_served = range.fits(self.session.map.disk().size) && self.check_serving().is_ok();
+        let is_served = range.fits(self.session.map.disk().size) && self.session.check_open().is_ok();
         (is_served && self.is_home(range)).then(|| self.target.resident(range))?
     }
 
     fn read(&self, offset: u64, buf: AlignedBuf) -> DeviceFuture<'_, (Result<()>, AlignedBuf)> {
         let checked =
-            self.check(offset, buf.len() as u64).and_then(|range| self.check_serving().map(|()| range));
+            self.check(offset, buf.len() as u64).and_then(|range| self.session.check_open().map(|()| range));
         match checked {
-            Ok(range) if self.is_home(range) => self.target.read(offset, buf),
+            Ok(range) if self.is_home(range) => Box::pin(self.read_target(offset, buf)),
             Ok(range) => Box::pin(self.read_mixed(range, buf)),
             Err(error) => Box::pin(std::future::ready((Err(error), buf))),
         }
@@ -140,7 +140,7 @@ impl BlockDevice for LiveDevice {
     fn extents(&self, range: ByteRange, limit: usize) -> DeviceFuture<'_, Result<Vec<Extent>>> {
         Box::pin(async move {
             self.check(range.start(), range.len())?;
-            self.check_serving()?;
+            self.session.check_open()?;
             self.extents_of(range, limit).await
         })
     }

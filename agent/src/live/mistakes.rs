@@ -45,6 +45,7 @@ mod made {
     use std::ops::Range;
 
     use crate::live::device::LiveDevice;
+    use crate::live::journal::Entry;
     use crate::live::session::Session;
 
     impl Session {
@@ -63,12 +64,16 @@ mod made {
     impl LiveDevice {
         /// What a mapped journal does: its pages reach the device when they like, before any sync.
         pub(in crate::live) async fn leak_to_journal(&self) {
-            let mut committer = self.session.committer.lock().await;
+            let Ok(mut committer) = self.session.committer.try_lock() else { return };
             let runs = self.session.map.note();
             let journal = &mut committer.journal;
             let map = &self.session.map;
             let stable = |runs: &_| map.mark_stable(runs);
-            let _ = journal.append(&*self.journal, false, &runs, &map.p(), &map.g(), stable).await;
+            let entry = Entry { runs: &runs, complete: false, is_synced: true };
+            let leaked = journal.append(&*self.journal, entry, &map.p(), &map.g(), stable).await;
+            if let Err(error) = leaked {
+                self.session.poison(&error);
+            }
         }
     }
 }

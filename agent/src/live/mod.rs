@@ -6,6 +6,8 @@
 mod bits;
 mod clock;
 mod commit;
+#[cfg(test)]
+mod crash;
 mod device;
 mod error;
 mod extents;

@@ -83,7 +83,7 @@ impl LiveDevice {
 
     async fn read_home(&self, range: ByteRange) -> Result<Bytes> {
         let buf = AlignedBuf::zeroed(range.len() as usize);
-        let (result, buf) = self.target.read(range.start(), buf).await;
+        let (result, buf) = self.read_target(range.start(), buf).await;
         result.map(|()| Bytes::Whole(buf))
     }
 

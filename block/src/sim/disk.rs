@@ -170,6 +170,12 @@ impl SimDisk {
         true
     }
 
+    /// Drops what is in memory and clean, as `posix_fadvise(POSIX_FADV_DONTNEED)` does. After a failed
+    /// sync that is what readers saw and storage does not have.
+    pub fn drop_clean_cache(&self) {
+        self.0.lock().drop_clean_cache();
+    }
+
     /// Sets how often things fail from now on.
     pub fn set_faults(&self, faults: Faults) {
         self.0.lock().options.faults = faults;
@@ -319,6 +325,15 @@ impl Contents {
             }
         }
         self.view.copy_from_slice(&self.stable);
+    }
+
+    fn drop_clean_cache(&mut self) {
+        for sector in 0..self.options.size.div_ceil(SECTOR) {
+            if !self.unsynced.contains_key(&sector) {
+                let range = self.sector_bytes(sector);
+                self.view[range.clone()].copy_from_slice(&self.stable[range]);
+            }
+        }
     }
 
     fn land_orphan(&mut self, change: u64, rng: &mut Rng) {

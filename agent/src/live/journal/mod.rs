@@ -80,4 +80,4 @@ mod writer;
 
 pub(super) use format::Header;
 pub use format::{BlockRun, JournalLayout, SessionId};
-pub(super) use writer::Journal;
+pub(super) use writer::{Entry, Journal};

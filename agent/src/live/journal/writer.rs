@@ -19,6 +19,16 @@ pub(in crate::live) struct Journal {
     complete: bool,
 }
 
+/// What is to be put on stable storage.
+#[derive(Clone, Copy, Debug)]
+pub(in crate::live) struct Entry<'a> {
+    pub(in crate::live) runs: &'a [BlockRun],
+    /// The whole disk is home.
+    pub(in crate::live) complete: bool,
+    /// Always true, but where a test wants that mistake made.
+    pub(in crate::live) is_synced: bool,
+}
+
 /// What opening a journal found.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(in crate::live) struct Replayed {
@@ -112,17 +122,17 @@ impl Journal {
         &self.header
     }
 
-    /// Puts `runs` on stable storage. Where the log is full, a checkpoint of `p` and `g` makes room;
+    /// Puts an entry on stable storage. Where the log is full, a checkpoint of `p` and `g` makes room;
     /// `p` must not yet hold more than the journal says and the runs that `on_stable` was told of.
     pub(in crate::live) async fn append(
         &mut self,
         device: &dyn BlockDevice,
-        complete: bool,
-        runs: &[BlockRun],
+        entry: Entry<'_>,
         p: &Bits<'_>,
         g: &Bits<'_>,
         mut on_stable: impl FnMut(&[BlockRun]),
     ) -> Result<()> {
+        let Entry { runs, complete, is_synced } = entry;
         let most = self.header.journal.record_runs_max();
         let pieces: Vec<&[BlockRun]> = if runs.is_empty() { vec![runs] } else { runs.chunks(most).collect() };
         let last = pieces.len() - 1;
@@ -130,15 +140,17 @@ impl Journal {
             if self.used + 2 * record_len(piece.len()) > self.header.journal.log_len() {
                 self.checkpoint(device, false, p, g).await?;
             }
-            self.append_unsynced(device, complete && index == last, piece).await?;
-            device.flush().await?;
+            self.append_one(device, complete && index == last, piece).await?;
+            if is_synced {
+                device.flush().await?;
+            }
             on_stable(piece);
         }
         Ok(())
     }
 
-    /// Writes one record without syncing it. The log must have room for it.
-    pub(in crate::live) async fn append_unsynced(
+    /// Writes one record. The log must have room for it.
+    async fn append_one(
         &mut self,
         device: &dyn BlockDevice,
         complete: bool,
