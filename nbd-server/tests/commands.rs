@@ -292,7 +292,8 @@ fn work_on_a_quarter(path: &std::path::Path, worker: u64) -> Vec<u8> {
         seed ^= seed << 17;
         (seed % below as u64) as usize
     };
-    let mut client = Client::connect(path, wish("disk0", worker % 2 == 0)).expect("the server takes us");
+    let mut client =
+        Client::connect(path, wish("disk0", worker.is_multiple_of(2))).expect("the server takes us");
     for step in 0..300 {
         let most = [100, 5000, 200_000][random(3)];
         let len = 1 + random(most);

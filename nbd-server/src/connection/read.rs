@@ -11,7 +11,7 @@ use proto::wire::{ReplyStyle, RequestHeader};
 
 use super::batch::Batch;
 use super::perform;
-use super::request::{Request, Shared, errno, log_failure};
+use super::request::{Request, Shared};
 
 /// From this size on, cached bytes are sent from the file, and holes are looked for.
 const LARGE_BYTES: u32 = 32 << 10;
@@ -75,8 +75,7 @@ impl Reads {
             Ok(Attempt::Done) => Plan::Answered,
             Ok(Attempt::WouldWait) => Plan::Fetch,
             Err(error) => {
-                log_failure(header, &error);
-                shared.reply(&encoder.failed(header.cookie, errno(&error), None));
+                shared.fail(header, &error, None);
                 Plan::Answered
             }
         }

@@ -17,7 +17,7 @@ use crate::shard::Operations;
 pub(super) struct Shared {
     pub(super) outbox: RefCell<Outbox>,
     pub(super) encoder: ReplyEncoder,
-    pub(super) late_requests: LateRequests,
+    late_requests: LateRequests,
     tasks: Cell<usize>,
     held: Cell<usize>,
     held_bytes: Cell<u64>,
@@ -82,6 +82,19 @@ impl Shared {
     /// Queues a short reply.
     pub(super) fn reply(&self, bytes: &[u8]) {
         self.outbox.borrow_mut().put(bytes);
+    }
+
+    /// Answers that a request failed; `offset` where it is known at which byte. Where late requests are left to a
+    /// client that reconnects, what the device gave up because it is ending is left too.
+    pub(super) fn fail(&self, header: &RequestHeader, error: &block::Error, offset: Option<u64>) {
+        let errno = errno(error);
+        if errno == Errno::Shutdown && self.late_requests == LateRequests::Leave {
+            self.gave_up.set(true);
+            return;
+        }
+        let RequestHeader { kind, offset: start, len, .. } = header;
+        tracing::warn!(?kind, offset = start, len, %error, "a request failed");
+        self.reply(&self.encoder.failed(header.cookie, errno, offset));
     }
 }
 
@@ -161,15 +174,8 @@ impl Request {
 
     /// Answers that it failed; `offset` where it is known at which byte.
     pub(super) fn fail(mut self, error: &block::Error, offset: Option<u64>) {
-        let errno = errno(error);
-        if errno == Errno::Shutdown && self.shared.late_requests == LateRequests::Leave {
-            self.answered = true;
-            self.shared.gave_up.set(true);
-            return;
-        }
-        log_failure(&self.header, error);
-        let failed = self.shared.encoder.failed(self.cookie(), errno, offset);
-        self.answer(|outbox, _| outbox.put(&failed));
+        self.answered = true;
+        self.shared.fail(&self.header, error, offset);
     }
 }
 
@@ -188,12 +194,8 @@ impl Drop for Request {
     }
 }
 
-pub(super) fn log_failure(header: &RequestHeader, error: &block::Error) {
-    tracing::warn!(kind = ?header.kind, offset = header.offset, len = header.len, %error, "a request failed");
-}
-
 /// The one place where a device's error becomes one of the protocol's.
-pub(super) const fn errno(error: &block::Error) -> Errno {
+const fn errno(error: &block::Error) -> Errno {
     use block::ErrorKind;
     match error.kind() {
         ErrorKind::InvalidRange => Errno::Invalid,

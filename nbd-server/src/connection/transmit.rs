@@ -17,7 +17,7 @@ use super::intake::Intake;
 use super::negotiate::Negotiated;
 use super::perform;
 use super::read::{Plan, Reads};
-use super::request::{Request, Shared, errno, log_failure};
+use super::request::{Request, Shared};
 use crate::LateRequests;
 use crate::budget::Allowance;
 use crate::server::Phase;
@@ -262,10 +262,10 @@ impl Transmission {
 
     /// Takes requests from what was received until something is missing.
     fn take_requests(&mut self, cx: &mut Context<'_>) -> Taken {
-        if self.shared.gave_up() {
-            return Taken::Ended(End::Stopping);
-        }
         loop {
+            if self.shared.gave_up() {
+                return Taken::Ended(End::Stopping);
+            }
             match std::mem::replace(&mut self.state, State::Header) {
                 State::Header => {
                     if self.control.is_stopping() && self.shard.options.late_requests == LateRequests::Leave {
@@ -362,8 +362,7 @@ impl Transmission {
             }
             Err(error) => {
                 self.intake.consume(whole);
-                log_failure(&header, &error);
-                self.shared.reply(&encoder.failed(header.cookie, errno(&error), None));
+                self.shared.fail(&header, &error, None);
             }
         }
         None
