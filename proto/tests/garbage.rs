@@ -185,6 +185,22 @@ fn a_read_that_ends_early_is_never_taken_for_whole() {
 }
 
 #[test]
+fn an_extent_that_begins_beyond_the_request_ends_it() {
+    let extents = |lens: &[u32]| {
+        let mut payload = vec![0, 0, 0, 1];
+        for len in lens {
+            payload.extend_from_slice(&len.to_be_bytes());
+            payload.extend_from_slice(&0_u32.to_be_bytes());
+        }
+        verdict(waiting_for(CommandKind::BlockStatus, 100), &[chunk(1, 5, 5, &payload)])
+    };
+    assert_eq!(extents(&[60, 50]), None, "the last one may reach beyond it");
+    for wrong in [&[60, 40, 1][..], &[u32::MAX, u32::MAX], &[60, 0]] {
+        assert_eq!(extents(wrong), Some(ReplyError::WrongRange(COOKIE)), "{wrong:?}");
+    }
+}
+
+#[test]
 fn a_chunk_longer_than_its_request_allows_is_refused_before_it_is_there() {
     let mut head = chunk(1, 1, 5, &[]);
     head.truncate(16);

@@ -39,7 +39,7 @@ pub enum Event {
         cookie: Cookie,
         /// In which context.
         context: ContextId,
-        /// In order, from the request's offset, without gaps.
+        /// In order, from the request's offset, without gaps. Each begins within the request; the last may reach beyond it.
         descriptors: Vec<Descriptor>,
     },
     /// The request is over; its number is free again.
@@ -261,12 +261,15 @@ impl Pending {
         }
         self.contexts_told.push(context);
         let mut descriptors = Vec::with_capacity(reader.remaining() / Descriptor::BYTES);
+        let mut told = 0;
         while reader.remaining() > 0 {
             let len = reader.u32().map_err(wrong_length)?;
             let flags = reader.u32().map_err(wrong_length)?;
-            if len == 0 {
+            // The last extent may reach beyond the request; none may begin there.
+            if len == 0 || told >= u64::from(self.request.len) {
                 return Err(ReplyError::WrongRange(cookie));
             }
+            told += u64::from(len);
             descriptors.push(Descriptor { len, flags });
         }
         if descriptors.is_empty() {
