@@ -91,10 +91,10 @@ fn waiting(stats: &StatsSnapshot) -> Option<String> {
 pub(super) enum Event<'a> {
     /// Guests may connect.
     Ready {
-        uri: &'a str,
         uris: &'a [String],
-        size: u64,
         resumed: bool,
+        /// QEMU's arguments for a drive on the first of them.
+        qemu: &'a [String],
         #[serde(flatten)]
         status: &'a Status,
     },

@@ -253,12 +253,13 @@ impl Story<'_> {
             self.handle.addresses().iter().map(|address| address.uri(&self.record.disk)).collect();
         let stats = self.session.stats();
         let status = self.status(&stats, 0);
-        let uri = uris.first().map_or("", String::as_str);
+        let first = self.handle.addresses().first();
+        let qemu =
+            first.map(|address| advice::qemu_arguments(address, &self.record.disk)).unwrap_or_default();
         output.event(&Event::Ready {
-            uri,
             uris: &uris,
-            size: self.record.size,
             resumed: resumed.is_some(),
+            qemu: &qemu,
             status: &status,
         })?;
         let how = match resumed {
@@ -280,10 +281,7 @@ impl Story<'_> {
         for uri in &uris {
             output.line(format_args!("ready: {uri}"))?;
         }
-        if let Some(address) = self.handle.addresses().first() {
-            let arguments = advice::qemu_arguments(address, &self.record.disk);
-            output.line(format_args!("QEMU: {}", advice::shell_line(&arguments)))?;
-        }
+        output.line(format_args!("QEMU: {}", advice::shell_line(&qemu)))?;
         // Without systemd there is nobody to tell.
         let _ = sd_notify::notify(&[sd_notify::NotifyState::Ready]);
         Ok(())
