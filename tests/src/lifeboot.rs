@@ -5,11 +5,11 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, ExitStatus};
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use serde_json::Value;
 
 use crate::nbd::Export;
-use crate::process::{Process, run, run_json};
+use crate::process::{Process, run, run_any};
 use crate::programs;
 
 /// `lifeboot` with `arguments`.
@@ -250,12 +250,15 @@ pub fn serve_raw(disk: &Path, socket: &Path, further: &[&str]) -> Result<Process
     Ok(process)
 }
 
-/// What `lifeboot status` says of the live-restore onto `target`.
+/// What `lifeboot status` says of the live-restore onto `target`, damage included.
 ///
 /// # Errors
-/// Anything that it says.
+/// It ended with another code than 0, or 3 for damage, or printed no JSON.
 pub fn status(target: &Path) -> Result<Value> {
-    run_json(lifeboot(["status", "--json"])?.arg(target))
+    let output = run_any(lifeboot(["status", "--json"])?.arg(target))?;
+    let said = String::from_utf8_lossy(&output.stderr);
+    ensure!(matches!(output.status.code(), Some(0 | 3)), "status ended with {}: {said}", output.status);
+    serde_json::from_slice(&output.stdout).context("the status is JSON")
 }
 
 /// Waits for the line in which a server names the socket that it listens at, which it prints when it does.

@@ -1,4 +1,4 @@
-//! A test's own directory, gone when the test is.
+//! A test's own directory and devices, gone when the test is.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -84,5 +84,34 @@ impl Drop for SmallFileSystem {
     fn drop(&mut self) {
         // Lazily: whoever still has a file open there is killed by its own guard.
         let _ = process::run(Command::new("umount").arg("-l").arg(&self.path));
+    }
+}
+
+/// A file as a block device; detached when dropped.
+#[derive(Debug)]
+pub struct LoopDevice {
+    path: PathBuf,
+}
+
+impl LoopDevice {
+    /// Attaches `file` to a loop device that is free.
+    ///
+    /// # Errors
+    /// There is none, or this is not root.
+    pub fn attach(file: &Path) -> Result<Self> {
+        let printed = process::run(Command::new("losetup").args(["--find", "--show"]).arg(file))?;
+        Ok(Self { path: PathBuf::from(printed.trim()) })
+    }
+
+    /// The device.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+}
+
+impl Drop for LoopDevice {
+    fn drop(&mut self) {
+        // Nothing to be done where it fails: the device stays attached until somebody detaches it.
+        let _ = process::run(Command::new("losetup").arg("--detach").arg(&self.path));
     }
 }

@@ -15,7 +15,7 @@ const MAY_KNOW: &[(&str, &[&str])] = &[
     ("agent", &["proto", "block", "nbd-server", "repository"]),
     // From outside alone, by command line and socket.
     ("tests", &[]),
-    ("benches", &["proto", "block", "nbd-server", "repository", "agent"]),
+    ("benches", &["proto"]),
 ];
 
 /// What is pure takes bytes and time as arguments: crates that do I/O, keep time or start threads have no place in it.
