@@ -1,4 +1,6 @@
-//! Measures the engines on a file: `rates FILE [uring|threads] [direct|buffered]`. The file is written to!
+//! Measures the engines on a file: `rates FILE uring|threads direct|buffered [fill]`. The file is written to!
+//!
+//! With `fill`, how fast a new sparse file takes 512 MiB in pieces, their sync included. Otherwise:
 //!
 //! Prints operations and MiB a second for 4 KiB at depth 1 and 32 and for pieces of 1 and 4 MiB, by the queue
 //! and, through the page cache, inline; and the processor time of the shard's thread for each operation, which
@@ -18,11 +20,23 @@ const LASTS: Duration = Duration::from_millis(700);
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
-    let [path, engine, direct] = &arguments[..] else {
-        return Err("usage: rates FILE uring|threads direct|buffered".into());
+    let (path, engine, direct, fill) = match &arguments[..] {
+        [path, engine, direct] => (path, engine, direct, false),
+        [path, engine, direct, fill] if fill == "fill" => (path, engine, direct, true),
+        _ => return Err("usage: rates FILE uring|threads direct|buffered [fill]".into()),
     };
     let engine = Engine::choose(engine.parse::<IoEngine>()?)?;
     let direct = if direct == "direct" { DirectIo::On } else { DirectIo::Off };
+    if fill {
+        for (len, depth) in [(1 << 20, 1), (1 << 20, 4), (1 << 20, 8), (4 << 20, 4)] {
+            std::fs::remove_file(path)
+                .or_else(|error| if path_is_free(&error) { Ok(()) } else { Err(error) })?;
+            let disk = FileDisk::create(path, FILL, FileOptions::new(engine).direct(direct))?;
+            let rate = engine.run(fill_all(&disk, len, depth));
+            println!("fill {len:>8} depth {depth:>2}: {rate:>7.0} MiB/s");
+        }
+        return Ok(());
+    }
     let disk = FileDisk::open(path, FileOptions::new(engine).direct(direct))?;
     engine.run(async {
         let device = disk.open()?;
@@ -41,6 +55,40 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         }
         Ok(())
     })
+}
+
+/// Bytes that `fill` writes.
+const FILL: u64 = 512 << 20;
+
+fn path_is_free(error: &std::io::Error) -> bool {
+    error.kind() == std::io::ErrorKind::NotFound
+}
+
+/// MiB a second.
+async fn fill_all(disk: &FileDisk, len: usize, depth: u64) -> f64 {
+    let begun = Instant::now();
+    let next = Rc::new(Cell::new(0u64));
+    let device = disk.open().expect("a handle can be opened");
+    let tasks: Vec<_> = (0..depth)
+        .map(|_| {
+            let (device, next) = (Rc::clone(&device), Rc::clone(&next));
+            tokio::task::spawn_local(async move {
+                let mut buf = BufferPool::of_thread().expect("there is memory for a pool").take(len);
+                buf.fill(1);
+                while next.get() < FILL {
+                    let at = next.replace(next.get() + len as u64);
+                    let result;
+                    (result, buf) = device.write(at, buf, Durability::Volatile).await;
+                    result.expect("the file can be written");
+                }
+            })
+        })
+        .collect();
+    for task in tasks {
+        task.await.expect("the filling task ends");
+    }
+    device.flush().await.expect("the file can be synced");
+    FILL as f64 / 1_048_576.0 / begun.elapsed().as_secs_f64()
 }
 
 #[derive(Clone, Copy)]

@@ -107,6 +107,9 @@ impl Engine {
     /// Runs `future` on the calling thread until it is done. `tokio::task::spawn_local` and tokio's sockets
     /// and timers work inside.
     ///
+    /// What is asked of the ring is handed to the kernel whenever the thread has nothing else to do: a loop of
+    /// `yield_now`, or long computing, holds all of it up.
+    ///
     /// Before it returns, operations still in flight on this thread's ring are waited for, and new ones are
     /// refused ([`ErrorKind::Shutdown`]), so that no task left behind can have its buffer freed under the
     /// kernel. Tasks that are then still running are dropped.

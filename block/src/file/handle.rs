@@ -73,28 +73,28 @@ impl<Q: Queue> Handle<Q> {
             return self.transfer_all(Direction::Write, range.start(), buf).await;
         }
         let no_dsync = &self.inner.support.no_dsync;
+        let mut lost = None;
+        let mut buf = buf;
         if !no_dsync.load(Ordering::Relaxed) {
-            let (result, buf) = self.transfer_all(Direction::WriteStable, range.start(), buf).await;
+            let result;
+            (result, buf) = self.transfer_all(Direction::WriteStable, range.start(), buf).await;
             match result {
-                Err(error) if error.kind() == ErrorKind::Unsupported => {
-                    no_dsync.store(true, Ordering::Relaxed)
-                }
-                Err(error) if error.kind() == ErrorKind::Io => {
-                    return (Err(self.inner.sync_failure(error)), buf);
-                }
-                other => return (other, buf),
+                Ok(()) => return (self.inner.check_syncs(), buf),
+                Err(error) => match error.kind() {
+                    ErrorKind::Unsupported => no_dsync.store(true, Ordering::Relaxed),
+                    ErrorKind::NoSpace => lost = Some(error),
+                    ErrorKind::Io => return (Err(self.inner.sync_failure(error)), buf),
+                    _ => return (Err(error), buf),
+                },
             }
-            let (result, buf) = self.transfer_all(Direction::Write, range.start(), buf).await;
-            return (self.then_sync(result).await, buf);
         }
         let (result, buf) = self.transfer_all(Direction::Write, range.start(), buf).await;
-        (self.then_sync(result).await, buf)
-    }
-
-    pub(super) async fn then_sync(&self, result: Result<()>) -> Result<()> {
-        match result {
-            Ok(()) => self.sync().await,
-            failed => failed,
+        match (result, lost) {
+            // There was room for the write: it was in the sync that something found none, and that something may
+            // be an earlier write, of which no later sync would tell.
+            (Ok(()), Some(error)) => (Err(self.inner.sync_failure(error)), buf),
+            (Ok(()), None) => (self.sync().await, buf),
+            (failed, _) => (failed, buf),
         }
     }
 

@@ -50,11 +50,14 @@ pub(crate) fn files(size: u64) -> Vec<Subject> {
             // Beside the build, which is on a real file system: /tmp may be in memory.
             let directory = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
             subjects.push(file(engine, direct, size, directory));
-            if let Some(looped) = LoopDevice::attach(size) {
+        }
+        for (direct, sector) in [(DirectIo::On, 512), (DirectIo::On, 4096), (DirectIo::Off, 512)] {
+            if let Some(looped) = LoopDevice::attach_in(Path::new(env!("CARGO_TARGET_TMPDIR")), size, sector)
+            {
                 let options = FileOptions::new(engine).direct(direct);
                 let disk = FileDisk::open(looped.path(), options).unwrap();
                 subjects.push(Subject {
-                    name: format!("{engine}, loop device, {direct:?}"),
+                    name: format!("{engine}, loop device of {sector}-byte sectors, {direct:?}"),
                     engine,
                     device: Box::new(disk.clone()),
                     file: Some(disk),
@@ -97,14 +100,17 @@ pub(crate) struct LoopDevice {
 impl LoopDevice {
     /// `None`, with the reason on standard error, where this user may not make one.
     pub(crate) fn attach(size: u64) -> Option<Self> {
-        Self::attach_in(Path::new(env!("CARGO_TARGET_TMPDIR")), size)
+        Self::attach_in(Path::new(env!("CARGO_TARGET_TMPDIR")), size, 512)
     }
 
-    /// The same, with the file in this directory.
-    pub(crate) fn attach_in(directory: &Path, size: u64) -> Option<Self> {
+    /// The same, with the file in this directory, and sectors of this size.
+    pub(crate) fn attach_in(directory: &Path, size: u64, sector: u32) -> Option<Self> {
         let file = tempfile::NamedTempFile::new_in(directory).unwrap();
         file.as_file().set_len(size).unwrap();
-        let output = Command::new("losetup").args(["--find", "--show"]).arg(file.path()).output();
+        let output = Command::new("losetup")
+            .args(["--find", "--show", "--sector-size", &sector.to_string()])
+            .arg(file.path())
+            .output();
         match output {
             Ok(output) if output.status.success() => {
                 let path = String::from_utf8(output.stdout).unwrap().trim().into();

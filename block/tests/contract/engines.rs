@@ -189,6 +189,36 @@ fn a_buffer_whose_operation_was_dropped_is_not_used_again_before_the_kernel_is_d
 }
 
 #[test]
+fn a_second_pool_on_a_ring_is_plain_memory_and_works_the_same() {
+    let directory = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+    for engine in disks::engines() {
+        let path = directory.path().join(engine.name());
+        let disk = FileDisk::create(path, 1 << 20, FileOptions::new(engine)).unwrap();
+        engine.run(async {
+            let pools = [1, 2].map(|small| BufferPool::new(PoolOptions { small, large: 0 }).unwrap());
+            assert_eq!(pools.each_ref().map(BufferPool::is_registered), [engine.is_uring(), false]);
+            let device = disk.open().unwrap();
+            for (pool, byte) in pools.iter().zip(1..) {
+                let mut buf = pool.take(8192);
+                buf.fill(byte);
+                let (result, mut buf) = device.write(4096, buf, Durability::Volatile).await;
+                result.unwrap();
+                buf.fill(0);
+                let (result, buf) = device.read(4096, buf).await;
+                result.unwrap();
+                assert_eq!(buf[..], [byte; 8192]);
+            }
+        });
+        // A ring of the next life on this thread knows none of the buffers of the last.
+        engine.run(async {
+            let pool = BufferPool::of_thread().unwrap();
+            assert_eq!(pool.is_registered(), engine.is_uring());
+            disk.open().unwrap().read(0, pool.take(4096)).await.0.unwrap();
+        });
+    }
+}
+
+#[test]
 fn a_panic_in_a_shard_with_operations_in_flight_harms_nobody_else() {
     let directory = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
     for engine in disks::engines() {

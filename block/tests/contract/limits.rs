@@ -221,12 +221,22 @@ fn a_mounted_device_is_seen_to_be_in_use() {
     assert!(!FileDisk::open(unused.path(), FileOptions::default()).unwrap().is_used_by_kernel().unwrap());
 }
 
+/// Which operation hears of the loss first.
+#[derive(Clone, Copy)]
+enum Reporter {
+    Flush,
+    StableWrite,
+}
+
 /// A device that loses what is written to it: its file is sparse, on a file system without the room.
 #[test]
 fn after_a_failed_sync_no_later_one_claims_success() {
-    for engine in disks::engines() {
+    let reporters = [Reporter::Flush, Reporter::StableWrite];
+    for (engine, reporter) in
+        disks::engines().into_iter().flat_map(|engine| reporters.map(|how| (engine, how)))
+    {
         let Some(small) = SmallFileSystem::mount() else { return };
-        let Some(device) = LoopDevice::attach_in(small.path(), 64 << 20) else { return };
+        let Some(device) = LoopDevice::attach_in(small.path(), 64 << 20, 512) else { return };
         let disk = FileDisk::open(device.path(), FileOptions::new(engine).direct(DirectIo::Off)).unwrap();
         engine.run(async {
             let device = disk.open().unwrap();
@@ -235,7 +245,14 @@ fn after_a_failed_sync_no_later_one_claims_success() {
                 data.fill(1);
                 device.write(at << 20, data, Durability::Volatile).await.0.unwrap();
             }
-            device.flush().await.unwrap_err();
+            match reporter {
+                Reporter::Flush => device.flush().await.unwrap_err(),
+                Reporter::StableWrite => {
+                    // Everything is written back, and what had no room is lost: this hears of it.
+                    let data = AlignedBuf::zeroed(32 << 20);
+                    device.write(0, data, Durability::Stable).await.0.unwrap_err()
+                }
+            };
             // The kernel has told us once, and would not again.
             rustix::fs::fdatasync(&disk).unwrap();
             assert_eq!(device.flush().await.unwrap_err().kind(), ErrorKind::Poisoned);
