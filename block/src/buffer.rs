@@ -39,16 +39,37 @@ impl AlignedBuf {
     /// Where `len` exceeds `isize::MAX` when rounded up to a page: a caller bounds it long before.
     #[must_use]
     pub fn zeroed(len: usize) -> Self {
-        let capacity = len.next_multiple_of(ALIGNMENT).max(ALIGNMENT);
-        let layout = Self::layout(capacity);
-        let memory = if capacity >= HUGE_PAGE {
+        let layout = Self::layout(len);
+        let memory = if layout.size() >= HUGE_PAGE {
+            let memory = Self::alloc_huge(layout);
+            // SAFETY: `layout.size()` bytes were just allocated.
+            unsafe { memory.write_bytes(0, layout.size()) };
+            memory
+        } else {
+            // SAFETY: the layout's size is at least one page, so it is not zero.
+            Self::non_null(unsafe { alloc_zeroed(layout) }, layout)
+        };
+        Self { memory, capacity: layout.size(), len, slot: None }
+    }
+
+    /// A buffer that holds a copy of `bytes`.
+    #[must_use]
+    pub fn from_slice(bytes: &[u8]) -> Self {
+        let len = bytes.len();
+        let layout = Self::layout(len);
+        let memory = if layout.size() >= HUGE_PAGE {
             Self::alloc_huge(layout)
         } else {
             // SAFETY: the layout's size is at least one page, so it is not zero.
-            unsafe { alloc_zeroed(layout) }
+            Self::non_null(unsafe { alloc(layout) }, layout)
         };
-        let Some(memory) = NonNull::new(memory) else { handle_alloc_error(layout) };
-        Self { memory, capacity, len, slot: None }
+        // SAFETY: `layout.size() >= len` bytes were just allocated, apart from `bytes`. All are
+        // initialised here, because `set_len` may uncover any of them.
+        unsafe {
+            memory.copy_from_nonoverlapping(NonNull::from(bytes).cast(), len);
+            memory.add(len).write_bytes(0, layout.size() - len);
+        }
+        Self { memory, capacity: layout.size(), len, slot: None }
     }
 
     /// The memory of a pool's slot, lent until the buffer is dropped.
@@ -60,14 +81,6 @@ impl AlignedBuf {
     /// The place in a pool that its memory belongs to.
     pub(crate) const fn slot(&self) -> Option<&Slot> {
         self.slot.as_ref()
-    }
-
-    /// A buffer that holds a copy of `bytes`.
-    #[must_use]
-    pub fn from_slice(bytes: &[u8]) -> Self {
-        let mut buf = Self::zeroed(bytes.len());
-        buf.copy_from_slice(bytes);
-        buf
     }
 
     /// How many bytes it can hold: a multiple of [`ALIGNMENT`].
@@ -91,26 +104,27 @@ impl AlignedBuf {
         self.memory.as_ptr()
     }
 
-    /// Zeroed memory on huge pages where there are some: a disk's driver takes only so many pieces of
-    /// memory in one request, and 4 MiB in single pages are a thousand.
-    fn alloc_huge(layout: Layout) -> *mut u8 {
+    /// Uninitialised memory on huge pages where there are some: a disk's driver takes only so many pieces
+    /// of memory in one request, and 4 MiB in single pages are a thousand.
+    fn alloc_huge(layout: Layout) -> NonNull<u8> {
         // SAFETY: the layout's size is not zero.
-        let memory = unsafe { alloc(layout) };
-        if memory.is_null() {
-            return memory;
-        }
+        let memory = Self::non_null(unsafe { alloc(layout) }, layout);
         let whole = layout.size() - layout.size() % HUGE_PAGE;
         // SAFETY: the range was just allocated, and is ours alone; the advice changes no contents.
-        let advised = unsafe { rustix::mm::madvise(memory.cast(), whole, Advice::LinuxHugepage) };
+        let advised = unsafe { rustix::mm::madvise(memory.as_ptr().cast(), whole, Advice::LinuxHugepage) };
         if let Err(error) = advised {
             tracing::trace!(%error, "no huge pages for a buffer");
         }
-        // SAFETY: `layout.size()` bytes were just allocated.
-        unsafe { memory.write_bytes(0, layout.size()) };
         memory
     }
 
-    fn layout(capacity: usize) -> Layout {
+    fn non_null(memory: *mut u8, layout: Layout) -> NonNull<u8> {
+        NonNull::new(memory).unwrap_or_else(|| handle_alloc_error(layout))
+    }
+
+    /// How memory for `len` bytes is had: whole pages, at least one.
+    fn layout(len: usize) -> Layout {
+        let capacity = len.next_multiple_of(ALIGNMENT).max(ALIGNMENT);
         let alignment = if capacity >= HUGE_PAGE { HUGE_PAGE } else { ALIGNMENT };
         Layout::from_size_align(capacity, alignment).expect("a buffer's size was bounded by its caller")
     }
@@ -187,5 +201,19 @@ mod tests {
         buf.set_len(10);
         buf.set_len(5000);
         assert_eq!(&buf[..], &[7; 5000]);
+        buf.set_len(8192);
+        assert_eq!(&buf[5000..], &[0; 3192], "what was never written is zero");
+    }
+
+    #[test]
+    fn large_buffers_are_zero_or_what_was_given() {
+        let mut zeroes = AlignedBuf::zeroed((5 << 20) + 1);
+        assert!((zeroes.as_mut_ptr() as usize).is_multiple_of(HUGE_PAGE));
+        assert!(zeroes.iter().all(|&byte| byte == 0));
+        zeroes[5 << 20] = 9;
+        let mut copy = AlignedBuf::from_slice(&zeroes);
+        assert_eq!(copy[..], zeroes[..]);
+        copy.set_len(copy.capacity());
+        assert!(copy[(5 << 20) + 1..].iter().all(|&byte| byte == 0));
     }
 }
