@@ -78,11 +78,13 @@ impl Programs {
 pub(crate) const GROUP: &str = "bench";
 /// The one disk in it.
 pub(crate) const DISK: &str = "bench@latest/disk0";
+/// The export of a live-restore: its only one.
+pub(crate) const EXPORT: &str = "";
 
-/// The documents of a stream of JSON lines that have this `state`, in order.
-pub(crate) fn states(lines: &str, state: &str) -> Vec<serde_json::Value> {
+/// The documents of a stream of JSON lines that tell of this `event`, in order.
+pub(crate) fn events(lines: &str, event: &str) -> Vec<serde_json::Value> {
     let documents = lines.lines().filter_map(|line| serde_json::from_str::<serde_json::Value>(line).ok());
-    documents.filter(|document| document["state"] == state).collect()
+    documents.filter(|document| document["event"] == event).collect()
 }
 
 /// The last document of a stream of JSON lines that has this field.
@@ -97,9 +99,9 @@ mod tests {
     use super::*;
 
     #[test]
-    fn states_are_picked_from_the_stream_and_other_lines_passed_over() {
-        let stream = "{\"state\":\"ready\",\"size\":1}\nnoise\n{\"state\":\"progress\"}\n{\"state\":\"ready\",\"size\":2}\n";
-        let ready = states(stream, "ready");
+    fn events_are_picked_from_the_stream_and_other_lines_passed_over() {
+        let stream = "{\"event\":\"ready\",\"size\":1}\nnoise\n{\"event\":\"progress\"}\n{\"event\":\"ready\",\"size\":2}\n";
+        let ready = events(stream, "ready");
         assert_eq!(ready.len(), 2);
         assert_eq!(ready[1]["size"], 2);
     }

@@ -15,8 +15,8 @@ use clap::Args;
 use super::Common;
 use crate::child::{self, Server};
 use crate::client::Client;
-use crate::peers::EXPORT;
 use crate::report::{Metric, Report, Unit};
+use crate::{ours, peers};
 
 /// What `kill` takes.
 #[derive(Args, Clone, Debug)]
@@ -77,7 +77,7 @@ pub(crate) fn run(common: &Common, options: &Options) -> Result<Report> {
     };
     report.ran(NAME, child::line(&live_restore()?));
     let mut agent = Server::listening(&mut live_restore()?, &socket)?;
-    let size = Client::connect(&socket, EXPORT)?.size();
+    let size = Client::connect(&socket, ours::EXPORT)?.size();
     let mut middle = reconnecting(&socket, &middle_socket);
     report.ran("qemu-nbd between fio and it", child::line(&middle));
     let _middle = Server::listening(&mut middle, &middle_socket)?;
@@ -98,7 +98,7 @@ pub(crate) fn run(common: &Common, options: &Options) -> Result<Report> {
         let moment = options.writing * (0.1 + 0.7 * f64::from(round * 7 % 11) / 10.0);
         std::thread::sleep(Duration::from_secs_f64(moment));
         ensure!(writer.ended()?.is_none(), "fio ended before the kill: {}", writer.stderr()?);
-        stamps.write(&mut Client::connect(&socket, EXPORT)?, round)?;
+        stamps.write(&mut Client::connect(&socket, ours::EXPORT)?, round)?;
         agent.kill()?;
 
         let restarted = Instant::now();
@@ -139,7 +139,10 @@ pub(crate) fn run(common: &Common, options: &Options) -> Result<Report> {
 /// qemu-nbd as the machine's block layer: it waits for the agent and sends again what was not answered.
 fn reconnecting(source: &Path, socket: &Path) -> Command {
     let mut command = Command::new("qemu-nbd");
-    command.args(["-t", "-e", "0", "-x", EXPORT, "--cache=none", "-k"]).arg(socket).arg("--image-opts");
+    command
+        .args(["-t", "-e", "0", "-x", peers::EXPORT, "--cache=none", "-k"])
+        .arg(socket)
+        .arg("--image-opts");
     command.arg(format!(
         "driver=raw,file.driver=nbd,file.server.type=unix,file.server.path={},file.reconnect-delay=60",
         source.display()
@@ -157,7 +160,7 @@ fn fio(socket: &Path, size: u64, seconds: f64, round: u32, under_way: &Path) -> 
         "--verify_state_save=0",
         "--output-format=json",
     ]);
-    fio.arg(format!("--uri=nbd+unix:///{EXPORT}?socket={}", socket.display()));
+    fio.arg(format!("--uri=nbd+unix:///{}?socket={}", peers::EXPORT, socket.display()));
     fio.arg(format!("--size={}", size / 4096 * 4096));
     // A bounded number of writes at a bounded rate: a job that ends by the clock skips its verification.
     fio.arg(format!("--rate_iops=,{WRITES_PER_SECOND}"));
@@ -181,7 +184,7 @@ fn reads_of(output: &str) -> Result<f64> {
 fn first_answer(agent: &mut Server, socket: &Path, since: Instant) -> Result<Client> {
     loop {
         let mut block = [0; STAMP_BYTES];
-        let attempt = Client::connect(socket, EXPORT)
+        let attempt = Client::connect(socket, ours::EXPORT)
             .and_then(|mut client| client.read(0, &mut block).map(|()| client));
         if let Ok(client) = attempt {
             return Ok(client);

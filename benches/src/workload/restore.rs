@@ -125,8 +125,8 @@ pub(crate) fn run(common: &Common, options: &Options) -> Result<Report> {
 /// That a live-restore did not merely end.
 pub(crate) fn check_completed(finished: &Finished) -> Result<()> {
     ensure!(
-        !ours::states(&finished.stdout, "complete").is_empty(),
-        "live-restore ended without the state `complete`: {}",
+        !ours::events(&finished.stdout, "complete").is_empty(),
+        "live-restore ended without the event `complete`: {}",
         finished.stdout.lines().last().unwrap_or("it said nothing")
     );
     Ok(())

@@ -110,7 +110,7 @@ pub(crate) fn run(common: &Common, options: &Options) -> Result<Report> {
         report.ran(who.name(), set.line.clone());
         // The warm-up round is not timed, so this is where what was read is checked.
         let check = turn.round.is_none().then_some(options.image.as_path());
-        let replayed = replay::run(&set.socket, &trace, begin, check)
+        let replayed = replay::run((&set.socket, set.export), &trace, begin, check)
             .with_context(|| format!("the replay over {} failed", who.name()))?;
         let mut sample: Sample = vec![
             (Metric::lower(TIME, Unit::Seconds), replayed.total.as_secs_f64()),
@@ -188,7 +188,7 @@ pub(crate) fn on_demand(
 ) -> Result<Fetched> {
     let unpaced = Pace { bytes_per_second: 0, delay: Duration::ZERO };
     let set = players::start(Who::LiveOnDemand, programs, repo, Path::new(""), unpaced, dir)?;
-    replay::run(&set.socket, trace, begin, None)?;
+    replay::run((&set.socket, set.export), trace, begin, None)?;
     let server = set.finish()?.context("live-restore is ours")?;
     fetched(&server.stdout)
 }
@@ -212,10 +212,10 @@ mod tests {
 
     #[test]
     fn fetched_bytes_are_those_of_the_last_line_that_tells_them() {
-        let lines = "{\"state\":\"progress\",\"fetched_bytes\":1,\"fetched_plain_bytes\":2}\n\
-                     {\"state\":\"parked\",\"fetched_bytes\":30,\"fetched_plain_bytes\":40}\n";
+        let lines = "{\"event\":\"progress\",\"fetched_bytes\":1,\"fetched_plain_bytes\":2}\n\
+                     {\"event\":\"parked\",\"fetched_bytes\":30,\"fetched_plain_bytes\":40}\n";
         let fetched = fetched(lines).unwrap();
         assert_eq!((fetched.fetched_bytes, fetched.fetched_plain_bytes), (30.0, 40.0));
-        assert!(super::fetched("{\"state\":\"ready\"}").is_err());
+        assert!(super::fetched("{\"event\":\"ready\"}").is_err());
     }
 }

@@ -8,7 +8,7 @@ use serde_json::json;
 
 use crate::child::{self, Finished, Server};
 use crate::contest::Contender;
-use crate::ours::Programs;
+use crate::ours::{self, Programs};
 use crate::peers::{self, EXPORT, Pace};
 use crate::qmp::Qmp;
 
@@ -73,6 +73,8 @@ pub(super) struct Set {
     front: Server,
     _source: Option<Server>,
     ours: bool,
+    /// The export's name.
+    pub(super) export: &'static str,
     /// Where the guest connects.
     pub(super) socket: PathBuf,
     /// The command of the front.
@@ -124,7 +126,8 @@ pub(super) fn start(
         Qmp::connect(&dir.join("qmp.sock"))?
             .execute("block-stream", json!({ "job-id": "stream", "device": "overlay" }))?;
     }
-    Ok(Set { front, _source: source, ours: who.is_ours(), socket, line })
+    let export = if who.is_ours() { ours::EXPORT } else { EXPORT };
+    Ok(Set { front, _source: source, ours: who.is_ours(), export, socket, line })
 }
 
 /// qemu-storage-daemon with the graph that a guest would have: copy-on-read over a qcow2 over the source.

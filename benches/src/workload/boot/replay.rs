@@ -8,7 +8,6 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, ensure};
 
 use crate::client::Client;
-use crate::peers::EXPORT;
 use crate::stats::percentile;
 use crate::trace::{Op, Request};
 
@@ -27,15 +26,15 @@ pub(super) struct Replayed {
     pub(super) read_max_micros: f64,
 }
 
-/// Replays `trace` against the server at `socket`, which was started at `started`. With `check`, every read is compared
+/// Replays `trace` against this export of the server at `socket`, which was started at `started`. With `check`, every read is compared
 /// with that image under the writes of the trace.
 pub(super) fn run(
-    socket: &Path,
+    (socket, export): (&Path, &str),
     trace: &[Request],
     started: Instant,
     check: Option<&Path>,
 ) -> Result<Replayed> {
-    let mut client = Client::connect(socket, EXPORT)?;
+    let mut client = Client::connect(socket, export)?;
     let longest = trace.iter().map(|request| request.len as usize).max().unwrap_or(0);
     let mut buffer = vec![0; longest];
     let mut expected = check.map(Expected::new).transpose()?;
