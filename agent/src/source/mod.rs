@@ -10,6 +10,7 @@
 
 mod args;
 mod chunk_store;
+mod decode;
 mod disk;
 mod piece;
 mod pool;
@@ -21,7 +22,7 @@ mod throttle;
 mod window;
 
 pub use args::{SourceArgs, parse_time};
-pub use chunk_store::{ChunkStore, Decode, Key, Placed};
+pub use chunk_store::{ChunkStore, Decode, Key, Placed, Undecoded};
 pub use disk::{DiskSource, ZeroChunks};
 pub use pool::{FetchPool, FetchStats, PoolOptions};
 pub use repository_store::{RepositoryStore, pack_order, zero_chunks};

@@ -11,7 +11,7 @@ use parking_lot::{Condvar, Mutex, MutexGuard};
 use quick_cache::sync::Cache;
 use tokio::sync::oneshot;
 
-use super::chunk_store::{ChunkStore, Decode, Key, Placed};
+use super::chunk_store::{ChunkStore, Key, Placed};
 use super::piece::{Piece, Run, RunSlot, Waiter};
 use super::queue::{FetchQueue, Joined};
 use super::throttle::{SourcePace, Throttle};
@@ -68,15 +68,15 @@ pub struct FetchStats {
 }
 
 #[derive(Default)]
-struct Counters {
+pub(super) struct Counters {
     requests: AtomicU64,
-    chunks: AtomicU64,
+    pub(super) chunks: AtomicU64,
     stored_bytes: AtomicU64,
-    plain_bytes: AtomicU64,
+    pub(super) plain_bytes: AtomicU64,
 }
 
 #[derive(Clone)]
-struct ByBytes;
+pub(super) struct ByBytes;
 
 impl quick_cache::Weighter<Key, ChunkData> for ByBytes {
     fn weight(&self, _: &Key, chunk: &ChunkData) -> u64 {
@@ -84,30 +84,30 @@ impl quick_cache::Weighter<Key, ChunkData> for ByBytes {
     }
 }
 
-struct State<P> {
-    queue: FetchQueue<Key, Waiter>,
+pub(super) struct State<P> {
+    pub(super) queue: FetchQueue<Key, Waiter>,
     /// Pieces of the background that were located and wait for a slot.
     located: Vec<Piece<P>>,
     /// Pieces that arrived, by urgency.
-    arrived: [std::collections::VecDeque<Piece<P>>; LANES],
-    arrived_bytes: u64,
+    pub(super) arrived: [std::collections::VecDeque<Piece<P>>; LANES],
+    pub(super) arrived_bytes: u64,
     window: Window,
     background_slots: usize,
-    closed: bool,
+    pub(super) closed: bool,
 }
 
-struct Shared<S: ChunkStore> {
-    store: S,
+pub(super) struct Shared<S: ChunkStore> {
+    pub(super) store: S,
     options: PoolOptions,
     throttle: Throttle,
-    cache: Cache<Key, ChunkData, ByBytes>,
-    state: Mutex<State<S::Place>>,
+    pub(super) cache: Cache<Key, ChunkData, ByBytes>,
+    pub(super) state: Mutex<State<S::Place>>,
     /// Wakes a fetching thread: there is something to fetch, or room for it.
-    to_fetch: Condvar,
+    pub(super) to_fetch: Condvar,
     /// Wakes a decoding thread.
-    to_decode: Condvar,
+    pub(super) to_decode: Condvar,
     spares: Mutex<Vec<AlignedBuf>>,
-    counters: Counters,
+    pub(super) counters: Counters,
 }
 
 /// Fetches chunks for any number of disks of one store. Dropping it ends its threads.
@@ -401,90 +401,8 @@ impl<S: ChunkStore> Shared<S> {
         first
     }
 
-    fn decode_loop(&self) {
-        let mut decoder = self.store.decoder();
-        let mut state = self.state.lock();
-        loop {
-            let Some(piece) = state.arrived.iter_mut().rev().find_map(|lane| lane.pop_front()) else {
-                if state.closed {
-                    return;
-                }
-                self.to_decode.wait(&mut state);
-                continue;
-            };
-            MutexGuard::unlocked(&mut state, || self.decode(&mut decoder, &piece));
-            state.arrived_bytes -= piece.stored_len();
-            self.to_fetch.notify_one();
-        }
-    }
-
-    fn decode(&self, decoder: &mut S::Decoder, piece: &Piece<S::Place>) {
-        let mut at = 0;
-        for (key, place) in &piece.chunks {
-            let len = place.stored_len() as usize;
-            let stored = piece.stored.get(at..at + len);
-            at += len;
-            let plain_len = self.store.plain_len(*key);
-            // Straight into a run that waits, where there is one: it saves a copy.
-            let into = self.state.lock().queue.waiters(*key).iter().find_map(|waiter| match waiter {
-                Waiter::Run(into) => Some(into.clone()),
-                Waiter::One(_) => None,
-            });
-            let mut decode = |out: &mut [u8]| match stored {
-                Some(stored) => decoder.decode(place, stored, out),
-                None => Err(SourceError::new(
-                    SourceErrorKind::Damaged,
-                    "the repository returned fewer bytes than it was asked for",
-                )),
-            };
-            self.counters.chunks.fetch_add(1, Ordering::Relaxed);
-            self.counters.plain_bytes.fetch_add(plain_len as u64, Ordering::Relaxed);
-            match into {
-                Some(into) => {
-                    let mut part = into.run.take_part(into.slot).expect("a chunk has one fetch");
-                    let result = decode(&mut part);
-                    self.end_run_chunk(*key, &into, part, result);
-                }
-                None => {
-                    let mut buf = self.buffer(plain_len);
-                    let result = decode(&mut buf).map(|()| ChunkData::new(buf));
-                    let (waiters, urgency) = {
-                        let mut state = self.state.lock();
-                        let urgency = state.queue.urgency(*key);
-                        if let (Ok(chunk), Some(Urgency::Demand | Urgency::Readahead)) = (&result, urgency) {
-                            self.cache.insert(*key, chunk.clone());
-                        }
-                        (state.queue.finish(*key), urgency)
-                    };
-                    debug_assert!(urgency.is_some(), "a fetch under way is known");
-                    waiters.into_iter().for_each(|waiter| deliver(waiter, result.clone()));
-                }
-            }
-        }
-    }
-
-    /// Ends the fetch of a chunk that was decoded into a run's part, and copies it for the others.
-    fn end_run_chunk(&self, key: Key, into: &RunSlot, part: block::BufPart, result: Result<(), SourceError>) {
-        let waiters = self.state.lock().queue.finish(key);
-        let others: Vec<Waiter> = waiters
-            .into_iter()
-            .filter(|waiter| {
-                !matches!(waiter, Waiter::Run(other)
-                    if Arc::ptr_eq(&other.run, &into.run) && other.slot == into.slot)
-            })
-            .collect();
-        if !others.is_empty() {
-            let copy = result.clone().map(|()| ChunkData::new(AlignedBuf::from_slice(&part)));
-            if let Ok(chunk) = &copy {
-                self.cache.insert(key, chunk.clone());
-            }
-            others.into_iter().for_each(|waiter| deliver(waiter, copy.clone()));
-        }
-        into.run.settle(into.slot, part, result);
-    }
-
     /// A buffer of `len` bytes, of unknown contents.
-    fn buffer(&self, len: usize) -> AlignedBuf {
+    pub(super) fn buffer(&self, len: usize) -> AlignedBuf {
         let mut spares = self.spares.lock();
         let fits = |buf: &AlignedBuf| buf.capacity() >= len && buf.capacity() / 2 <= len.max(1);
         if let Some(at) = spares.iter().rposition(fits) {
@@ -498,7 +416,7 @@ impl<S: ChunkStore> Shared<S> {
 }
 
 /// Gives a chunk to somebody who waited for it.
-fn deliver(waiter: Waiter, result: Result<ChunkData, SourceError>) {
+pub(super) fn deliver(waiter: Waiter, result: Result<ChunkData, SourceError>) {
     match waiter {
         // Whoever went away does not want it any more.
         Waiter::One(sender) => drop(sender.send(result)),

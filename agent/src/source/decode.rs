@@ -1,0 +1,167 @@
+//! The decoding threads: from pieces that arrived to chunks that are verified and given to whoever waits.
+//!
+//! Chunks are hashed side by side where that is faster, so a thread takes as many of the background's pieces as
+//! make up [`BATCH_CHUNKS`]. What a guest waits for is decoded alone, and first.
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use block::{AlignedBuf, BufPart};
+use parking_lot::MutexGuard;
+
+use super::chunk_store::{ChunkStore, Decode, Key, Placed, Undecoded};
+use super::piece::{Piece, RunSlot, Waiter};
+use super::pool::{Shared, State, deliver};
+use crate::live::{ChunkData, SourceError, SourceErrorKind, Urgency};
+
+/// So many chunks fill the widest vector units. It also bounds what a miss may have to wait for.
+const BATCH_CHUNKS: usize = 16;
+/// Plain bytes that are decoded together at most, unless one piece is longer.
+const BATCH_PLAIN_BYTES: usize = 2 << 20;
+
+/// Where a chunk is decoded to.
+enum Room {
+    /// Straight into a run that waits, where there is one: it saves a copy.
+    Run(RunSlot, BufPart),
+    Own(AlignedBuf),
+}
+
+impl Room {
+    fn bytes(&mut self) -> &mut [u8] {
+        match self {
+            Self::Run(_, part) => part,
+            Self::Own(buf) => buf,
+        }
+    }
+}
+
+impl<S: ChunkStore> Shared<S> {
+    /// Decodes until the pool is closed and nothing is left.
+    pub(super) fn decode_loop(&self) {
+        let mut decoder = self.store.decoder();
+        let mut state = self.state.lock();
+        loop {
+            let batch = self.next_batch(&mut state);
+            if batch.is_empty() {
+                if state.closed {
+                    return;
+                }
+                self.to_decode.wait(&mut state);
+                continue;
+            }
+            MutexGuard::unlocked(&mut state, || self.decode(&mut decoder, &batch));
+            state.arrived_bytes -= batch.iter().map(Piece::stored_len).sum::<u64>();
+            self.to_fetch.notify_one();
+        }
+    }
+
+    /// The most urgent piece; of the background as many as make up a batch.
+    fn next_batch(&self, state: &mut State<S::Place>) -> Vec<Piece<S::Place>> {
+        let mut batch = Vec::new();
+        let (mut chunks, mut bytes) = (0, 0);
+        for (lane, arrived) in state.arrived.iter_mut().enumerate().rev() {
+            while let Some(piece) = arrived.front() {
+                let len: usize = piece.chunks.iter().map(|(key, _)| self.store.plain_len(*key)).sum();
+                chunks += piece.chunks.len();
+                bytes += len;
+                if !batch.is_empty() && (chunks > BATCH_CHUNKS || bytes > BATCH_PLAIN_BYTES) {
+                    break;
+                }
+                batch.extend(arrived.pop_front());
+                if lane != Urgency::Background.lane() {
+                    break;
+                }
+            }
+            if !batch.is_empty() {
+                break;
+            }
+        }
+        batch
+    }
+
+    fn decode(&self, decoder: &mut S::Decoder, batch: &[Piece<S::Place>]) {
+        let mut chunks = Vec::new();
+        for piece in batch {
+            let mut at = 0;
+            for (key, place) in &piece.chunks {
+                let len = place.stored_len() as usize;
+                match piece.stored.get(at..at + len) {
+                    Some(stored) => chunks.push((*key, place, stored, self.place_for(*key))),
+                    None => self.end(
+                        *key,
+                        self.place_for(*key),
+                        Err(SourceError::new(
+                            SourceErrorKind::Damaged,
+                            "the repository returned fewer bytes than it was asked for",
+                        )),
+                    ),
+                }
+                at += len;
+            }
+        }
+        let mut undecoded: Vec<_> = chunks
+            .iter_mut()
+            .map(|(_, place, stored, into)| Undecoded { place: *place, stored, out: into.bytes() })
+            .collect();
+        let results = decoder.decode_each(&mut undecoded);
+        for ((key, _, _, into), result) in chunks.into_iter().zip(results) {
+            self.end(key, into, result);
+        }
+    }
+
+    fn place_for(&self, key: Key) -> Room {
+        let run = self.state.lock().queue.waiters(key).iter().find_map(|waiter| match waiter {
+            Waiter::Run(into) => Some(into.clone()),
+            Waiter::One(_) => None,
+        });
+        match run {
+            Some(into) => {
+                let part = into.run.take_part(into.slot).expect("a chunk has one fetch");
+                Room::Run(into, part)
+            }
+            None => Room::Own(self.buffer(self.store.plain_len(key))),
+        }
+    }
+
+    /// Ends the fetch of a chunk and gives it, or why it could not be had, to everybody who waits.
+    fn end(&self, key: Key, into: Room, result: Result<(), SourceError>) {
+        self.counters.chunks.fetch_add(1, Ordering::Relaxed);
+        self.counters.plain_bytes.fetch_add(self.store.plain_len(key) as u64, Ordering::Relaxed);
+        match into {
+            Room::Run(into, part) => self.end_run_chunk(key, &into, part, result),
+            Room::Own(buf) => {
+                let result = result.map(|()| ChunkData::new(buf));
+                let (waiters, urgency) = {
+                    let mut state = self.state.lock();
+                    let urgency = state.queue.urgency(key);
+                    if let (Ok(chunk), Some(Urgency::Demand | Urgency::Readahead)) = (&result, urgency) {
+                        self.cache.insert(key, chunk.clone());
+                    }
+                    (state.queue.finish(key), urgency)
+                };
+                debug_assert!(urgency.is_some(), "a fetch under way is known");
+                waiters.into_iter().for_each(|waiter| deliver(waiter, result.clone()));
+            }
+        }
+    }
+
+    /// Ends the fetch of a chunk that was decoded into a run's part, and copies it for the others.
+    fn end_run_chunk(&self, key: Key, into: &RunSlot, part: BufPart, result: Result<(), SourceError>) {
+        let waiters = self.state.lock().queue.finish(key);
+        let others: Vec<Waiter> = waiters
+            .into_iter()
+            .filter(|waiter| {
+                !matches!(waiter, Waiter::Run(other)
+                    if Arc::ptr_eq(&other.run, &into.run) && other.slot == into.slot)
+            })
+            .collect();
+        if !others.is_empty() {
+            let copy = result.clone().map(|()| ChunkData::new(AlignedBuf::from_slice(&part)));
+            if let Ok(chunk) = &copy {
+                self.cache.insert(key, chunk.clone());
+            }
+            others.into_iter().for_each(|waiter| deliver(waiter, copy.clone()));
+        }
+        into.run.settle(into.slot, part, result);
+    }
+}
