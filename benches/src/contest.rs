@@ -2,15 +2,15 @@
 
 use anyhow::{Context, Result};
 
-use crate::report::{Metric, Report};
+use crate::report::{Metric, Report, Side};
 use crate::stats;
 
 /// Somebody who is measured.
 pub(crate) trait Contender {
     /// Its name in the table.
     fn name(&self) -> &str;
-    /// Whether it is one of our programs. A failure of ours ends the run, a peer's is noted.
-    fn is_ours(&self) -> bool;
+    /// On which side it stands. A failure of ours ends the run, another's is noted.
+    fn side(&self) -> Side;
 }
 
 /// How often everyone has a turn.
@@ -50,7 +50,7 @@ impl Contest {
                 }
                 let sample = match measure(contender, Turn { round }, report) {
                     Ok(sample) => sample,
-                    Err(error) if contender.is_ours() => {
+                    Err(error) if contender.side() == Side::Ours => {
                         return Err(error).with_context(|| format!("{} failed", contender.name()));
                     }
                     Err(error) => {
@@ -63,7 +63,7 @@ impl Contest {
                 announce(round, self.rounds, contender.name(), &sample);
                 if round.is_some() {
                     for (metric, value) in &sample {
-                        report.record(metric, contender.name(), contender.is_ours(), *value);
+                        report.record(metric, contender.name(), contender.side(), *value);
                     }
                 }
             }
@@ -91,19 +91,19 @@ mod tests {
     use super::*;
     use crate::report::Unit;
 
-    struct Named(&'static str, bool);
+    struct Named(&'static str, Side);
 
     impl Contender for Named {
         fn name(&self) -> &str {
             self.0
         }
-        fn is_ours(&self) -> bool {
+        fn side(&self) -> Side {
             self.1
         }
     }
 
     fn contenders() -> [Named; 3] {
-        [Named("ours", true), Named("a", false), Named("b", false)]
+        [Named("ours", Side::Ours), Named("a", Side::Peer), Named("b", Side::Peer)]
     }
 
     #[test]
@@ -141,7 +141,7 @@ mod tests {
     fn our_own_failure_ends_the_run() {
         let mut report = Report::new("test", 1, false);
         let result = Contest { rounds: 1, warm_up: false }.run(&mut report, &contenders(), |who, _, _| {
-            anyhow::ensure!(!who.is_ours(), "broken");
+            anyhow::ensure!(who.side() != Side::Ours, "broken");
             Ok(Vec::new())
         });
         assert!(format!("{:#}", result.unwrap_err()).contains("ours failed: broken"));

@@ -7,7 +7,7 @@ use plotters::prelude::{
     ChartBuilder, Color, IntoDrawingArea, IntoFont, PathElement, RGBColor, Rectangle, SVGBackend, Text, WHITE,
 };
 
-use crate::report::{Cell, Report};
+use crate::report::{Cell, Report, Side};
 
 const PANEL_WIDTH: u32 = 900;
 const TITLE_HEIGHT: u32 = 44;
@@ -17,6 +17,7 @@ const LABEL_WIDTH: u32 = 250;
 
 const OURS: RGBColor = RGBColor(0x1f, 0x77, 0xb4);
 const THEIRS: RGBColor = RGBColor(0xb0, 0xb0, 0xb0);
+const MARK: RGBColor = RGBColor(0xe0, 0xe0, 0xe0);
 const INK: RGBColor = RGBColor(0x22, 0x22, 0x22);
 
 /// Writes the plot to `path`.
@@ -73,7 +74,11 @@ fn draw_cell(cell: &Cell, panel: &Area<'_>) -> Result<()> {
         .build_cartesian_2d(0.0..most * 1.25, rows..0.0)?;
     for (row, series) in cell.series.iter().enumerate() {
         let (row, summary) = (row as f64, series.summary());
-        let colour = if series.ours { OURS } else { THEIRS };
+        let colour = match series.side {
+            Side::Ours => OURS,
+            Side::Peer => THEIRS,
+            Side::Reference => MARK,
+        };
         chart.draw_series([Rectangle::new(
             [(0.0, row + 0.15), (summary.median, row + 0.85)],
             colour.filled(),
@@ -112,8 +117,8 @@ mod tests {
         let mut report = Report::new("capture", 3, true);
         let time = Metric::lower("time of a capture", Unit::Seconds);
         for sample in [1.0, 2.0, 3.0] {
-            report.record(&time, "lifeboot", true, sample);
-            report.record(&time, "qemu-img", false, 2.0 * sample);
+            report.record(&time, "lifeboot", Side::Ours, sample);
+            report.record(&time, "qemu-img", Side::Peer, 2.0 * sample);
         }
         let svg = draw(&report).unwrap();
         for text in ["lifeboot", "qemu-img", "2.00 s", "4.00 s", "time of a capture (less is better)"] {

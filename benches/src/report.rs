@@ -75,13 +75,25 @@ impl Metric {
     }
 }
 
+/// On which side somebody stands.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub(crate) enum Side {
+    /// One of our programs.
+    Ours,
+    /// What people use today.
+    Peer,
+    /// Nobody's solution, but a mark to see the others by: a floor, a ceiling.
+    Reference,
+}
+
 /// One contender's samples of one metric, in the order of the rounds.
 #[derive(Clone, Debug, Serialize)]
 pub(crate) struct Series {
     /// Whose they are.
     pub(crate) contender: String,
-    /// Whether it is one of our programs.
-    pub(crate) ours: bool,
+    /// On which side it stands.
+    pub(crate) side: Side,
     /// One value a round.
     pub(crate) samples: Vec<f64>,
 }
@@ -106,7 +118,7 @@ pub(crate) struct Cell {
 impl Cell {
     /// The series that the ratios are of: the first of ours.
     pub(crate) fn subject(&self) -> Option<&Series> {
-        self.series.iter().find(|series| series.ours)
+        self.series.iter().find(|series| series.side == Side::Ours)
     }
 
     /// The series of that name.
@@ -116,7 +128,7 @@ impl Cell {
 
     /// The peer with the best median.
     pub(crate) fn best_peer(&self) -> Option<&Series> {
-        let peers = self.series.iter().filter(|series| !series.ours);
+        let peers = self.series.iter().filter(|series| series.side == Side::Peer);
         let by_median = |a: &&Series, b: &&Series| a.summary().median.total_cmp(&b.summary().median);
         match self.metric.better {
             Better::Lower => peers.min_by(by_median),
@@ -267,7 +279,7 @@ impl Report {
     }
 
     /// Adds a sample; samples of one contender come in the order of the rounds.
-    pub(crate) fn record(&mut self, metric: &Metric, contender: &str, ours: bool, value: f64) {
+    pub(crate) fn record(&mut self, metric: &Metric, contender: &str, side: Side, value: f64) {
         let position = self.cells.iter().position(|cell| cell.metric == *metric).unwrap_or_else(|| {
             self.cells.push(Cell { metric: metric.clone(), series: Vec::new() });
             self.cells.len() - 1
@@ -276,7 +288,7 @@ impl Report {
         match cell.series.iter_mut().find(|series| series.contender == contender) {
             Some(series) => series.samples.push(value),
             None => {
-                cell.series.push(Series { contender: contender.to_owned(), ours, samples: vec![value] });
+                cell.series.push(Series { contender: contender.to_owned(), side, samples: vec![value] });
             }
         }
     }
@@ -327,11 +339,14 @@ mod tests {
     fn report() -> Report {
         let mut report = Report::new("test", 2, true);
         let time = Metric::lower("time", Unit::Seconds);
-        for (contender, ours, samples) in
-            [("a", true, [1.0, 3.0]), ("b", false, [2.0, 4.0]), ("c", false, [4.0, 8.0])]
-        {
+        for (contender, side, samples) in [
+            ("a", Side::Ours, [1.0, 3.0]),
+            ("b", Side::Peer, [2.0, 4.0]),
+            ("c", Side::Peer, [4.0, 8.0]),
+            ("floor", Side::Reference, [0.1, 0.1]),
+        ] {
             for sample in samples {
-                report.record(&time, contender, ours, sample);
+                report.record(&time, contender, side, sample);
             }
         }
         report

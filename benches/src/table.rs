@@ -94,15 +94,15 @@ fn rows(cell: &Cell) -> Vec<[String; 7]> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::report::{Metric, Unit};
+    use crate::report::{Metric, Side, Unit};
 
     #[test]
     fn table_names_the_best_peer_and_our_ratio_to_it() {
         let mut report = Report::new("serve", 1, false);
         let rate = Metric::higher("randread 4k", Unit::OpsPerSecond);
-        report.record(&rate, "ours", true, 150_000.0);
-        report.record(&rate, "nbdkit", false, 100_000.0);
-        report.record(&rate, "qemu-nbd", false, 50_000.0);
+        report.record(&rate, "ours", Side::Ours, 150_000.0);
+        report.record(&rate, "nbdkit", Side::Peer, 100_000.0);
+        report.record(&rate, "qemu-nbd", Side::Peer, 50_000.0);
         report.absent.push(crate::report::Absent { contender: "borg".into(), reason: "not found".into() });
         let text = render(&report);
         let nbdkit = text.lines().find(|line| line.contains("nbdkit")).unwrap();

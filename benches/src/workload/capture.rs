@@ -9,7 +9,7 @@ use clap::Args;
 use super::{Common, bytes_under, remove, settle};
 use crate::child::{self, Finished};
 use crate::contest::{Contender, Sample};
-use crate::report::{Absent, Metric, Report, Unit};
+use crate::report::{Absent, Metric, Report, Side, Unit};
 
 /// What `capture` takes.
 #[derive(Args, Clone, Debug)]
@@ -54,8 +54,8 @@ impl Contender for Who {
         }
     }
 
-    fn is_ours(&self) -> bool {
-        matches!(self, Self::Fresh | Self::Again)
+    fn side(&self) -> Side {
+        if matches!(self, Self::Fresh | Self::Again) { Side::Ours } else { Side::Peer }
     }
 }
 

@@ -9,7 +9,7 @@ use clap::Args;
 use super::{Common, boot, bytes_under, remove, settle};
 use crate::child;
 use crate::contest::Contender;
-use crate::report::{Metric, Report, Unit};
+use crate::report::{Metric, Report, Side, Unit};
 use crate::trace;
 
 /// What `chunk-size` takes.
@@ -36,8 +36,8 @@ impl Contender for Size {
         &self.name
     }
 
-    fn is_ours(&self) -> bool {
-        true
+    fn side(&self) -> Side {
+        Side::Ours
     }
 }
 

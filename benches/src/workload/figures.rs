@@ -207,7 +207,7 @@ fn figure(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::report::Metric;
+    use crate::report::{Metric, Side};
 
     #[test]
     fn figures_of_a_capture_are_ratios_of_the_same_rounds() {
@@ -215,13 +215,13 @@ mod tests {
         for (title, unit) in
             [(capture::TIME, Unit::Seconds), (capture::STORED, Unit::Bytes), (capture::MEMORY, Unit::Bytes)]
         {
-            for (who, ours, value) in [
-                (capture::Who::Fresh, true, 1.0),
-                (capture::Who::Again, true, 0.5),
-                (capture::Who::QemuImg, false, 2.0),
+            for (who, side, value) in [
+                (capture::Who::Fresh, Side::Ours, 1.0),
+                (capture::Who::Again, Side::Ours, 0.5),
+                (capture::Who::QemuImg, Side::Peer, 2.0),
             ] {
                 for round in [1.0, 3.0] {
-                    report.record(&Metric::lower(title, unit), who.name(), ours, value * round);
+                    report.record(&Metric::lower(title, unit), who.name(), side, value * round);
                 }
             }
         }
@@ -235,7 +235,12 @@ mod tests {
     #[test]
     fn a_peer_that_was_left_out_is_an_error_and_not_a_figure() {
         let mut report = Report::new("serve", 1, false);
-        report.record(&Metric::higher(serve::QUICK, Unit::OpsPerSecond), serve::Who::Ours.name(), true, 1.0);
+        report.record(
+            &Metric::higher(serve::QUICK, Unit::OpsPerSecond),
+            serve::Who::Ours.name(),
+            Side::Ours,
+            1.0,
+        );
         assert!(of_serve(&report).unwrap_err().to_string().contains("nbdkit"));
     }
 }

@@ -15,7 +15,7 @@ use clap::Args;
 use super::Common;
 use crate::child::{self, Server};
 use crate::client::Client;
-use crate::report::{Metric, Report, Unit};
+use crate::report::{Metric, Report, Side, Unit};
 use crate::{ours, peers};
 
 /// What `kill` takes.
@@ -118,8 +118,8 @@ pub(crate) fn run(common: &Common, options: &Options) -> Result<Report> {
             finished.stderr.lines().next().unwrap_or("it does not say which")
         );
         let verified = reads_of(&finished.stdout)?;
-        report.record(&Metric::lower(RESTART, Unit::Seconds), NAME, true, answered.as_secs_f64());
-        report.record(&Metric::higher(VERIFIED, Unit::Count), NAME, true, verified);
+        report.record(&Metric::lower(RESTART, Unit::Seconds), NAME, Side::Ours, answered.as_secs_f64());
+        report.record(&Metric::higher(VERIFIED, Unit::Count), NAME, Side::Ours, verified);
         eprintln!(
             "kill {}/{}: answered after {:.0} ms, {verified:.0} writes verified",
             round + 1,

@@ -11,7 +11,7 @@ use super::{Common, capture, remove, settle};
 use crate::child::{self, Finished};
 use crate::contest::Contender;
 use crate::ours;
-use crate::report::{Metric, Report, Unit};
+use crate::report::{Metric, Report, Side, Unit};
 
 /// What `restore` takes.
 #[derive(Args, Clone, Debug)]
@@ -52,8 +52,8 @@ impl Contender for Who {
         }
     }
 
-    fn is_ours(&self) -> bool {
-        *self != Self::QemuImg
+    fn side(&self) -> Side {
+        if *self == Self::QemuImg { Side::Peer } else { Side::Ours }
     }
 }
 

@@ -12,7 +12,7 @@ use crate::child::{self, Server};
 use crate::contest::{Contender, Contest};
 use crate::fio::{self, Job};
 use crate::peers::{self, EXPORT, NbdServer, Serving};
-use crate::report::{Absent, Metric, Report, Unit};
+use crate::report::{Absent, Metric, Report, Side, Unit};
 
 /// What `serve` takes.
 #[derive(Args, Clone, Debug)]
@@ -149,8 +149,8 @@ impl Contender for Who {
         }
     }
 
-    fn is_ours(&self) -> bool {
-        *self == Self::Ours
+    fn side(&self) -> Side {
+        if *self == Self::Ours { Side::Ours } else { Side::Peer }
     }
 }
 
@@ -180,7 +180,7 @@ pub(crate) fn run(common: &Common, options: &Options) -> Result<Report> {
         if !options.only.is_empty() && !options.only.iter().any(|name| who.name().contains(name.as_str())) {
             continue;
         }
-        if who.is_ours() {
+        if who.side() == Side::Ours {
             common.programs.path(who.program())?;
         } else if child::find(who.program()).is_none() {
             let reason = format!("{} is not installed", who.program());

@@ -17,7 +17,7 @@ use crate::child;
 use crate::contest::{Contender, Sample};
 use crate::ours::{self, Programs};
 use crate::peers::Pace;
-use crate::report::{Absent, Metric, Report, Unit};
+use crate::report::{Absent, Metric, Report, Side, Unit};
 use crate::trace::{self, Request};
 
 /// What `boot` takes.
@@ -95,7 +95,7 @@ pub(crate) fn run(common: &Common, options: &Options) -> Result<Report> {
     let scratch = common.scratch()?;
     report.scratch_is(scratch.path());
     let repo = scratch.path().join("repo");
-    if players.iter().any(|who| who.is_ours()) {
+    if players.iter().any(|who| who.side() == Side::Ours) {
         child::run(&mut common.programs.init(&repo)?)?;
         child::run(&mut common.programs.capture(&repo, &options.image, options.chunk_size)?)?;
     }

@@ -11,6 +11,7 @@ use crate::contest::Contender;
 use crate::ours::{self, Programs};
 use crate::peers::{self, EXPORT, Pace};
 use crate::qmp::Qmp;
+use crate::report::Side;
 
 /// A way to boot.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -52,8 +53,12 @@ impl Contender for Who {
         }
     }
 
-    fn is_ours(&self) -> bool {
-        matches!(self, Self::Live | Self::LiveOnDemand)
+    fn side(&self) -> Side {
+        match self {
+            Self::Live | Self::LiveOnDemand => Side::Ours,
+            Self::Overlay | Self::Scan | Self::Direct => Side::Peer,
+            Self::Local => Side::Reference,
+        }
     }
 }
 
@@ -126,8 +131,8 @@ pub(super) fn start(
         Qmp::connect(&dir.join("qmp.sock"))?
             .execute("block-stream", json!({ "job-id": "stream", "device": "overlay" }))?;
     }
-    let export = if who.is_ours() { ours::EXPORT } else { EXPORT };
-    Ok(Set { front, _source: source, ours: who.is_ours(), export, socket, line })
+    let export = if who.side() == Side::Ours { ours::EXPORT } else { EXPORT };
+    Ok(Set { front, _source: source, ours: who.side() == Side::Ours, export, socket, line })
 }
 
 /// qemu-storage-daemon with the graph that a guest would have: copy-on-read over a qcow2 over the source.

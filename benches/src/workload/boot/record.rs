@@ -9,7 +9,7 @@ use tempfile::TempDir;
 
 use crate::child::{self, Server};
 use crate::peers;
-use crate::report::{Metric, Report, Unit};
+use crate::report::{Metric, Report, Side, Unit};
 use crate::trace;
 
 /// How long a guest may take to boot under TCG.
@@ -70,8 +70,9 @@ pub(super) fn run(guest: &Path, out: &Path, scratch: &TempDir, report: &mut Repo
     ensure!(!recorded.is_empty(), "nbdkit's log has no request");
     std::fs::write(out, trace::to_lines(&recorded))
         .with_context(|| format!("cannot write {}", out.display()))?;
-    let mut tell =
-        |title: &str, unit, value| report.record(&Metric::lower(title, unit), "the guest", false, value);
+    let mut tell = |title: &str, unit, value| {
+        report.record(&Metric::lower(title, unit), "the guest", Side::Reference, value)
+    };
     tell("until the guest was up", Unit::Seconds, booted.as_secs_f64());
     tell("requests", Unit::Count, recorded.len() as f64);
     tell("distinct bytes read", Unit::Bytes, trace::distinct_bytes_read(&recorded) as f64);
