@@ -1,10 +1,11 @@
 //! What can be done at once on the calling thread, because it is in the page cache. In direct mode
 //! nothing is.
 
+use std::cell::Cell;
 use std::io::IoSliceMut;
 use std::os::fd::AsFd;
 use std::os::fd::{AsRawFd, BorrowedFd};
-use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use rustix::io::{Errno, ReadWriteFlags};
@@ -16,19 +17,48 @@ use crate::{Attempt, ByteRange, Result};
 const INLINE_WRITE_MAX: usize = 64 << 10;
 /// A page of the cache.
 const PAGE: u64 = 4096;
-/// An inline write that took longer than this was made to wait: the kernel throttles whoever dirties
-/// pages faster than the disk takes them.
+/// An inline write that took longer than this was made to wait, or its thread had to give way meanwhile.
 const STALL: Duration = Duration::from_millis(1);
+/// Two stalls with fewer writes than this between them are the kernel's throttling of whoever dirties pages
+/// faster than the disk takes them.
+const WRITES_BETWEEN_STALLS: u32 = 32;
 /// How many writes then go to the queue, where waiting holds up nobody else.
-const WRITES_AFTER_STALL: u32 = 256;
+const WRITES_AFTER_STALLS: u32 = 256;
 
-/// Whether inline writes may be tried now, and what was found not to work. Shared by all handles of a disk.
+/// What was found not to work. Shared by all handles of a disk.
+#[derive(Debug, Default)]
+pub(super) struct Missing {
+    nowait: AtomicBool,
+    cachestat: AtomicBool,
+}
+
+/// Whether a handle may write inline now.
 #[derive(Debug, Default)]
 pub(super) struct Pace {
-    /// Writes that still go to the queue because one stalled.
-    detours: AtomicU32,
-    no_nowait: AtomicBool,
-    no_cachestat: AtomicBool,
+    /// Writes that still go to the queue.
+    detours: Cell<u32>,
+    /// Writes for which the last stall still counts.
+    suspicion: Cell<u32>,
+}
+
+impl Pace {
+    fn takes_a_detour(&self) -> bool {
+        let left = self.detours.get();
+        self.detours.set(left.saturating_sub(1));
+        left > 0
+    }
+
+    fn wrote(&self, took: Duration) {
+        let suspicion = self.suspicion.get();
+        if took <= STALL {
+            self.suspicion.set(suspicion.saturating_sub(1));
+        } else if suspicion == 0 {
+            self.suspicion.set(WRITES_BETWEEN_STALLS);
+        } else {
+            self.suspicion.set(0);
+            self.detours.set(WRITES_AFTER_STALLS);
+        }
+    }
 }
 
 pub(super) fn try_read(inner: &Inner, offset: u64, buf: &mut [u8]) -> Result<Attempt> {
@@ -36,7 +66,7 @@ pub(super) fn try_read(inner: &Inner, offset: u64, buf: &mut [u8]) -> Result<Att
     if buf.is_empty() {
         return Ok(Attempt::Done);
     }
-    if inner.is_direct() || inner.pace.no_nowait.load(Ordering::Relaxed) {
+    if inner.is_direct() || inner.missing.nowait.load(Ordering::Relaxed) {
         return Ok(Attempt::WouldWait);
     }
     let len = buf.len();
@@ -44,7 +74,7 @@ pub(super) fn try_read(inner: &Inner, offset: u64, buf: &mut [u8]) -> Result<Att
         Ok(count) if count == len => Ok(Attempt::Done),
         Ok(_) => Ok(Attempt::WouldWait),
         Err(Errno::OPNOTSUPP | Errno::NOSYS) => {
-            inner.pace.no_nowait.store(true, Ordering::Relaxed);
+            inner.missing.nowait.store(true, Ordering::Relaxed);
             Ok(Attempt::WouldWait)
         }
         // Whatever it is, the waiting form meets it again and reports it.
@@ -54,14 +84,14 @@ pub(super) fn try_read(inner: &Inner, offset: u64, buf: &mut [u8]) -> Result<Att
 
 /// Writes small requests with a plain `pwrite`, which only copies into the page cache; most file systems refuse to
 /// promise that (RWF_NOWAIT), so what may make it wait is bounded here: its size, edges of pages that would have
-/// to be read first, and the kernel's throttling, of which one write at a time gets a taste.
-pub(super) fn try_write(inner: &Inner, offset: u64, data: &[u8]) -> Result<Attempt> {
+/// to be read first, and the kernel's throttling, of which few writes get a taste.
+pub(super) fn try_write(inner: &Inner, pace: &Pace, offset: u64, data: &[u8]) -> Result<Attempt> {
     inner.check_writable()?;
     let range = inner.range(offset, data.len())?;
     if range.is_empty() {
         return Ok(Attempt::Done);
     }
-    if inner.is_direct() || data.len() > INLINE_WRITE_MAX || inner.pace.takes_a_detour() {
+    if inner.is_direct() || data.len() > INLINE_WRITE_MAX || pace.takes_a_detour() {
         return Ok(Attempt::WouldWait);
     }
     if !range.is_aligned(PAGE) && !edges_are_resident(inner, range) {
@@ -69,9 +99,7 @@ pub(super) fn try_write(inner: &Inner, offset: u64, data: &[u8]) -> Result<Attem
     }
     let begun = Instant::now();
     let written = rustix::io::pwrite(&inner.fd, data, offset);
-    if begun.elapsed() > STALL {
-        inner.pace.detours.store(WRITES_AFTER_STALL, Ordering::Relaxed);
-    }
+    pace.wrote(begun.elapsed());
     match written {
         Ok(count) if count == data.len() => Ok(Attempt::Done),
         // In part, or not at all: the waiting form does all of it, or reports why not.
@@ -84,10 +112,10 @@ pub(super) fn is_resident(inner: &Inner, range: ByteRange) -> bool {
     if inner.is_direct() || range.is_empty() || !range.fits(inner.geometry.size) {
         return false;
     }
-    if !inner.pace.no_cachestat.load(Ordering::Relaxed) {
+    if !inner.missing.cachestat.load(Ordering::Relaxed) {
         match cached_pages(inner.fd.as_fd(), range) {
             Some(pages) => return pages == range.units(PAGE).end - range.units(PAGE).start,
-            None => inner.pace.no_cachestat.store(true, Ordering::Relaxed),
+            None => inner.missing.cachestat.store(true, Ordering::Relaxed),
         }
     }
     // Before Linux 6.5 both ends have to speak for the whole: pages come and go in runs.
@@ -100,16 +128,6 @@ fn edges_are_resident(inner: &Inner, range: ByteRange) -> bool {
 
 fn read_nowait(inner: &Inner, offset: u64, buf: &mut [u8]) -> rustix::io::Result<usize> {
     rustix::io::preadv2(&inner.fd, &mut [IoSliceMut::new(buf)], offset, ReadWriteFlags::NOWAIT)
-}
-
-impl Pace {
-    fn takes_a_detour(&self) -> bool {
-        if self.detours.load(Ordering::Relaxed) == 0 {
-            return false;
-        }
-        let one_less = |left: u32| left.checked_sub(1);
-        self.detours.fetch_update(Ordering::Relaxed, Ordering::Relaxed, one_less).is_ok()
-    }
 }
 
 /// `cachestat(2)`: the same number on every architecture that got it with Linux 6.5.
@@ -147,4 +165,32 @@ fn cached_pages(file: BorrowedFd<'_>, range: ByteRange) -> Option<u64> {
         )
     };
     (result == 0).then_some(stat.cached)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const QUICK: Duration = Duration::from_micros(3);
+    const SLOW: Duration = Duration::from_millis(4);
+
+    #[test]
+    fn one_slow_write_among_many_changes_nothing() {
+        let pace = Pace::default();
+        for write in 0..10 * WRITES_BETWEEN_STALLS {
+            assert!(!pace.takes_a_detour());
+            pace.wrote(if write % (WRITES_BETWEEN_STALLS + 1) == 0 { SLOW } else { QUICK });
+        }
+    }
+
+    #[test]
+    fn two_slow_writes_send_the_next_ones_to_the_queue_and_then_it_is_tried_again() {
+        let pace = Pace::default();
+        for took in [SLOW, QUICK, SLOW] {
+            assert!(!pace.takes_a_detour());
+            pace.wrote(took);
+        }
+        assert!((0..WRITES_AFTER_STALLS).all(|_| pace.takes_a_detour()));
+        assert!(!pace.takes_a_detour());
+    }
 }

@@ -16,11 +16,12 @@ use crate::{
 pub(super) struct Handle<Q> {
     pub(super) inner: Arc<Inner>,
     pub(super) queue: Q,
+    pace: fast::Pace,
 }
 
 impl<Q: Queue> Handle<Q> {
-    pub(super) const fn new(inner: Arc<Inner>, queue: Q) -> Self {
-        Self { inner, queue }
+    pub(super) fn new(inner: Arc<Inner>, queue: Q) -> Self {
+        Self { inner, queue, pace: fast::Pace::default() }
     }
 
     async fn read_any(&self, offset: u64, buf: AlignedBuf) -> (Result<()>, AlignedBuf) {
@@ -172,7 +173,7 @@ impl<Q: Queue> BlockDevice for Handle<Q> {
     }
 
     fn try_write(&self, offset: u64, data: &[u8]) -> Result<Attempt> {
-        fast::try_write(&self.inner, offset, data)
+        fast::try_write(&self.inner, &self.pace, offset, data)
     }
 
     fn resident(&self, range: ByteRange) -> Option<(BorrowedFd<'_>, u64)> {

@@ -28,7 +28,7 @@ use crate::{
     AlignedBuf, BlockDevice, ByteRange, Durability, Engine, Error, ErrorKind, Geometry, OpenDevice, Result,
     ZeroMode, engine,
 };
-use fast::Pace;
+use fast::Missing;
 use handle::Handle;
 use open::Support;
 use range_lock::RangeLock;
@@ -115,7 +115,7 @@ struct Inner {
     locks: RangeLock,
     /// A sync failed: what was written before may be lost although a later sync would succeed.
     sync_failed: AtomicBool,
-    pace: Pace,
+    missing: Missing,
 }
 
 impl FileDisk {

@@ -127,7 +127,7 @@ fn inspect(file: File, path: &Path, options: FileOptions) -> Result<Inner> {
         engine: options.engine,
         locks: super::RangeLock::default(),
         sync_failed: AtomicBool::new(false),
-        pace: super::Pace::default(),
+        missing: super::Missing::default(),
     })
 }
 

@@ -175,7 +175,7 @@ async fn play(device: &dyn BlockDevice, model: &mut Model, request: &Request, wh
 #[test]
 fn every_disk_behaves_like_the_model() {
     let subjects = disks::subjects(SIZE);
-    let config = ProptestConfig { cases: 64, failure_persistence: None, ..ProptestConfig::default() };
+    let config = ProptestConfig { cases: 40, failure_persistence: None, ..ProptestConfig::default() };
     let all = ByteRange::from_bounds(0, SIZE);
     proptest!(config, |(script in proptest::collection::vec(requests(), 1..40))| {
         for subject in &subjects {
