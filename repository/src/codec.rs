@@ -3,6 +3,7 @@
 use std::io;
 
 use crate::error::{Error, ErrorKind, Result};
+use crate::hash::chunk_ids;
 use crate::id::ChunkId;
 use crate::record::{Codec, KeyRef, Location};
 
@@ -117,9 +118,31 @@ impl ChunkDecoder {
     /// # Errors
     /// `Damaged` when the lengths, the CRC, the compressed form or the hash do not hold; `UnknownCodec`, `UnknownKey` for what a newer release wrote.
     pub fn decode(&mut self, at: &Location, stored: &[u8], id: &ChunkId, out: &mut [u8]) -> Result<()> {
-        let damaged = |how: &str| {
-            Error::damaged(format!("chunk {id} at offset {} of pack {} {how}", at.offset, at.pack))
-        };
+        self.expand(at, stored, id, out)?;
+        if ChunkId::of(out) != *id {
+            return Err(unlike_its_hash(at, id));
+        }
+        Ok(())
+    }
+
+    /// Decodes several chunks as [`ChunkDecoder::decode`] does, and hashes them side by side, which is several times faster
+    /// on a processor without instructions for SHA-256. How each went, in the same order.
+    pub fn decode_each(&mut self, chunks: &mut [Undecoded<'_>]) -> Vec<Result<()>> {
+        let mut results: Vec<Result<()>> =
+            chunks.iter_mut().map(|chunk| self.expand(chunk.at, chunk.stored, chunk.id, chunk.out)).collect();
+        let expanded: Vec<usize> = (0..chunks.len()).filter(|at| results[*at].is_ok()).collect();
+        let plain: Vec<&[u8]> = expanded.iter().map(|at| &*chunks[*at].out).collect();
+        for (at, id) in expanded.into_iter().zip(chunk_ids(&plain)) {
+            if id != *chunks[at].id {
+                results[at] = Err(unlike_its_hash(chunks[at].at, chunks[at].id));
+            }
+        }
+        results
+    }
+
+    /// Everything but the hash: nothing of `out` may be given to anybody yet.
+    fn expand(&mut self, at: &Location, stored: &[u8], id: &ChunkId, out: &mut [u8]) -> Result<()> {
+        let damaged = |how: &str| damaged(at, id, how);
         if stored.len() != at.stored_len as usize || out.len() != at.plain_len as usize {
             return Err(damaged("has another length than its use wants"));
         }
@@ -153,11 +176,28 @@ impl ChunkDecoder {
                 .hint("use the release that wrote it, or a newer one"));
             }
         }
-        if ChunkId::of(out) != *id {
-            return Err(damaged("does not match its hash"));
-        }
         Ok(())
     }
+}
+
+/// A chunk to decode together with others.
+pub struct Undecoded<'a> {
+    /// Where its stored bytes were read from.
+    pub at: &'a Location,
+    /// They.
+    pub stored: &'a [u8],
+    /// The chunk that it must be.
+    pub id: &'a ChunkId,
+    /// What to fill. On an error it holds anything.
+    pub out: &'a mut [u8],
+}
+
+fn damaged(at: &Location, id: &ChunkId, how: &str) -> Error {
+    Error::damaged(format!("chunk {id} at offset {} of pack {} {how}", at.offset, at.pack))
+}
+
+fn unlike_its_hash(at: &Location, id: &ChunkId) -> Error {
+    damaged(at, id, "does not match its hash")
 }
 
 #[cfg(test)]
@@ -238,6 +278,33 @@ mod tests {
             ChunkDecoder::new().unwrap().decode(&at, stored.bytes, &id, &mut out[..4000]).unwrap_err();
         assert_eq!(error.kind(), ErrorKind::Damaged);
         assert_eq!(out[4000..], [0xee; 100]);
+    }
+
+    #[test]
+    fn of_several_decoded_together_only_the_damaged_one_fails() {
+        let plains: Vec<Vec<u8>> = (0..20u8).map(|n| vec![n; 4000]).collect();
+        let mut encoder = ChunkEncoder::new(DEFAULT_LEVEL).unwrap();
+        let stored: Vec<(Location, Vec<u8>)> = plains
+            .iter()
+            .map(|plain| {
+                let stored = encoder.encode(plain).unwrap();
+                (location(&stored), stored.bytes.to_vec())
+            })
+            .collect();
+        let mut ids: Vec<ChunkId> = plains.iter().map(|plain| ChunkId::of(plain)).collect();
+        ids[7] = ids[8];
+        let mut outs = vec![vec![0; 4000]; 20];
+        let mut chunks: Vec<Undecoded<'_>> = stored
+            .iter()
+            .zip(&ids)
+            .zip(&mut outs)
+            .map(|(((at, stored), id), out)| Undecoded { at, stored, id, out })
+            .collect();
+        let results = ChunkDecoder::new().unwrap().decode_each(&mut chunks);
+        for (at, result) in results.iter().enumerate() {
+            assert_eq!(result.as_ref().err().map(Error::kind), (at == 7).then_some(ErrorKind::Damaged));
+        }
+        assert_eq!(outs, plains);
     }
 
     proptest! {

@@ -24,6 +24,7 @@ mod codec;
 mod config;
 mod error;
 mod frame;
+mod hash;
 mod header;
 mod id;
 mod index;
@@ -39,9 +40,10 @@ pub mod storage;
 mod verify;
 
 pub use capture::{CaptureOptions, CaptureWriter, DiskWriter, Put};
-pub use codec::{ChunkDecoder, ChunkEncoder, DEFAULT_LEVEL, MAX_PLAIN_LEN, StoredChunk, is_zero};
+pub use codec::{ChunkDecoder, ChunkEncoder, DEFAULT_LEVEL, MAX_PLAIN_LEN, StoredChunk, Undecoded, is_zero};
 pub use config::{Config, DEFAULT_CHUNK_SIZE, InitOptions};
 pub use error::{Error, ErrorKind, Result};
+pub use hash::chunk_ids;
 pub use header::FORMAT_VERSION;
 pub use id::{ChunkId, PackId};
 pub use manifest::{
