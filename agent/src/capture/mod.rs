@@ -14,8 +14,8 @@ use std::time::Instant;
 use anyhow::Context as _;
 use block::{Engine, FileOptions, IoEngine};
 use repository::{
-    CaptureOptions, CaptureWriter, Consistency, DiskMap, DiskName, DiskWriter, GroupName, MAX_PLAIN_LEN,
-    Repository, Snapshot, SnapshotMeta,
+    CaptureOptions, CaptureWriter, ChunkEncoder, Consistency, DiskMap, DiskName, DiskWriter, GroupName,
+    MAX_PLAIN_LEN, Repository, Snapshot, SnapshotMeta,
 };
 use serde::Serialize;
 
@@ -100,6 +100,9 @@ impl Verb for Args {
         let group: GroupName =
             self.group.parse().map_err(|error: repository::Error| UsageError::new(error))?;
         let named = source::name_all(self.sources).map_err(UsageError::new)?;
+        let chunk_size = self.chunk_size.map(Size::chunk_size).transpose()?;
+        // The workers make their own; this one finds out whether there is such a level.
+        ChunkEncoder::new(self.level).map_err(UsageError::new)?;
         let repository = Repository::open(context.repository_path()?)?;
         let engine = Engine::choose(self.io_engine)?;
         let interrupt = context.interrupt()?;
@@ -112,7 +115,6 @@ impl Verb for Args {
 
         let parent = find_parent(&repository, &group, context.output());
         let mut writer = repository.begin_capture(&group, CaptureOptions::default())?;
-        let chunk_size = self.chunk_size.map(Size::chunk_size).transpose()?;
         let disks = begin_disks(&repository, &mut writer, &sources, parent.as_ref(), chunk_size)?;
         let plans = sources
             .iter()

@@ -16,6 +16,9 @@ use super::workers::Workers;
 use crate::cli::Interrupt;
 use crate::output::Progress;
 
+/// More workers than this would only hold more memory: a disk is slower.
+const MAX_WORKERS: usize = 16;
+
 /// Reads all sources and puts every chunk of them.
 ///
 /// # Errors
@@ -47,7 +50,9 @@ pub(super) fn run(
         freed,
         order: InOrder::new(),
     };
-    let threads = std::thread::available_parallelism().map_or(2, usize::from);
+    let threads = std::thread::available_parallelism().map_or(2, usize::from).min(MAX_WORKERS);
+    // For each worker one in hand and one that waits, and some that are being read or wait for their turn.
+    let buffers = 2 * threads + 8;
     std::thread::scope(|scope| {
         let mut spawned = Ok(());
         for _ in 0..threads {
@@ -56,7 +61,7 @@ pub(super) fn run(
         }
         // The reader needs no thread of its own: this one has nothing else to do.
         let read = spawned.context("cannot start a thread").and_then(|()| {
-            engine.run(reader::read_all(plans, sources, piece_sender, freed_receiver, free, &stop))
+            engine.run(reader::read_all(plans, sources, buffers, piece_sender, freed_receiver, free, &stop))
         });
         if let Err(error) = read {
             stop.keep(error);

@@ -5,7 +5,7 @@ use std::os::fd::AsFd;
 use std::rc::Rc;
 use std::sync::mpsc;
 
-use block::{AlignedBuf, BlockDevice, BufferPool, ByteRange, DirectIo, FileDisk, FileOptions, OpenDevice};
+use block::{AlignedBuf, BlockDevice, ByteRange, DirectIo, FileDisk, FileOptions, OpenDevice};
 use rustix::io::ReadWriteFlags;
 use tokio::sync::mpsc as local;
 use tokio::task::JoinSet;
@@ -13,10 +13,8 @@ use tokio::task::JoinSet;
 use super::source::Source;
 use super::stop::Stop;
 
-/// How many pieces are read, hashed, or on their way into a pack at once.
-pub(super) const PIECES: usize = 16;
-/// Bytes of a piece, unless a chunk is longer.
-pub(super) const PIECE_LEN: usize = BufferPool::LARGE;
+/// Bytes of a piece, unless a chunk is longer: so many that the chunks of one are hashed side by side.
+pub(super) const PIECE_LEN: usize = 2 << 20;
 
 /// Consecutive chunks of a disk, as read.
 #[derive(Debug)]
@@ -99,16 +97,16 @@ pub(super) type Freed = Option<AlignedBuf>;
 pub(super) async fn read_all(
     plans: &[Plan],
     sources: &[Source],
+    buffers: usize,
     pieces: mpsc::Sender<Piece>,
     mut freed: local::UnboundedReceiver<Freed>,
     free: local::UnboundedSender<Freed>,
     stop: &Stop,
 ) -> anyhow::Result<()> {
-    let pool = BufferPool::of_thread()?;
     let piece_len = plans.iter().map(piece_len).max().unwrap_or(PIECE_LEN);
-    for _ in 0..PIECES {
+    for _ in 0..buffers {
         // The receiver is here.
-        let _ = free.send(Some(pool.take(piece_len)));
+        let _ = free.send(Some(AlignedBuf::zeroed(piece_len)));
     }
     drop(free);
     let mut sequence = 0;

@@ -4,7 +4,7 @@ use std::ops::Range;
 use std::sync::mpsc;
 
 use parking_lot::Mutex;
-use repository::{ChunkEncoder, ChunkId, Codec, DiskWriter, KeyRef, StoredChunk, is_zero};
+use repository::{ChunkEncoder, ChunkId, Codec, DiskWriter, KeyRef, StoredChunk, chunk_ids, is_zero};
 use tokio::sync::mpsc as local;
 
 use super::order::InOrder;
@@ -70,14 +70,21 @@ impl Workers<'_> {
 
     fn decide(&self, piece: Piece, encoder: &mut ChunkEncoder) -> anyhow::Result<Finished> {
         let disk = &self.disks[piece.disk];
-        let mut chunks = Vec::new();
+        let plains: Vec<&[u8]> = piece.bytes.chunks(disk.chunk_size() as usize).collect();
+        let data: Vec<&[u8]> = plains.iter().copied().filter(|plain| !is_zero(plain)).collect();
+        // All together: several times faster than one by one where the processor cannot hash by itself.
+        let mut ids = chunk_ids(&data).into_iter();
+        let mut data = data.into_iter().peekable();
+        let mut chunks = Vec::with_capacity(plains.len());
         let mut compressed = Vec::new();
-        for plain in piece.bytes.chunks(disk.chunk_size() as usize) {
-            if is_zero(plain) {
-                chunks.push(Decided::Zero);
-                continue;
-            }
-            let id = encoder.id(plain);
+        for plain in plains {
+            let id = match data.next_if(|data| std::ptr::eq(*data, plain)) {
+                Some(_) => ids.next().expect("each chunk with data has an id"),
+                None => {
+                    chunks.push(Decided::Zero);
+                    continue;
+                }
+            };
             if disk.known(&id)? {
                 chunks.push(Decided::Known(id));
                 continue;

@@ -8,7 +8,10 @@ mod failure;
 mod generate;
 mod init;
 mod interrupt;
+mod show;
+mod snapshots;
 mod units;
+mod verify;
 
 use std::process::ExitCode;
 
@@ -49,10 +52,13 @@ Exit codes: 0 done; 1 failed; 2 wrong usage; 3 done, but something is damaged (n
 enum Command {
     Init(init::Args),
     Capture(crate::capture::Args),
+    Snapshots(snapshots::Args),
+    Show(show::Args),
     Restore(crate::restore::Args),
     LiveRestore(crate::live_restore::Args),
     Status(crate::status::Args),
     Serve(crate::serve::Args),
+    Verify(verify::Args),
     Completions(generate::CompletionsArgs),
     Man(generate::ManArgs),
 }
@@ -62,10 +68,13 @@ impl Command {
         match self {
             Self::Init(args) => args.run(context),
             Self::Capture(args) => args.run(context),
+            Self::Snapshots(args) => args.run(context),
+            Self::Show(args) => args.run(context),
             Self::Restore(args) => args.run(context),
             Self::LiveRestore(args) => args.run(context),
             Self::Status(args) => args.run(context),
             Self::Serve(args) => args.run(context),
+            Self::Verify(args) => args.run(context),
             Self::Completions(args) => args.run(context),
             Self::Man(args) => args.run(context),
         }

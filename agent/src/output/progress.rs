@@ -66,7 +66,9 @@ impl Progress {
 
     /// Now that it is known: the work is over `total` bytes.
     pub fn set_total(&self, total: u64) {
-        self.shared.total.store(total, Ordering::Relaxed);
+        if self.shared.total.swap(total, Ordering::Relaxed) == total {
+            return;
+        }
         if let ShownAs::Bar(bar) = &self.shared.shown_as {
             bar.set_length(total);
             bar.set_style(style(Some(total)));

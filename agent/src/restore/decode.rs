@@ -6,7 +6,7 @@ use std::sync::mpsc;
 
 use block::{AlignedBuf, ByteRange};
 use parking_lot::Mutex;
-use repository::{ChunkDecoder, ChunkReader, DiskMap, Fetch};
+use repository::{ChunkDecoder, ChunkReader, DiskMap, Fetch, Undecoded};
 use tokio::sync::mpsc as local;
 
 use super::damage::DamageLog;
@@ -14,6 +14,10 @@ use super::plan::Wanted;
 use super::writer::Write;
 use crate::capture::Stop;
 use crate::output::Progress;
+
+/// How many buffers one decoder fills before it gives any away. There are more in all, or copies would
+/// be waited for in a circle.
+pub(super) const PIECES_AT_ONCE: usize = 4;
 
 /// One read, and the chunks that it serves.
 #[derive(Debug)]
@@ -47,16 +51,13 @@ struct Hands<'a> {
     writes: local::UnboundedSender<Write>,
     decoder: ChunkDecoder,
     stored: Vec<u8>,
-    single: Vec<u8>,
-    /// Consecutive chunks, decoded so far, and the index of the next.
-    piece: Option<(Piece, u64)>,
     shared: &'a Decoders<'a>,
 }
 
+/// Consecutive places of the disk, filled by the chunks `wanted[chunks]`.
 struct Piece {
-    offset: u64,
+    chunks: Range<usize>,
     buf: AlignedBuf,
-    len: usize,
 }
 
 impl Decoders<'_> {
@@ -70,14 +71,7 @@ impl Decoders<'_> {
     }
 
     fn work(&self, writes: local::UnboundedSender<Write>) -> anyhow::Result<()> {
-        let mut hands = Hands {
-            writes,
-            decoder: ChunkDecoder::new()?,
-            stored: Vec::new(),
-            single: Vec::new(),
-            piece: None,
-            shared: self,
-        };
+        let mut hands = Hands { writes, decoder: ChunkDecoder::new()?, stored: Vec::new(), shared: self };
         loop {
             let Ok(job) = self.jobs.lock().recv() else { return Ok(()) };
             self.stop.check()?;
@@ -93,69 +87,149 @@ impl Decoders<'_> {
 
 impl Hands<'_> {
     fn bring_back(&mut self, fetch: &Fetch, wanted: &[Wanted]) -> anyhow::Result<()> {
-        self.stored.resize(fetch.len, 0);
-        let read = self.shared.reader.read_stored_range(fetch.pack, fetch.offset, &mut self.stored);
-        for chunk in wanted {
-            // Where the long read failed, what can be had of it is read chunk by chunk.
-            let place = read.is_ok().then(|| fetch.place(&chunk.at));
-            self.decode(chunk, place)?;
+        // Pieces that are decoded together, as many as the buffers that one job may hold.
+        for pieces in self.cut(wanted).chunks(PIECES_AT_ONCE) {
+            self.bring_back_pieces(fetch, wanted, pieces)?;
         }
-        self.send_piece()
-    }
-
-    /// Decodes one chunk behind the ones before it, and copies it to wherever else it stands.
-    fn decode(&mut self, chunk: &Wanted, place: Option<Range<usize>>) -> anyhow::Result<()> {
-        let len = self.shared.map.chunk_len(chunk.index);
-        let mut piece = self.piece_for(chunk.index, len)?;
-        let out = &mut piece.buf[piece.len..piece.len + len];
-        let decoded = match place {
-            Some(place) => self.decoder.decode(&chunk.at, &self.stored[place], &chunk.id, out),
-            None => {
-                let read = self.shared.reader.read_stored(&chunk.at, &mut self.single);
-                read.and_then(|()| self.decoder.decode(&chunk.at, &self.single, &chunk.id, out))
-            }
-        };
-        if let Err(error) = decoded {
-            self.piece = Some((piece, u64::MAX));
-            return self.lost(chunk, &error);
-        }
-        for &index in &chunk.more {
-            // A shorter last chunk has an id of its own, so all places have this length.
-            let mut copy = self.buffer()?;
-            copy.set_len(len);
-            copy.copy_from_slice(&piece.buf[piece.len..piece.len + len]);
-            self.send(Write::Bytes(self.shared.range(index).start(), copy))?;
-            self.shared.progress.advance(len as u64);
-        }
-        piece.len += len;
-        self.piece = Some((piece, chunk.index + 1));
-        self.shared.progress.advance(len as u64);
         Ok(())
     }
 
-    /// The piece that chunk `index` goes into: the one before it if it fits there, or a new one.
-    fn piece_for(&mut self, index: u64, len: usize) -> anyhow::Result<Piece> {
-        if let Some((piece, next)) = self.piece.take() {
-            if next == index && piece.len + len <= self.shared.piece_len {
-                return Ok(piece);
+    /// Cuts chunks into runs of neighbours on the disk that fit into one buffer each.
+    fn cut(&self, wanted: &[Wanted]) -> Vec<Range<usize>> {
+        let most = self.shared.piece_len / self.shared.map.chunk_size() as usize;
+        let mut runs: Vec<Range<usize>> = Vec::new();
+        for (at, chunk) in wanted.iter().enumerate() {
+            match runs.last_mut() {
+                Some(run) if run.len() < most && wanted[at - 1].index + 1 == chunk.index => run.end += 1,
+                _ => runs.push(at..at + 1),
             }
-            self.piece = Some((piece, next));
-            self.send_piece()?;
         }
-        let mut buf = self.buffer()?;
-        buf.set_len(self.shared.piece_len);
-        Ok(Piece { offset: self.shared.range(index).start(), buf, len: 0 })
+        runs
     }
 
-    fn send_piece(&mut self) -> anyhow::Result<()> {
-        let Some((mut piece, _)) = self.piece.take() else { return Ok(()) };
-        piece.buf.set_len(piece.len);
-        self.send(Write::Bytes(piece.offset, piece.buf))
+    fn bring_back_pieces(
+        &mut self,
+        fetch: &Fetch,
+        wanted: &[Wanted],
+        runs: &[Range<usize>],
+    ) -> anyhow::Result<()> {
+        let chunks = &wanted[runs[0].start..runs[runs.len() - 1].end];
+        let readable = self.read(fetch, chunks)?;
+        let mut pieces = Vec::with_capacity(runs.len());
+        for run in runs {
+            let mut buf = self.buffer()?;
+            buf.set_len(wanted[run.clone()].iter().map(|chunk| self.len(chunk)).sum());
+            pieces.push(Piece { chunks: run.clone(), buf });
+        }
+        let results = self.decode(chunks, &readable, &mut pieces);
+        let mut results = results.into_iter();
+        for piece in pieces {
+            let chunks = &wanted[piece.chunks.clone()];
+            let results: Vec<_> = results.by_ref().take(chunks.len()).collect();
+            self.give(piece.buf, chunks, results)?;
+        }
+        Ok(())
+    }
+
+    /// Reads the stored bytes of `chunks`; where in them each one is, or why it could not be had.
+    fn read(
+        &mut self,
+        fetch: &Fetch,
+        chunks: &[Wanted],
+    ) -> anyhow::Result<Vec<Result<Range<usize>, repository::Error>>> {
+        let (first, last) = (fetch.place(&chunks[0].at), fetch.place(&chunks[chunks.len() - 1].at));
+        let skip = first.start;
+        self.stored.resize(last.end - skip, 0);
+        let offset = fetch.offset + skip as u64;
+        let reader = &self.shared.reader;
+        let places = chunks.iter().map(|chunk| {
+            let place = fetch.place(&chunk.at);
+            place.start - skip..place.end - skip
+        });
+        if reader.read_stored_range(fetch.pack, offset, &mut self.stored).is_ok() {
+            return Ok(places.map(Ok).collect());
+        }
+        // Whatever can be had of it is read chunk by chunk.
+        let mut single = Vec::new();
+        Ok(places
+            .zip(chunks)
+            .map(|(place, chunk)| {
+                reader.read_stored(&chunk.at, &mut single)?;
+                self.stored[place.clone()].copy_from_slice(&single);
+                Ok(place)
+            })
+            .collect())
+    }
+
+    /// Decodes the chunks into their pieces; how each went.
+    fn decode(
+        &mut self,
+        chunks: &[Wanted],
+        readable: &[Result<Range<usize>, repository::Error>],
+        pieces: &mut [Piece],
+    ) -> Vec<Result<(), repository::Error>> {
+        let mut outs = Vec::with_capacity(chunks.len());
+        let mut rest_of_chunks = chunks.iter();
+        for piece in pieces {
+            let mut rest = &mut piece.buf[..];
+            for chunk in rest_of_chunks.by_ref().take(piece.chunks.len()) {
+                let (out, after) = rest.split_at_mut(self.shared.map.chunk_len(chunk.index));
+                outs.push(out);
+                rest = after;
+            }
+        }
+        let mut undecoded = Vec::with_capacity(chunks.len());
+        for ((chunk, place), out) in chunks.iter().zip(readable).zip(outs) {
+            if let Ok(place) = place {
+                let stored = &self.stored[place.clone()];
+                undecoded.push(Undecoded { at: &chunk.at, stored, id: &chunk.id, out });
+            }
+        }
+        let mut decoded = self.decoder.decode_each(&mut undecoded).into_iter();
+        readable
+            .iter()
+            .map(|place| match place {
+                Ok(_) => decoded.next().expect("each readable chunk was decoded"),
+                Err(error) => Err(error.clone()),
+            })
+            .collect()
+    }
+
+    /// Sends what was decoded to wherever it stands.
+    fn give(
+        &self,
+        buf: AlignedBuf,
+        chunks: &[Wanted],
+        results: Vec<Result<(), repository::Error>>,
+    ) -> anyhow::Result<()> {
+        let whole = results.iter().all(Result::is_ok);
+        let mut at = 0;
+        for (chunk, result) in chunks.iter().zip(results) {
+            let len = self.len(chunk);
+            match result {
+                Ok(()) => {
+                    // A shorter last chunk has an id of its own, so all places have this length.
+                    let first = (!whole).then_some(&chunk.index);
+                    for &index in first.into_iter().chain(&chunk.more) {
+                        let mut copy = self.buffer()?;
+                        copy.set_len(len);
+                        copy.copy_from_slice(&buf[at..at + len]);
+                        self.send(Write::Bytes(self.shared.range(index).start(), copy))?;
+                    }
+                    self.shared.progress.advance(len as u64 * (1 + chunk.more.len() as u64));
+                }
+                Err(error) => self.lost(chunk, &error)?,
+            }
+            at += len;
+        }
+        if whole {
+            return self.send(Write::Bytes(self.shared.range(chunks[0].index).start(), buf));
+        }
+        self.send(Write::Nothing(buf))
     }
 
     /// A chunk that cannot be had leaves zeroes, never what happened to be there, wherever it stands.
-    fn lost(&mut self, chunk: &Wanted, error: &repository::Error) -> anyhow::Result<()> {
-        self.send_piece()?;
+    fn lost(&self, chunk: &Wanted, error: &repository::Error) -> anyhow::Result<()> {
         for &index in std::iter::once(&chunk.index).chain(&chunk.more) {
             let range = self.shared.range(index);
             self.shared.damage.note(range, Some(chunk.id.to_string()), error.clone())?;
@@ -165,6 +239,10 @@ impl Hands<'_> {
             self.shared.progress.advance(range.len());
         }
         Ok(())
+    }
+
+    fn len(&self, chunk: &Wanted) -> usize {
+        self.shared.map.chunk_len(chunk.index)
     }
 
     fn buffer(&self) -> anyhow::Result<AlignedBuf> {

@@ -11,7 +11,7 @@ use repository::{DiskMap, MapEntry, Repository};
 use tokio::sync::mpsc as local;
 
 use super::damage::DamageLog;
-use super::decode::{Decoders, Job};
+use super::decode::{self, Decoders, Job};
 use super::plan::{self, Wanted};
 use super::writer::{self, Write};
 use crate::capture::Stop;
@@ -21,6 +21,10 @@ use crate::output::Progress;
 /// Chunks that are planned together, in pack order: 8 GiB of disk at the usual chunk size, a few MiB of memory.
 const STRETCH: u64 = 64 << 10;
 const PIECE_LEN: usize = block::BufferPool::LARGE;
+/// More decoders than this would only hold more memory: a disk is slower.
+const MAX_DECODERS: usize = 16;
+/// Buffers that are being written, beside those that the decoders hold.
+const PIECES_IN_FLIGHT: usize = 16;
 /// Reads that wait for a decoder.
 const QUEUED_JOBS: usize = 64;
 
@@ -43,6 +47,8 @@ impl Restore<'_> {
     pub(super) fn run(&self, interrupt: Interrupt) -> anyhow::Result<()> {
         let stop = Stop::new(interrupt);
         let piece_len = PIECE_LEN.max(self.map.chunk_size() as usize);
+        let threads = std::thread::available_parallelism().map_or(2, usize::from).min(MAX_DECODERS);
+        let pieces = threads * decode::PIECES_AT_ONCE + PIECES_IN_FLIGHT;
         let (job_sender, jobs) = mpsc::sync_channel(QUEUED_JOBS);
         let (write_sender, writes) = local::unbounded_channel();
         let (free_sender, free) = mpsc::channel();
@@ -60,7 +66,7 @@ impl Restore<'_> {
         std::thread::scope(|scope| {
             let (decoders, stop) = (&decoders, &stop);
             let mut spawned = Ok(());
-            for _ in 0..std::thread::available_parallelism().map_or(2, usize::from) {
+            for _ in 0..threads {
                 let writes = write_sender.clone();
                 let thread = std::thread::Builder::new().name("restore".into());
                 spawned = spawned.and(thread.spawn_scoped(scope, move || decoders.run(writes)).map(drop));
@@ -74,8 +80,13 @@ impl Restore<'_> {
             if let Err(error) = spawned.and(planner.map(drop)).context("cannot start a thread") {
                 stop.keep(error);
             }
-            let written =
-                self.engine.run(writer::write_all(self.target, piece_len, writes, free_sender, stop));
+            let written = self.engine.run(writer::write_all(
+                self.target,
+                (pieces, piece_len),
+                writes,
+                free_sender,
+                stop,
+            ));
             if let Err(error) = written {
                 stop.keep(error);
             }

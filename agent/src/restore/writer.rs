@@ -9,8 +9,6 @@ use tokio::task::JoinSet;
 
 use crate::capture::Stop;
 
-/// How many pieces are decoded or written at once.
-pub(super) const PIECES: usize = 24;
 /// Zeroing a device in longer steps would keep an interrupt waiting.
 const ZERO_STEP: u64 = 1 << 30;
 
@@ -21,19 +19,21 @@ pub(super) enum Write {
     Bytes(u64, AlignedBuf),
     /// Zeroes, where something else may be.
     Zeroes(ByteRange),
+    /// Only the buffer comes back.
+    Nothing(AlignedBuf),
 }
 
 /// Gives out the buffers, writes whatever is asked for until nobody asks any more, and puts it on stable
 /// storage. Runs inside the engine.
 pub(super) async fn write_all(
     target: &FileDisk,
-    piece_len: usize,
+    (pieces, piece_len): (usize, usize),
     mut writes: local::UnboundedReceiver<Write>,
     free: mpsc::Sender<AlignedBuf>,
     stop: &Stop,
 ) -> anyhow::Result<()> {
     let pool = BufferPool::of_thread()?;
-    for _ in 0..PIECES {
+    for _ in 0..pieces {
         // The decoders may be gone already, after a failure.
         let _ = free.send(pool.take(piece_len));
     }
@@ -46,6 +46,7 @@ pub(super) async fn write_all(
                 running.spawn_local(write_one(Rc::clone(&device), offset, buf, free.clone()));
             }
             Write::Zeroes(range) => zero(&device, range, stop).await?,
+            Write::Nothing(buf) => drop(free.send(buf)),
         }
         while let Some(written) = running.try_join_next() {
             written??;

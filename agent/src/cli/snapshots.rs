@@ -1,0 +1,101 @@
+//! `lifeboot snapshots`: what there is to go back to.
+
+use repository::{Consistency, DiskName, GroupName, Repository, Snapshot};
+use serde::Serialize;
+
+use super::{Context, Outcome, UsageError, Verb};
+use crate::output::{Align, Table, human_size, human_time};
+
+/// List snapshots, of one group or of all
+#[derive(Debug, clap::Args)]
+#[command(after_help = "\
+NEW is what the capture brought that the repository did not have, STORED what that takes.
+With --json the document is an array of snapshots, the oldest of each group first.")]
+pub(super) struct Args {
+    /// List only this group
+    group: Option<String>,
+}
+
+#[derive(Serialize)]
+struct Listed<'a> {
+    snapshot: String,
+    group: &'a GroupName,
+    time: jiff::Timestamp,
+    size_bytes: u64,
+    new_bytes: u64,
+    new_stored_bytes: u64,
+    consistency: Consistency,
+    disks: Vec<&'a DiskName>,
+    attachments: Vec<&'a DiskName>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    note: Option<&'a str>,
+}
+
+impl<'a> Listed<'a> {
+    fn of(snapshot: &'a Snapshot) -> Self {
+        let manifest = snapshot.manifest();
+        Self {
+            snapshot: snapshot.name().to_string(),
+            group: &manifest.group,
+            time: manifest.time,
+            size_bytes: manifest.size(),
+            new_bytes: manifest.disks.iter().map(|disk| disk.stats.new_bytes).sum(),
+            new_stored_bytes: manifest.disks.iter().map(|disk| disk.stats.new_stored_bytes).sum(),
+            consistency: manifest.consistency,
+            disks: manifest.disks.iter().map(|disk| &disk.name).collect(),
+            attachments: manifest.attachments.iter().map(|attachment| &attachment.name).collect(),
+            note: manifest.note.as_deref(),
+        }
+    }
+}
+
+impl Verb for Args {
+    fn run(self, context: &Context) -> anyhow::Result<Outcome> {
+        let group =
+            self.group.map(|group| group.parse::<GroupName>()).transpose().map_err(UsageError::new)?;
+        let repository = Repository::open(context.repository_path()?)?;
+        let found = repository.snapshots(group.as_ref())?;
+        let output = context.output();
+        let listed = found.snapshots.iter().map(Listed::of).collect::<Vec<_>>();
+        output.document(&listed)?;
+        if listed.is_empty() {
+            output.line("there are no snapshots yet: `lifeboot capture` takes one")?;
+        } else {
+            output.table(&table(&listed))?;
+        }
+        for (name, error) in &found.damaged {
+            output.damaged(format_args!("the snapshot {name} cannot be read: {error}"));
+        }
+        Ok(if found.damaged.is_empty() { Outcome::Done } else { Outcome::Damaged })
+    }
+}
+
+fn table(listed: &[Listed<'_>]) -> Table {
+    let mut table = Table::new(&[
+        ("SNAPSHOT", Align::Left),
+        ("TAKEN (UTC)", Align::Left),
+        ("SIZE", Align::Right),
+        ("NEW", Align::Right),
+        ("STORED", Align::Right),
+        ("DISKS", Align::Left),
+        ("NOTE", Align::Left),
+    ]);
+    for snapshot in listed {
+        let disks = snapshot.disks.iter().map(|name| name.as_str()).collect::<Vec<_>>();
+        table.row([
+            snapshot.snapshot.clone(),
+            human_time(snapshot.time),
+            human_size(snapshot.size_bytes),
+            human_size(snapshot.new_bytes),
+            human_size(snapshot.new_stored_bytes),
+            disks.join(","),
+            one_line(snapshot.note.unwrap_or_default()),
+        ]);
+    }
+    table
+}
+
+/// A note as a cell: neither line breaks nor anything that a terminal would obey.
+pub(super) fn one_line(text: &str) -> String {
+    text.chars().map(|c| if c.is_control() { ' ' } else { c }).collect()
+}

@@ -1,0 +1,104 @@
+//! A repository that is not what was written: found, named, and never passed on as a disk.
+
+use std::fs::File;
+use std::os::unix::fs::FileExt;
+use std::path::Path;
+
+use crate::support::{MIB, Scratch, noise};
+
+/// A repository with one disk of noise, one byte in the middle of its pack flipped.
+fn damaged() -> Scratch {
+    let scratch = Scratch::new();
+    scratch.disk("d.raw", 4 * MIB, &[(0, 2 << 20, 1)]);
+    scratch.run(&["capture", "web01", "d.raw"]).ends_with(0);
+    flip(&scratch.pack(), MIB);
+    scratch
+}
+
+fn flip(path: &Path, offset: u64) {
+    let file = File::options().read(true).write(true).open(path).unwrap();
+    let mut byte = [0];
+    file.read_exact_at(&mut byte, offset).unwrap();
+    file.write_all_at(&[byte[0] ^ 0x10], offset).unwrap();
+}
+
+#[test]
+fn verify_names_the_damage_and_whose_it_is() {
+    let scratch = damaged();
+    let ran = scratch.run(&["verify"]).ends_with(3);
+    ran.tells(&["damaged", "web01@", "disk0", "CRC"]);
+    let ran = scratch.run(&["verify", "--json"]).ends_with(3);
+    assert_eq!(ran.json()["snapshots"], 1);
+    assert!(!ran.json()["damages"].as_array().unwrap().is_empty());
+}
+
+#[test]
+fn a_sound_repository_verifies() {
+    let scratch = Scratch::new();
+    scratch.disk("d.raw", 4 * MIB, &[(0, 2 << 20, 1)]);
+    scratch.run(&["capture", "web01", "d.raw"]).ends_with(0);
+    let ran = scratch.run(&["verify"]).ends_with(0);
+    assert!(ran.stdout.contains("all is well") && ran.stderr.is_empty(), "{ran:?}");
+    scratch.run(&["verify", "--quick"]).ends_with(0);
+}
+
+#[test]
+fn a_restore_stops_at_damage_and_leaves_no_target() {
+    let scratch = damaged();
+    let ran = scratch.run(&["restore", "web01@latest", "out.raw"]);
+    ran.fails(&["of the disk cannot be restored", "chunk", "pack", "CRC"]);
+    assert_eq!(scratch.names("."), ["d.raw", "repo"]);
+}
+
+#[test]
+fn a_restore_that_keeps_going_gives_back_all_but_the_damaged_chunk() {
+    let scratch = damaged();
+    let ran = scratch.run(&["restore", "web01@latest", "out.raw", "--keep-going", "--json"]).ends_with(3);
+    let report = ran.json();
+    let [damage] = report["damaged"].as_array().unwrap().as_slice() else { panic!("{report}") };
+    let (offset, len) =
+        (damage["offset"].as_u64().unwrap() as usize, damage["len"].as_u64().unwrap() as usize);
+    assert_eq!(len, 128 << 10);
+    assert!(ran.stderr.contains("damaged"), "{}", ran.stderr);
+    let mut wanted = noise(2 << 20, 1);
+    wanted.resize(4 << 20, 0);
+    wanted[offset..offset + len].fill(0);
+    assert!(std::fs::read(scratch.path("out.raw")).unwrap() == wanted);
+}
+
+#[test]
+fn a_pack_that_is_cut_short_costs_what_was_in_the_rest_of_it() {
+    let scratch = damaged();
+    File::options().write(true).open(scratch.pack()).unwrap().set_len(MIB).unwrap();
+    scratch.run(&["restore", "web01@latest", "out.raw"]).fails(&["cannot be restored"]);
+    assert_eq!(scratch.names("."), ["d.raw", "repo"]);
+}
+
+#[test]
+fn a_manifest_that_is_damaged_is_named_in_the_list() {
+    let scratch = damaged();
+    let [file] = &scratch.names("repo/snapshots/web01")[..] else { panic!("one manifest") };
+    flip(&scratch.path("repo/snapshots/web01").join(file), 60);
+    scratch.run(&["snapshots"]).ends_with(3).tells(&["web01@"]);
+    scratch.run(&["restore", "web01@latest", "out.raw"]).fails(&["web01@"]);
+    scratch.run(&["capture", "web01", "d.raw"]).ends_with(0).tells(&["warning", "web01"]);
+}
+
+#[test]
+fn a_newer_format_is_refused_by_name() {
+    let scratch = damaged();
+    // The version stands in the header of every file; whichever byte it is, some change must read as newer or damaged.
+    let config = scratch.path("repo/lifeboot.config");
+    let sound = std::fs::read(&config).unwrap();
+    let mut newer = 0;
+    for at in 0..sound.len().min(32) {
+        let mut bytes = sound.clone();
+        bytes[at] = bytes[at].wrapping_add(1);
+        std::fs::write(&config, &bytes).unwrap();
+        let ran = scratch.run(&["snapshots"]).ends_with(1);
+        newer += usize::from(ran.stderr.contains("newer"));
+    }
+    assert!(newer > 0);
+    std::fs::write(&config, &sound).unwrap();
+    scratch.run(&["snapshots"]).ends_with(0);
+}

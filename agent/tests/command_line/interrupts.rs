@@ -1,0 +1,105 @@
+//! Ctrl-C, and readers that go away.
+
+use std::io::Read;
+use std::path::Path;
+use std::process::{Child, Stdio};
+
+use rustix::process::{Pid, Signal, kill_process};
+
+use crate::support::{MIB, Scratch, noise, write};
+
+/// Waits until a directory has an entry whose name ends so; the child must still be at work then.
+fn wait_for_name(dir: &Path, end: &str, child: &mut Child) {
+    loop {
+        let entries = std::fs::read_dir(dir).unwrap();
+        if entries.map(|entry| entry.unwrap().file_name()).any(|name| name.to_string_lossy().ends_with(end)) {
+            return;
+        }
+        assert!(child.try_wait().unwrap().is_none(), "it ended before anything was seen of it");
+        std::thread::yield_now();
+    }
+}
+
+fn signal(child: &Child, signal: Signal) {
+    kill_process(Pid::from_child(child), signal).unwrap();
+}
+
+fn ended(child: Child) -> (Option<i32>, String) {
+    let output = child.wait_with_output().unwrap();
+    (output.status.code(), String::from_utf8_lossy(&output.stderr).into_owned())
+}
+
+/// Bytes that keep zstd's highest levels busy for long: half noise, half repetition.
+fn slow_to_compress(len: usize) -> Vec<u8> {
+    noise(len / 2, 3).chunks(64).flat_map(|part| [part, part].concat()).collect()
+}
+
+#[test]
+fn an_interrupted_capture_leaves_nothing() {
+    let scratch = Scratch::new();
+    write(&scratch.path("d.raw"), &slow_to_compress(256 << 20));
+    for (which, code) in [(Signal::INT, 130), (Signal::TERM, 143)] {
+        let mut command = scratch.command(&["capture", "g", "d.raw", "--level", "19"]);
+        let mut child = command.stderr(Stdio::piped()).spawn().unwrap();
+        wait_for_name(&scratch.path("repo/tmp"), "pack", &mut child);
+        signal(&child, which);
+        let (ended, stderr) = ended(child);
+        assert_eq!(ended, Some(code), "{stderr}");
+        assert!(stderr.contains("interrupted by"), "{stderr}");
+        assert_eq!(scratch.json(&["snapshots"]), serde_json::json!([]));
+        assert!(scratch.names("repo/tmp").is_empty());
+    }
+    scratch.run(&["verify"]).ends_with(0);
+}
+
+#[test]
+fn an_interrupted_restore_leaves_the_target_as_it_was() {
+    let scratch = Scratch::new();
+    scratch.disk("d.raw", 512 * MIB, &[(0, 400 << 20, 1)]);
+    scratch.run(&["capture", "g", "d.raw"]).ends_with(0);
+    write(&scratch.path("out.raw"), b"the old one");
+    let mut command = scratch.command(&["restore", "g@latest", "out.raw", "--force"]);
+    let truncate = std::fs::OpenOptions::new().write(true).open(scratch.path("out.raw")).unwrap();
+    truncate.set_len(0).unwrap();
+    let mut child = command.stderr(Stdio::piped()).spawn().unwrap();
+    wait_for_name(&scratch.path("."), "lifeboot-partial", &mut child);
+    signal(&child, Signal::INT);
+    let (ended, stderr) = ended(child);
+    assert_eq!(ended, Some(130), "{stderr}");
+    assert_eq!(scratch.names("."), ["d.raw", "out.raw", "repo"]);
+    assert_eq!(std::fs::metadata(scratch.path("out.raw")).unwrap().len(), 0);
+}
+
+#[test]
+fn a_source_that_changes_meanwhile_is_captured_and_marked() {
+    let scratch = Scratch::new();
+    write(&scratch.path("d.raw"), &slow_to_compress(64 << 20));
+    let mut command = scratch.command(&["capture", "g", "d.raw", "--level", "19"]);
+    let mut child = command.stderr(Stdio::piped()).stdout(Stdio::null()).spawn().unwrap();
+    wait_for_name(&scratch.path("repo/tmp"), "pack", &mut child);
+    let file = std::fs::File::options().write(true).open(scratch.path("d.raw")).unwrap();
+    file.set_modified(std::time::SystemTime::UNIX_EPOCH).unwrap();
+    let (ended, stderr) = ended(child);
+    assert_eq!(ended, Some(0), "{stderr}");
+    assert!(stderr.contains("warning") && stderr.contains("d.raw") && stderr.contains("changed"), "{stderr}");
+    assert_eq!(scratch.json(&["show", "g@latest"])["consistency"], "changing");
+}
+
+#[test]
+fn a_reader_that_has_seen_enough_is_no_failure() {
+    let scratch = Scratch::new();
+    scratch.disk("d.raw", MIB, &[(0, 1000, 1)]);
+    write(&scratch.path("a.bin"), &noise(4 << 20, 1));
+    scratch.run(&["capture", "g", "d.raw", "--attach", "a.bin"]).ends_with(0);
+    // More than a pipe holds, of which one byte is read.
+    let mut command = scratch.command(&["show", "g@latest", "--attachment", "a.bin"]);
+    let mut child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    let mut stdout = child.stdout.take().unwrap();
+    stdout.read_exact(&mut [0]).unwrap();
+    drop(stdout);
+    assert_eq!(ended(child), (Some(0), String::new()));
+    // Nobody reads stderr either.
+    let mut child = scratch.command(&["show", "nothing@latest"]).stderr(Stdio::piped()).spawn().unwrap();
+    drop(child.stderr.take());
+    assert_eq!(child.wait().unwrap().code(), Some(1));
+}

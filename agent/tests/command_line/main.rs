@@ -1,0 +1,12 @@
+//! The `lifeboot` program as people and scripts meet it: arguments in; output, exit codes and files out.
+//! What it restores is compared with what was captured by the bytes, not by its own word.
+
+#![allow(clippy::unwrap_used, reason = "a test that cannot go on says so by panicking, its helpers too")]
+mod captures;
+mod damage;
+mod devices;
+mod interrupts;
+mod refusals;
+mod restores;
+mod support;
+mod words;

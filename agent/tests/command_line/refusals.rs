@@ -1,0 +1,222 @@
+//! What bad input gets: a clear word, an exit code, and nothing lost.
+
+use std::fs::File;
+use std::os::unix::fs::PermissionsExt;
+use std::process::{Command, Stdio};
+
+use crate::support::{MIB, Ran, Scratch, is_root, write};
+
+fn with_snapshot() -> Scratch {
+    let scratch = Scratch::new();
+    scratch.disk("d.raw", 2 * MIB, &[(0, 100_000, 1)]);
+    scratch.run(&["capture", "web01", "d.raw"]).ends_with(0);
+    scratch
+}
+
+#[test]
+fn wrong_usage_ends_with_2() {
+    let scratch = Scratch::new();
+    let mut without = scratch.command(&["snapshots"]);
+    let output = without.env_remove("LIFEBOOT_REPO").output().unwrap();
+    assert_eq!(output.status.code(), Some(2));
+    assert!(String::from_utf8_lossy(&output.stderr).contains("--repo"));
+    for args in [
+        &["frobnicate"][..],
+        &["capture", "web01"],
+        &["capture", "web 01", "d.raw"],
+        &["capture", "web01", "a=x", "a=y"],
+        &["capture", "web01", "d.raw", "--chunk-size", "100KiB"],
+        &["capture", "web01", "d.raw", "--chunk-size", "8MiB"],
+        &["capture", "web01", "nbd://host/disk"],
+        &["capture", "web01", "d.raw", "--io-engine", "magic"],
+        &["capture", "web01", "d.raw", "--level", "99"],
+        &["init", "--chunk-size", "1"],
+        &["snapshots", "-r", "s3://bucket/prefix"],
+        &["snapshots", "-q", "-v"],
+    ] {
+        scratch.run(args).ends_with(2);
+    }
+}
+
+#[test]
+fn a_repository_that_is_none_is_refused() {
+    let scratch = Scratch::empty();
+    scratch.disk("d.raw", MIB, &[]);
+    std::fs::create_dir(scratch.path("dir")).unwrap();
+    for args in [&["snapshots"][..], &["verify"], &["capture", "g", "d.raw"], &["restore", "g@latest", "out"]]
+    {
+        scratch.run(args).fails(&["no such repository"]);
+        let elsewhere = |path| [args, &["-r", path]].concat();
+        scratch.run(&elsewhere("dir")).fails(&["dir", "not a repository"]);
+        scratch.run(&elsewhere("d.raw")).fails(&["d.raw", "not a repository"]);
+    }
+    assert_eq!(scratch.names("."), ["d.raw", "dir"]);
+}
+
+#[test]
+fn init_spares_what_is_there() {
+    let scratch = Scratch::new();
+    scratch.run(&["init"]).fails(&["repository already"]);
+    std::fs::create_dir(scratch.path("full")).unwrap();
+    write(&scratch.path("full/precious"), b"x");
+    scratch.run(&["init", "-r", "full"]).fails(&["precious"]);
+    assert_eq!(scratch.names("full"), ["precious"]);
+    scratch.run(&["init", "-r", "no/parent"]).fails(&["no/parent"]);
+}
+
+#[test]
+fn names_that_do_not_exist_are_answered_with_the_nearest() {
+    let scratch = with_snapshot();
+    scratch.run(&["snapshots", "web1"]).fails(&["web1", "did you mean web01?"]);
+    scratch.run(&["show", "wep01@latest"]).fails(&["did you mean web01?"]);
+    scratch
+        .run(&["restore", "web01@2001-01-01T00:00:00Z", "o"])
+        .fails(&["2001-01-01T00:00:00Z", "did you mean web01@2"]);
+    scratch.run(&["restore", "web01@latest/disk1", "o"]).fails(&["disk1", "disk0"]);
+    scratch.run(&["restore", "web01", "o"]).fails(&["web01@latest"]);
+    assert_eq!(scratch.names("."), ["d.raw", "repo"]);
+}
+
+#[test]
+fn sources_that_are_no_disks_are_refused() {
+    let scratch = Scratch::new();
+    std::fs::create_dir(scratch.path("dir")).unwrap();
+    write(&scratch.path("empty.raw"), b"");
+    scratch.run(&["capture", "g", "gone.raw"]).fails(&["gone.raw", "No such file"]);
+    scratch.run(&["capture", "g", "dir"]).fails(&["dir", "a directory"]);
+    scratch.run(&["capture", "g", "/dev/null"]).fails(&["/dev/null", "neither"]);
+    scratch.run(&["capture", "g", "empty.raw"]).fails(&["empty.raw", "0 bytes"]);
+    scratch.disk("d.raw", MIB, &[]);
+    scratch.run(&["capture", "g", "d.raw", "gone.raw"]).fails(&["gone.raw"]);
+    scratch.run(&["capture", "g", "d.raw", "--attach", "gone.xml"]).fails(&["gone.xml"]);
+    scratch.run(&["capture", "g", "d.raw", "--attach", "dir"]).fails(&["dir", "cannot be attached"]);
+    assert_eq!(scratch.json(&["snapshots"]), serde_json::json!([]));
+    assert!(scratch.names("repo/tmp").is_empty());
+}
+
+#[test]
+fn targets_that_cannot_hold_a_disk_are_refused() {
+    let scratch = with_snapshot();
+    std::fs::create_dir(scratch.path("dir")).unwrap();
+    scratch.run(&["restore", "web01@latest", "dir", "--force"]).fails(&["dir", "a directory"]);
+    scratch.run(&["restore", "web01@latest", "/dev/null", "--force"]).fails(&["/dev/null", "neither"]);
+    scratch.run(&["restore", "web01@latest", "no/parent.raw"]).fails(&["no/parent.raw"]);
+    std::fs::create_dir(scratch.path("live.raw.lifeboot")).unwrap();
+    scratch.run(&["restore", "web01@latest", "live.raw"]).fails(&["live.raw", "live-restore"]);
+}
+
+#[test]
+fn a_target_in_use_is_refused_even_by_force() {
+    let scratch = with_snapshot();
+    let path = scratch.disk("out.raw", 2 * MIB, &[(0, 1000, 9)]);
+    let before = std::fs::read(&path).unwrap();
+    let holder = File::options().read(true).write(true).open(&path).unwrap();
+    holder.lock().unwrap();
+    scratch.run(&["restore", "web01@latest", "out.raw", "--force"]).fails(&["out.raw", "in use"]);
+    holder.unlock().unwrap();
+    // A lock of the other kind, as QEMU takes on its images.
+    rustix::fs::fcntl_lock(&holder, rustix::fs::FlockOperation::LockExclusive).unwrap();
+    scratch.run(&["restore", "web01@latest", "out.raw", "--force"]).fails(&[
+        "out.raw",
+        "in use",
+        "holds a lock",
+    ]);
+    drop(holder);
+    assert_eq!(std::fs::read(&path).unwrap(), before);
+    scratch.run(&["restore", "web01@latest", "out.raw", "--force"]).ends_with(0);
+}
+
+#[test]
+fn a_restore_that_is_at_work_keeps_another_away() {
+    let scratch = with_snapshot();
+    let partial = File::create(scratch.path("out.raw.lifeboot-partial")).unwrap();
+    partial.lock().unwrap();
+    scratch.run(&["restore", "web01@latest", "out.raw"]).fails(&["in use", "another restore"]);
+    assert!(scratch.path("out.raw.lifeboot-partial").exists());
+}
+
+/// A small file system of its own, unmounted when dropped.
+struct SmallDisk(std::path::PathBuf);
+
+impl SmallDisk {
+    fn mount(path: std::path::PathBuf, size: &str) -> Self {
+        std::fs::create_dir(&path).unwrap();
+        let options = format!("size={size}");
+        let mounted = Command::new("mount").args(["-t", "tmpfs", "-o", &options, "none"]).arg(&path).status();
+        assert!(mounted.unwrap().success());
+        Self(path)
+    }
+}
+
+impl Drop for SmallDisk {
+    fn drop(&mut self) {
+        let _ = Command::new("umount").arg(&self.0).status();
+    }
+}
+
+#[test]
+fn a_full_disk_is_said_and_leaves_nothing_half_made() {
+    if !is_root() {
+        return;
+    }
+    let scratch = Scratch::new();
+    scratch.disk("d.raw", 20 * MIB, &[(0, 16 << 20, 1)]);
+    let small = SmallDisk::mount(scratch.path("small"), "6m");
+    scratch.run(&["init", "-r", "small/repo"]).ends_with(0);
+    scratch.run(&["capture", "-r", "small/repo", "g", "d.raw"]).fails(&[
+        "small/repo",
+        "No space left",
+        "free some space",
+    ]);
+    assert_eq!(
+        scratch.run(&["snapshots", "-r", "small/repo", "--json"]).ends_with(0).json(),
+        serde_json::json!([])
+    );
+    assert!(scratch.names("small/repo/tmp").is_empty());
+
+    scratch.run(&["capture", "g", "d.raw"]).ends_with(0);
+    let ran = scratch.run(&["restore", "g@latest", "small/out.raw"]);
+    ran.fails(&["small/out.raw", "No space left", "free some space"]);
+    assert_eq!(scratch.names("small"), ["repo"]);
+    drop(small);
+}
+
+#[test]
+fn without_permission_it_says_so() {
+    if !is_root() {
+        return;
+    }
+    let scratch = with_snapshot();
+    let open_to_all = |path: &str, mode| {
+        std::fs::set_permissions(scratch.path(path), std::fs::Permissions::from_mode(mode)).unwrap();
+    };
+    open_to_all(".", 0o755);
+    std::fs::copy(env!("CARGO_BIN_EXE_lifeboot"), scratch.path("lifeboot")).unwrap();
+    std::fs::create_dir(scratch.path("mine")).unwrap();
+    open_to_all("mine", 0o777);
+    let as_nobody = |args: &[&str]| {
+        let output = Command::new("setpriv")
+            .args(["--reuid=65534", "--regid=65534", "--clear-groups", "./lifeboot"])
+            .args(args)
+            .current_dir(scratch.path("."))
+            .env("LIFEBOOT_REPO", "repo")
+            .stdin(Stdio::null())
+            .output()
+            .unwrap();
+        Ran {
+            code: output.status.code(),
+            stdout: String::from_utf8_lossy(&output.stdout).into_owned(),
+            stderr: String::from_utf8_lossy(&output.stderr).into_owned(),
+        }
+    };
+    // A repository that may be read is enough to restore, and too little to capture.
+    as_nobody(&["snapshots"]).ends_with(0);
+    as_nobody(&["restore", "web01@latest", "mine/out.raw"]).ends_with(0);
+    as_nobody(&["capture", "web01", "d.raw"]).fails(&["repo", "ermission"]);
+    as_nobody(&["restore", "web01@latest", "out.raw"]).fails(&["out.raw", "ermission"]);
+    open_to_all("d.raw", 0o600);
+    as_nobody(&["capture", "web01", "d.raw"]).fails(&["d.raw", "ermission"]);
+    open_to_all("repo", 0o700);
+    as_nobody(&["snapshots"]).fails(&["repo", "ermission"]);
+    assert_eq!(scratch.json(&["snapshots"]).as_array().unwrap().len(), 1);
+}
