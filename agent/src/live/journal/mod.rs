@@ -76,6 +76,8 @@
 
 mod format;
 mod replay;
+#[cfg(test)]
+mod tests;
 mod writer;
 
 pub(super) use format::Header;
