@@ -2,6 +2,49 @@
 //!
 //! It is generic over its storage (any [`block::BlockDevice`]), its source ([`ChunkSource`]) and its
 //! clock, so that the very same code runs on files in production and on the simulated disk in the crash tests.
+//!
+//! # Use
+//! 1. [`Session::create`], or [`Session::resume`] where the journal is one (any thread, once; the target's lock is held).
+//! 2. On each shard [`Session::device`] over that shard's own handles: it is what NBD serves. Clones share everything.
+//! 3. On each shard a few [`LiveDevice::fill_worker`]s; on one of them [`LiveDevice::commit_worker`].
+//! 4. [`Session::stats`], [`Session::set_limit`], [`Session::set_background`] from anywhere, at any time.
+//! 5. To leave: stop the server, [`Session::stop_workers`], let the workers end, [`LiveDevice::park`].
+//!
+//! # States
+//! A session is *filling*, then perhaps *complete*; from either it may become *poisoned* or *parked*, and from
+//! these it only comes back as a new one, resumed. A block is absent (its truth is in the backup) or home (on
+//! the target), and never goes back while the session lives. Three bits say more:
+//!
+//! | bit | where | says |
+//! |---|---|---|
+//! | `V` | live file | the target holds the truth |
+//! | `P` | memory, from the journal | so does stable storage, and the journal says so |
+//! | `G` | live file | the guest changed it (or began to) |
+//!
+//! A chunk is *whole* when all of its blocks are home.
+//!
+//! # Orders, and why
+//! - **Read**: home from the target, else from the backup. `V` is read first; what is decoded and no longer listed
+//!   is home. An answer from the backup for a block that came home meanwhile is right: that write overlapped this read.
+//! - **Write**: the chunks of blocks that are written in part and absent come home; then a shared hold of each chunk
+//!   that is not whole; `G`; the target; `V`; the holds end; the answer. `G` is first because a write that is cut
+//!   off may have changed a block that was home. No hold where every block is home already: fills never touch those.
+//! - **Fill**: fetched, decoded and verified without a hold; then the chunk alone; the blocks whose `V` is clear
+//!   are written, and no others; `V`; the hold ends. So a guest's write either has set `V` before, or has not begun.
+//! - **Flush**: the runs of `V` since the last flush are noted; the target is synced; the runs are appended to the
+//!   journal; it is synced; `P`; the answer. Noting after the sync would promise what was written during it;
+//!   the journal first would promise what is not stable. `V` is set, and its run listed, under one
+//!   lock, so that whoever finds a bit set by another and answers because of it is followed by a noting that lists it.
+//! - **A failed sync** marks the live file before anybody hears of it; then everything fails, reads too: the kernel may
+//!   have dropped what it could not write, and a guest that did not flush would read old data.
+//! - **Completion** is a flush whose record says so. **Parking** waits for changes under way, flushes, and writes a
+//!   checkpoint that says that nothing is missing, and that `G` is exact.
+//! - **Resuming** from the journal alone makes every block of `P` one of `G` as well: an unflushed write to a
+//!   block that was home may have reached the target, and no record speaks of it. Too much in `G` is harmless.
+//!
+//! Bounds: holds exist for chunks in use alone; decoded chunks wait up to
+//! [`SessionOptions::decoded_bytes`], beyond that a miss writes its own home; a worker has one piece in hand; `V`, `G` and
+//! `P` take a bit a block each (32 MiB for 1 TiB).
 
 mod bits;
 mod clock;
@@ -20,12 +63,15 @@ mod limit;
 mod live_file;
 mod map;
 mod mistakes;
+mod parts;
 mod peek;
 mod plan;
 mod read;
 mod session;
 mod source;
 mod stats;
+#[cfg(test)]
+mod tests;
 mod write;
 mod zero;
 
@@ -35,8 +81,9 @@ pub use error::{Error, ErrorKind, Result};
 pub use journal::{BlockRun, JournalLayout, SessionId};
 pub use limit::RateLimit;
 pub use live_file::{BootId, LiveWords};
+pub use parts::{Identity, Resumed, SessionOptions, SessionParts};
 pub use peek::{Peek, peek};
-pub use session::{Identity, Resumed, Session, SessionOptions, SessionParts};
+pub use session::Session;
 pub use source::{
     ChunkData, ChunkSource, DiskLayout, FetchFuture, RunData, SourceError, SourceErrorKind, Urgency,
 };

@@ -1,7 +1,6 @@
 //! One restore, from its first start to its completion: what all shards share.
 
 use std::collections::{HashMap, VecDeque};
-use std::ops::Range;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
@@ -18,88 +17,13 @@ use super::error::{Error, ErrorKind, Result};
 use super::holds::Holds;
 use super::journal::{Header, Journal, JournalLayout, SessionId};
 use super::limit::RateLimit;
-use super::live_file::{BootId, Credulity, LiveFile, LiveWords};
+use super::live_file::{Credulity, LiveFile};
 use super::map::BlockMap;
 use super::mistakes::Mistake;
+use super::parts::{Identity, Resumed, SessionOptions, SessionParts};
 use super::plan::FillPlan;
 use super::source::{ChunkData, ChunkSource, DiskLayout};
 use super::stats::{Phase, Stats, StatsSnapshot};
-
-/// What a restore is of and to. A journal that names another is refused.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Identity {
-    /// The snapshot's disk, by a name that means one content for ever (with its map's root, say).
-    pub snapshot: String,
-    /// The target, by a name that lasts across reboots.
-    pub target: String,
-}
-
-/// What may be chosen for a session.
-#[derive(Clone, Copy, Debug)]
-pub struct SessionOptions {
-    /// How long a guest's read waits for a source that is out of reach before it fails.
-    pub source_timeout: Duration,
-    /// The background fetches and writes pieces of this many bytes; at least one chunk.
-    pub piece_bytes: u64,
-    /// The journal is brought up to date whenever this many bytes came home.
-    pub commit_bytes: u64,
-    /// The journal is brought up to date this often by [`LiveDevice::commit_worker`].
-    pub commit_interval: Duration,
-    /// Decoded bytes that wait to be written home. When they are as many, a miss writes its own home.
-    pub decoded_bytes: u64,
-    /// Bytes a second that the background may take; 0 is no limit.
-    pub limit: u64,
-    /// Whether the background brings home what nobody asked for.
-    pub background: bool,
-    /// Pages of the journal's log, where it must not be 4096.
-    pub log_pages: Option<u32>,
-}
-
-impl Default for SessionOptions {
-    fn default() -> Self {
-        Self {
-            source_timeout: Duration::from_secs(30),
-            piece_bytes: 1 << 20,
-            commit_bytes: 256 << 20,
-            commit_interval: Duration::from_secs(3),
-            decoded_bytes: 32 << 20,
-            limit: 0,
-            background: true,
-            log_pages: None,
-        }
-    }
-}
-
-/// What a session is made of.
-pub struct SessionParts {
-    /// What is restored, and to where.
-    pub identity: Identity,
-    /// Where absent chunks come from.
-    pub source: Arc<dyn ChunkSource>,
-    /// By what the engine waits.
-    pub clock: Arc<dyn Clock>,
-    /// The live file's words, as many as [`LiveWords::count_for`] says.
-    pub live: LiveWords,
-    /// The running kernel.
-    pub boot: BootId,
-    /// Chunks in the order in which the background should fetch them, as runs of neighbours. What is
-    /// left out comes afterwards.
-    pub plan: Vec<Range<u64>>,
-    /// What may be chosen.
-    pub options: SessionOptions,
-}
-
-/// From what a session was resumed.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Resumed {
-    /// The agent had died, the kernel had not: everything acknowledged is there, flushed or not.
-    FromLiveFile,
-    /// The session had been parked: everything is there.
-    FromParked,
-    /// The host or a sync had failed: everything flushed is there. What the guest wrote is known
-    /// only to be among the blocks that are home, so all of these count as written by it.
-    FromJournal,
-}
 
 /// A restore in progress, shared by all shards.
 pub struct Session {
@@ -128,7 +52,7 @@ pub struct Session {
     #[cfg(test)]
     pub(super) mistake: Option<Mistake>,
     #[cfg(test)]
-    pub(super) late: Mutex<Vec<Range<u64>>>,
+    pub(super) late: Mutex<Vec<std::ops::Range<u64>>>,
 }
 
 /// Whoever holds this syncs and writes the journal, for all.

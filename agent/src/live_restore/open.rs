@@ -83,6 +83,10 @@ pub(super) fn open(wish: &Wish<'_>, state: &StateDir, interrupt: &Interrupt) -> 
         })?;
         match resumed {
             Ok((session, resumed)) => {
+                if resumed == Resumed::FromJournal {
+                    // A sync may have failed: what the kernel kept of it in memory is not to be served.
+                    target.forget_clean_pages()?;
+                }
                 return Ok(Opened { session, target, journal, record, pool, resumed: Some(resumed) });
             }
             // The first start was cut short before anything was served: begin again.

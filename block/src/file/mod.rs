@@ -167,6 +167,16 @@ impl FileDisk {
         }
     }
 
+    /// Drops what the kernel keeps of the disk in memory and takes for written. After a sync that failed,
+    /// that may be what readers see and storage does not have.
+    ///
+    /// # Errors
+    /// Where the kernel refuses.
+    pub fn forget_clean_pages(&self) -> Result<()> {
+        rustix::fs::fadvise(&self.inner.fd, 0, None, rustix::fs::Advice::DontNeed)
+            .map_err(|errno| self.inner.failed("drop cached pages", errno.into()))
+    }
+
     /// What the disk is like.
     #[must_use]
     pub fn geometry(&self) -> Geometry {

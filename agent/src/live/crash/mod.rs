@@ -15,7 +15,7 @@ mod model;
 mod run;
 mod world;
 
-use run::{Story, Tally};
+use run::{Cut, Place, Story, Tally};
 
 use super::mistakes::Mistake;
 
@@ -53,6 +53,44 @@ fn nothing_promised_is_lost_over_many_lives() {
 #[test]
 fn nothing_promised_is_lost_over_many_other_lives() {
     tell_all(1);
+}
+
+/// Seeds whose lives are cut at each step in turn.
+const STEPPED_SEEDS: u64 = 2;
+/// Steps of the work after which a life is cut.
+const WORK_STEPS: u64 = 240;
+/// Steps of making or resuming a session after which a life is cut; few take longer.
+const START_STEPS: u64 = 60;
+
+fn cut_at(seed: u64, cuts: &[Cut]) {
+    let mut story = Story::new(seed, None, true);
+    let told = cuts.iter().try_for_each(|cut| story.life(Some(*cut))).and_then(|()| story.recover());
+    told.unwrap_or_else(|violation| panic!("seed {seed}, {cuts:?}: {violation}"));
+}
+
+#[test]
+fn nothing_promised_is_lost_whatever_step_of_the_work_is_the_last() {
+    for seed in 0..STEPPED_SEEDS {
+        for step in 0..WORK_STEPS {
+            for by_power in [true, false] {
+                cut_at(seed, &[Cut { place: Place::Working(step), by_power }]);
+            }
+        }
+    }
+}
+
+#[test]
+fn nothing_promised_is_lost_whatever_step_of_a_start_is_the_last() {
+    for seed in 0..STEPPED_SEEDS {
+        for step in 0..START_STEPS {
+            for by_power in [true, false] {
+                let start = Cut { place: Place::Starting(step), by_power };
+                let work = Cut { place: Place::Working(200), by_power: seed % 2 == 0 };
+                cut_at(seed, &[start]);
+                cut_at(seed, &[work, start, start]);
+            }
+        }
+    }
 }
 
 fn is_caught(mistake: Option<Mistake>, waits_for_the_lock: bool) {

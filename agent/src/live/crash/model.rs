@@ -155,6 +155,9 @@ impl Model {
     }
 
     fn forget_superseded(&mut self, unit: usize) {
+        if self.units[unit].len() == 1 {
+            return;
+        }
         let history = std::mem::take(&mut self.units[unit]);
         let kept = history.iter().filter(|change| !self.is_superseded(&history, change)).cloned().collect();
         self.units[unit] = kept;
@@ -163,13 +166,17 @@ impl Model {
 
 /// The bytes of a range of units that all hold `value`.
 pub(super) fn bytes_of(value: u64, len: u64) -> Vec<u8> {
-    value.to_le_bytes().into_iter().cycle().take(len as usize).collect()
+    let mut bytes = vec![0; len as usize];
+    for word in bytes.chunks_mut(8) {
+        word.copy_from_slice(&value.to_le_bytes()[..word.len()]);
+    }
+    bytes
 }
 
 /// The value that a unit's bytes hold, or `None` where they are torn.
 pub(super) fn value_of(unit: &[u8]) -> Option<u64> {
     let first = u64::from_le_bytes(unit[..8].try_into().expect("eight bytes"));
-    unit.chunks(8).all(|word| word == first.to_le_bytes()).then_some(first)
+    unit.windows(16).step_by(8).all(|words| words[..8] == words[8..]).then_some(first)
 }
 
 #[cfg(test)]

@@ -14,7 +14,8 @@ use crate::live::device::LiveDevice;
 use crate::live::error::{self, ErrorKind};
 use crate::live::journal::SessionId;
 use crate::live::mistakes::Mistake;
-use crate::live::session::{Resumed, Session};
+use crate::live::parts::Resumed;
+use crate::live::session::Session;
 use crate::live::stats::Phase;
 
 /// Polls after which something that must end is taken not to.
@@ -42,6 +43,23 @@ impl Tally {
         self.cut_while_resuming += other.cut_while_resuming;
         self.completed += other.completed;
     }
+}
+
+/// Where a life ends.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Place {
+    /// So many polls after the session began to be made or resumed; if it is faster, it works on at random.
+    Starting(u64),
+    /// So many polls after the work began.
+    Working(u64),
+}
+
+/// How a life ends.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Cut {
+    pub(super) place: Place,
+    /// By a power cut, not by a kill.
+    pub(super) by_power: bool,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -96,18 +114,22 @@ impl Story {
         self.last_life()
     }
 
-    /// One life that ends after `steps` polls of work, or at random.
-    pub(super) fn life(&mut self, steps: Option<(u64, bool)>) -> Result<(), Violation> {
+    /// One life, which ends where `cut` says, or at random.
+    pub(super) fn life(&mut self, cut: Option<Cut>) -> Result<(), Violation> {
         let mut executor = Executor::new(self.rng.next_u64());
-        let end = match steps {
-            Some((_, true)) => End::PowerCut,
-            Some((_, false)) => End::Kill,
+        let end = match cut {
+            Some(cut) if cut.by_power => End::PowerCut,
+            Some(_) => End::Kill,
             None => *self
                 .rng
                 .pick(&[End::PowerCut, End::PowerCut, End::Kill, End::Kill, End::Park])
                 .expect("some"),
         };
-        let patience = if self.rng.chance(150) { self.rng.below(80) } else { STEP_LIMIT };
+        let patience = match cut {
+            Some(Cut { place: Place::Starting(steps), .. }) => steps,
+            None if self.rng.chance(150) => self.rng.below(80),
+            _ => STEP_LIMIT,
+        };
         let Some(session) = self.start(&mut executor, patience)? else {
             self.tally.cut_while_resuming += 1;
             self.end(executor, end, false);
@@ -116,7 +138,7 @@ impl Story {
         let device = self.device(&session);
         self.look_at_everything(&device)?;
         self.expects_everything = true;
-        let may_fail = steps.is_none() && self.rng.chance(600);
+        let may_fail = cut.is_none() && self.rng.chance(600);
         let mut world = self.world.borrow_mut();
         if may_fail {
             world.set_faults();
@@ -126,7 +148,10 @@ impl Story {
         world.remember_live_file();
         drop(world);
         let mut work = self.spawn_everybody(&executor, &device, may_fail);
-        let most = steps.map_or_else(|| self.rng.below(6000), |(steps, _)| steps);
+        let most = match cut {
+            Some(Cut { place: Place::Working(steps), .. }) => steps,
+            _ => self.rng.below(6000),
+        };
         for step in 0..most {
             if !executor.step() {
                 break;
@@ -143,6 +168,14 @@ impl Story {
         drop((device, session));
         self.end(executor, end, is_poisoned);
         Ok(())
+    }
+
+    /// Resumes and looks at what is left.
+    pub(super) fn recover(&mut self) -> Result<(), Violation> {
+        let mut executor = Executor::new(self.rng.next_u64());
+        let session = self.start(&mut executor, STEP_LIMIT)?.ok_or("the session did not start")?;
+        let device = self.device(&session);
+        self.look_at_everything(&device)
     }
 
     fn last_life(&mut self) -> Result<(), Violation> {

@@ -16,7 +16,7 @@ use super::model::{Model, UNIT, bytes_of};
 use crate::live::journal::JournalLayout;
 use crate::live::live_file::{BootId, LiveWords};
 use crate::live::mistakes::Mistake;
-use crate::live::session::{Identity, SessionOptions, SessionParts};
+use crate::live::parts::{Identity, SessionOptions, SessionParts};
 use crate::live::source::{
     ChunkData, ChunkSource, DiskLayout, FetchFuture, SourceError, SourceErrorKind, Urgency,
 };
@@ -214,7 +214,12 @@ impl SimSource {
             zero,
             state: Mutex::new(SourceState { rng: rng.fork(), away_per_mille: 0, damaged: BTreeSet::new() }),
         };
-        source.bytes = (0..disk.size / UNIT).flat_map(|unit| bytes_of(source.value(unit), UNIT)).collect();
+        source.bytes = vec![0; disk.size as usize];
+        for unit in 0..disk.size / UNIT {
+            let at = (unit * UNIT) as usize;
+            let bytes = bytes_of(source.value(unit), UNIT);
+            source.bytes[at..at + UNIT as usize].copy_from_slice(&bytes);
+        }
         source
     }
 

@@ -1,0 +1,137 @@
+//! How chunks come home behind the guest.
+
+use std::time::Duration;
+
+use block::{BLOCK_SIZE, ErrorKind};
+
+use super::{CHUNK, CHUNKS, DISK, Rig, ZERO, chunk, range};
+use crate::live::clock::Clock;
+use crate::live::stats::Phase;
+
+const DATA_CHUNKS: u64 = CHUNKS - ZERO.len() as u64;
+
+#[test]
+fn workers_bring_everything_home_each_chunk_once_and_in_large_pieces() {
+    let mut rig = Rig::new();
+    rig.options.piece_bytes = 4 * CHUNK;
+    let device = rig.create();
+    rig.write(&device, range(CHUNK, BLOCK_SIZE), 0xcc).unwrap();
+    let before = rig.target.stats().writes;
+    for _ in 0..3 {
+        rig.executor.spawn(device.clone().fill_worker());
+    }
+    assert!(rig.run_until(&device, |device| device.session().phase() == Phase::Complete));
+    let mut expected = rig.source.all();
+    expected[CHUNK as usize..(CHUNK + BLOCK_SIZE) as usize].fill(0xcc);
+    assert!(rig.target.view() == expected);
+    let mut fetched = rig.source.state.lock().fetched.clone();
+    fetched.sort_unstable();
+    let data: Vec<u64> = (0..CHUNKS).filter(|chunk| !ZERO.contains(chunk)).collect();
+    assert_eq!(fetched, data);
+    let writes = rig.target.stats().writes - before;
+    assert!(writes < DATA_CHUNKS, "{writes} writes for {DATA_CHUNKS} chunks");
+    let stats = device.session().stats();
+    assert_eq!((stats.home_bytes, stats.stable_bytes, stats.guest_bytes), (DISK.size, DISK.size, BLOCK_SIZE));
+}
+
+#[test]
+fn a_target_that_is_not_known_to_be_zero_is_made_zero_where_the_backup_is() {
+    let mut rig = Rig::new();
+    rig.target_is_zero = false;
+    rig.target.poke(0, &vec![0xee; DISK.size as usize]);
+    let device = rig.create();
+    rig.executor.spawn(device.clone().fill_worker());
+    assert!(rig.run_until(&device, |device| device.session().phase() == Phase::Complete));
+    assert!(rig.target.view() == rig.source.all());
+    assert_eq!(rig.source.fetched() as u64, DATA_CHUNKS);
+}
+
+#[test]
+fn a_full_target_is_an_error_for_the_guest_and_a_pause_for_the_background() {
+    let mut rig = Rig::new();
+    let device = rig.create();
+    rig.write(&device, chunk(0), 0xaa).unwrap();
+    rig.target.set_full(true);
+    for _ in 0..2 {
+        rig.executor.spawn(device.clone().fill_worker());
+    }
+    assert!(rig.run_until(&device, |device| device.session().stats().target_full));
+    assert_eq!(rig.write(&device, chunk(1), 0xbb).unwrap_err().kind(), ErrorKind::NoSpace);
+    assert_eq!(rig.read(&device, chunk(0)).unwrap(), vec![0xaa; CHUNK as usize]);
+    assert_eq!(rig.read(&device, chunk(7)).unwrap(), vec![8; CHUNK as usize]);
+    assert_eq!(device.session().phase(), Phase::Filling);
+    rig.target.set_full(false);
+    assert!(rig.run_until(&device, |device| device.session().phase() == Phase::Complete));
+    let mut expected = rig.source.all();
+    expected[..CHUNK as usize].fill(0xaa);
+    assert!(rig.target.view() == expected);
+}
+
+#[test]
+fn the_background_goes_on_when_the_source_is_back() {
+    let mut rig = Rig::new();
+    let device = rig.create();
+    rig.source.state.lock().away = 40;
+    rig.executor.spawn(device.clone().fill_worker());
+    assert!(rig.run_until(&device, |device| device.session().phase() == Phase::Complete));
+    assert!(rig.target.view() == rig.source.all());
+}
+
+#[test]
+fn a_damaged_chunk_is_left_out_and_everything_else_comes_home() {
+    let mut rig = Rig::new();
+    let device = rig.create();
+    rig.source.state.lock().damaged.insert(6);
+    rig.executor.spawn(device.clone().fill_worker());
+    let rest = DISK.size - CHUNK;
+    assert!(rig.run_until(&device, |device| device.session().stats().home_bytes == rest));
+    assert!(device.session().stats().damaged.contains_key(&6));
+    assert_eq!(device.session().phase(), Phase::Filling);
+    rig.write(&device, chunk(6), 0x66).unwrap();
+    assert!(rig.run_until(&device, |device| device.session().phase() == Phase::Complete));
+}
+
+#[test]
+fn the_background_takes_no_more_than_its_rate() {
+    let mut rig = Rig::new();
+    rig.options.piece_bytes = CHUNK;
+    rig.options.limit = CHUNK;
+    let device = rig.create();
+    for _ in 0..2 {
+        rig.executor.spawn(device.clone().fill_worker());
+    }
+    assert!(rig.run_until(&device, |device| device.session().phase() == Phase::Complete));
+    let (now, least) = (rig.clock.now(), Duration::from_secs(DATA_CHUNKS - 2));
+    assert!(now >= least, "{DATA_CHUNKS} chunks at one a second took {now:?}");
+}
+
+#[test]
+fn without_a_background_only_what_was_asked_for_comes_home() {
+    let mut rig = Rig::new();
+    rig.options.background = false;
+    let device = rig.create();
+    rig.executor.spawn(device.clone().fill_worker());
+    rig.executor.run(100);
+    rig.read(&device, range(8 * CHUNK, 512)).unwrap();
+    assert!(rig.run_until(&device, |device| device.session().map.is_whole(8)));
+    rig.executor.run(10_000);
+    assert_eq!(rig.source.state.lock().fetched, [8]);
+    assert!(device.session().decoded.lock().is_empty());
+    device.session().set_background(true);
+    assert!(rig.run_until(&device, |device| device.session().phase() == Phase::Complete));
+    assert_eq!(rig.source.fetched() as u64, DATA_CHUNKS);
+}
+
+#[test]
+fn workers_end_when_they_are_told_to() {
+    let mut rig = Rig::new();
+    rig.options.piece_bytes = CHUNK;
+    let device = rig.create();
+    let worker = rig.executor.spawn(device.clone().fill_worker());
+    let committer = rig.executor.spawn(device.clone().commit_worker());
+    rig.executor.run(30);
+    device.session().stop_workers();
+    assert_eq!(rig.executor.run(100_000), block::sim::Stop::Finished);
+    assert!(worker.take().is_some() && committer.take().is_some());
+    assert_eq!(device.session().phase(), Phase::Filling);
+}

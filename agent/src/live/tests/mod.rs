@@ -1,0 +1,230 @@
+//! The engine's behaviour, one contract at a time, on simulated disks and on files.
+
+mod files;
+mod filling;
+mod lasting;
+mod serving;
+
+use std::collections::BTreeSet;
+use std::future::Future;
+use std::pin::Pin;
+use std::rc::Rc;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+use block::sim::{Executor, SimDisk, SimOptions, yield_now};
+use block::{AlignedBuf, BlockDevice, ByteRange, Durability};
+use parking_lot::Mutex;
+
+use super::clock::Clock;
+use super::device::LiveDevice;
+use super::error::Result;
+use super::journal::{JournalLayout, SessionId};
+use super::live_file::{BootId, LiveWords};
+use super::parts::{Identity, Resumed, SessionOptions, SessionParts};
+use super::session::Session;
+use super::source::{ChunkData, ChunkSource, DiskLayout, FetchFuture, SourceError, SourceErrorKind, Urgency};
+
+const STEPS: u64 = 5_000_000;
+const CHUNK: u64 = 16384;
+const CHUNKS: u64 = 16;
+const DISK: DiskLayout = DiskLayout { size: CHUNK * CHUNKS, chunk_size: CHUNK as u32 };
+/// Chunks that are zero in the backup.
+const ZERO: [u64; 3] = [3, 4, 9];
+
+/// A repository's disk: chunk `n` is full of `n + 1`, but for the zero ones.
+struct TestSource {
+    disk: DiskLayout,
+    state: Mutex<SourceState>,
+}
+
+#[derive(Default)]
+struct SourceState {
+    fetched: Vec<u64>,
+    damaged: BTreeSet<u64>,
+    /// So many fetches fail before the source is back.
+    away: u64,
+}
+
+impl TestSource {
+    fn new(disk: DiskLayout) -> Arc<Self> {
+        Arc::new(Self { disk, state: Mutex::default() })
+    }
+
+    fn bytes(&self, chunk: u64) -> Vec<u8> {
+        let len = self.disk.chunk_range(chunk).len() as usize;
+        vec![if self.is_zero(chunk) { 0 } else { (chunk + 1) as u8 }; len]
+    }
+
+    fn all(&self) -> Vec<u8> {
+        (0..self.disk.chunk_count()).flat_map(|chunk| self.bytes(chunk)).collect()
+    }
+
+    fn fetched(&self) -> usize {
+        self.state.lock().fetched.len()
+    }
+}
+
+impl ChunkSource for TestSource {
+    fn layout(&self) -> DiskLayout {
+        self.disk
+    }
+
+    fn is_zero(&self, chunk: u64) -> bool {
+        ZERO.contains(&chunk)
+    }
+
+    fn fetch(
+        &self,
+        chunk: u64,
+        _urgency: Urgency,
+    ) -> FetchFuture<'_, std::result::Result<ChunkData, SourceError>> {
+        Box::pin(async move {
+            yield_now().await;
+            let mut state = self.state.lock();
+            if state.away > 0 {
+                state.away -= 1;
+                return Err(SourceError::new(SourceErrorKind::Unavailable, "away"));
+            }
+            if state.damaged.contains(&chunk) {
+                return Err(SourceError::new(SourceErrorKind::Damaged, "damaged"));
+            }
+            state.fetched.push(chunk);
+            Ok(ChunkData::new(AlignedBuf::from_slice(&self.bytes(chunk))))
+        })
+    }
+}
+
+/// Time that passes by being waited for, in microseconds.
+#[derive(Default)]
+struct TestClock(AtomicU64);
+
+impl Clock for TestClock {
+    fn now(&self) -> Duration {
+        Duration::from_micros(self.0.load(Ordering::Relaxed))
+    }
+
+    fn sleep(&self, time: Duration) -> Pin<Box<dyn Future<Output = ()>>> {
+        self.0.fetch_add(time.as_micros() as u64, Ordering::Relaxed);
+        Box::pin(yield_now())
+    }
+}
+
+/// A session's surroundings.
+struct Rig {
+    executor: Executor,
+    target: SimDisk,
+    journal: SimDisk,
+    source: Arc<TestSource>,
+    clock: Arc<TestClock>,
+    live: LiveWords,
+    boot: BootId,
+    identity: Identity,
+    options: SessionOptions,
+    target_is_zero: bool,
+}
+
+impl Rig {
+    fn new() -> Self {
+        let mut journal = JournalLayout::for_disk(DISK);
+        journal.log_pages = 16;
+        Self {
+            executor: Executor::new(1),
+            target: SimDisk::new(SimOptions::new(DISK.size, 2)),
+            journal: SimDisk::new(SimOptions::new(journal.len_bytes(), 3)),
+            source: TestSource::new(DISK),
+            clock: Arc::default(),
+            live: LiveWords::in_memory(DISK),
+            boot: BootId([1; 16]),
+            identity: Identity { snapshot: "vm@now".into(), target: "disk.raw".into() },
+            options: SessionOptions { log_pages: Some(16), ..SessionOptions::default() },
+            target_is_zero: true,
+        }
+    }
+
+    fn parts(&self) -> SessionParts {
+        SessionParts {
+            identity: self.identity.clone(),
+            source: Arc::clone(&self.source) as Arc<dyn ChunkSource>,
+            clock: Arc::clone(&self.clock) as Arc<dyn Clock>,
+            live: self.live.clone(),
+            boot: self.boot,
+            plan: Vec::new(),
+            options: self.options,
+        }
+    }
+
+    fn try_create(&mut self) -> Result<LiveDevice> {
+        let (parts, target, journal) = (self.parts(), self.target.clone(), self.journal.clone());
+        let is_zero = self.target_is_zero;
+        let create =
+            async move { Session::create(parts, SessionId([5; 16]), is_zero, &target, &journal).await };
+        let session = self.executor.block_on(STEPS, create)?;
+        session.device(Rc::new(self.target.clone()), Rc::new(self.journal.clone()))
+    }
+
+    fn create(&mut self) -> LiveDevice {
+        self.try_create().expect("the session can be made")
+    }
+
+    fn try_resume(&mut self) -> Result<(LiveDevice, Resumed)> {
+        let (parts, target, journal) = (self.parts(), self.target.clone(), self.journal.clone());
+        let resume = async move { Session::resume(parts, &target, &journal).await };
+        let (session, resumed) = self.executor.block_on(STEPS, resume)?;
+        let device = session.device(Rc::new(self.target.clone()), Rc::new(self.journal.clone()))?;
+        Ok((device, resumed))
+    }
+
+    fn resume(&mut self) -> (LiveDevice, Resumed) {
+        self.try_resume().expect("the session can be resumed")
+    }
+
+    fn reboot(&mut self) {
+        self.boot = BootId([self.boot.0[0] + 1; 16]);
+    }
+
+    fn run<T: 'static>(&mut self, future: impl Future<Output = T> + 'static) -> T {
+        self.executor.block_on(STEPS, future)
+    }
+
+    fn read(&mut self, device: &LiveDevice, range: ByteRange) -> block::Result<Vec<u8>> {
+        let device = device.clone();
+        self.run(async move {
+            let (result, buf) = device.read(range.start(), AlignedBuf::zeroed(range.len() as usize)).await;
+            result.map(|()| buf.to_vec())
+        })
+    }
+
+    fn write(&mut self, device: &LiveDevice, range: ByteRange, byte: u8) -> block::Result<()> {
+        let device = device.clone();
+        let buf = AlignedBuf::from_slice(&vec![byte; range.len() as usize]);
+        self.run(async move { device.write(range.start(), buf, Durability::Volatile).await.0 })
+    }
+
+    fn flush(&mut self, device: &LiveDevice) -> block::Result<()> {
+        let device = device.clone();
+        self.run(async move { device.flush().await })
+    }
+
+    /// Runs until the session is complete, or nothing more happens for long.
+    fn run_until(&mut self, device: &LiveDevice, done: impl Fn(&LiveDevice) -> bool) -> bool {
+        for _ in 0..STEPS {
+            if done(device) {
+                return true;
+            }
+            if !self.executor.step() {
+                return done(device);
+            }
+        }
+        false
+    }
+}
+
+const fn range(start: u64, len: u64) -> ByteRange {
+    ByteRange::from_bounds(start, start + len)
+}
+
+const fn chunk(number: u64) -> ByteRange {
+    DISK.chunk_range(number)
+}
