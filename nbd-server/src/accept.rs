@@ -61,7 +61,7 @@ impl Drop for EndGuard {
 
 async fn accept_until_drained(acceptor: Acceptor) {
     let Acceptor { listeners, shards, slots, phase, options } = acceptor;
-    let distributor = Distributor { shards, slots: slots.clone(), options: options.clone() };
+    let distributor = Distributor { shards, slots: slots.clone(), options: options.clone(), refusing: false };
     let mut accepting = JoinSet::new();
     for listener in listeners {
         accepting.spawn(accept_at(listener, distributor.clone()));
@@ -128,6 +128,8 @@ struct Distributor {
     shards: Vec<Shard>,
     slots: Slots,
     options: ServerOptions,
+    /// Whether the last connection was refused: one warning is enough for a run of them.
+    refusing: bool,
 }
 
 impl Distributor {
@@ -136,10 +138,13 @@ impl Distributor {
         let slot = match self.slots.take(&self.options.limits) {
             Ok(slot) => slot,
             Err(full) => {
-                tracing::warn!(?full, "refusing a connection: there are too many");
+                if !std::mem::replace(&mut self.refusing, true) {
+                    tracing::warn!(?full, "refusing connections: there are too many");
+                }
                 return;
             }
         };
+        self.refusing = false;
         // Equal loads take turns, because the shard that gets a connection moves to the end.
         let Some(least) =
             (0..self.shards.len()).min_by_key(|&index| self.shards[index].load.load(Ordering::Relaxed))

@@ -255,7 +255,7 @@ fn a_client_that_sends_byte_by_byte_is_served() {
         std::io::Write::write_all(&mut client.socket, &[byte]).unwrap();
     }
     assert_eq!(client.receive().unwrap().result, Ok(()));
-    assert_eq!(client.receive().unwrap().data, [9; 300]);
+    assert!(client.receive().unwrap().data == [9; 300]);
     served.end();
 }
 

@@ -23,9 +23,13 @@ pub(super) struct Shared {
     held_bytes: Cell<u64>,
     /// A reply was left out on purpose: the connection must end instead.
     gave_up: Cell<bool>,
+    warnings: Cell<u32>,
     waker: RefCell<Option<Waker>>,
     operations: Rc<Operations>,
 }
+
+/// How many failures of one connection are logged as warnings; a guest that tries again and again must not fill the log.
+const MAX_WARNINGS: u32 = 20;
 
 impl Shared {
     pub(super) fn new(
@@ -41,6 +45,7 @@ impl Shared {
             held: Cell::new(0),
             held_bytes: Cell::new(0),
             gave_up: Cell::new(false),
+            warnings: Cell::new(0),
             waker: RefCell::default(),
             operations,
         })
@@ -79,6 +84,22 @@ impl Shared {
         }
     }
 
+    fn log_failure(&self, header: &RequestHeader, error: &block::Error) {
+        let RequestHeader { kind, offset, len, .. } = header;
+        // What a client can provoke at will is worth no warning at all.
+        let provoked = matches!(error.kind(), block::ErrorKind::Unsupported | block::ErrorKind::InvalidRange);
+        let warned = self.warnings.get();
+        if provoked || warned == MAX_WARNINGS {
+            tracing::debug!(?kind, offset, len, %error, "a request failed");
+            return;
+        }
+        self.warnings.set(warned + 1);
+        tracing::warn!(?kind, offset, len, %error, "a request failed");
+        if warned + 1 == MAX_WARNINGS {
+            tracing::warn!("further failures of this connection are not logged as warnings");
+        }
+    }
+
     /// Queues a short reply.
     pub(super) fn reply(&self, bytes: &[u8]) {
         self.outbox.borrow_mut().put(bytes);
@@ -92,8 +113,7 @@ impl Shared {
             self.gave_up.set(true);
             return;
         }
-        let RequestHeader { kind, offset: start, len, .. } = header;
-        tracing::warn!(?kind, offset = start, len, %error, "a request failed");
+        self.log_failure(header, error);
         self.reply(&self.encoder.failed(header.cookie, errno, offset));
     }
 }
