@@ -3,6 +3,7 @@
 use zerocopy::little_endian::{U32, U64};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
+use crate::codec::MAX_PLAIN_LEN;
 use crate::error::{Error, Result};
 use crate::header::HEADER_LEN;
 use crate::id::PackId;
@@ -100,6 +101,9 @@ pub(crate) fn read_end(file: &dyn ReadFile, id: PackId) -> Result<Table> {
         let at = record.location(id);
         if u64::from(at.offset) != end || record.pack.get() != 0 || record.reserved != 0 {
             return Err(damaged("has a table with a gap"));
+        }
+        if at.plain_len as usize > MAX_PLAIN_LEN {
+            return Err(damaged("has a table with something too long"));
         }
         end = at.end();
     }

@@ -8,13 +8,13 @@ use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use parking_lot::Mutex;
 
 use super::{Run, is_finding};
-use crate::codec::{ChunkDecoder, is_zero};
+use crate::codec::{ChunkDecoder, Undecoded, is_zero};
 use crate::error::{Error, ErrorKind, Result};
 use crate::id::{ChunkId, PackId};
 use crate::index::segment::Segment;
 use crate::index::{self, View};
 use crate::pack::{self, format};
-use crate::reader::{FetchLimits, plan_fetches};
+use crate::reader::{Fetch, FetchLimits, plan_fetches};
 use crate::record::Location;
 use crate::storage::{ReadFile, read_all};
 
@@ -204,18 +204,18 @@ fn verify_chunks(
     let (mut stored, mut plain) = (Vec::new(), Vec::new());
     for fetch in plan_fetches(items, |item| &item.1, FetchLimits::default()) {
         stored.resize(fetch.len, 0);
-        let read = file.read_at(&mut stored, fetch.offset);
-        for (chunk, at) in &items[fetch.items.clone()] {
-            let result = match &read {
-                Ok(()) => {
-                    plain.resize(at.plain_len as usize, 0);
-                    decoder.decode(at, &stored[fetch.place(at)], chunk, &mut plain)
-                }
-                Err(error) => {
+        let wanted = &items[fetch.items.clone()];
+        let results = match file.read_at(&mut stored, fetch.offset) {
+            Ok(()) => decode_all(&mut decoder, &fetch, wanted, &stored, &mut plain),
+            Err(error) => {
+                let failed = |(chunk, at): &(ChunkId, Location)| {
                     let what = format!("cannot read chunk {chunk} at offset {} of pack {id}", at.offset);
                     Err(Error::io(what, std::io::Error::new(error.kind(), error.to_string())))
-                }
-            };
+                };
+                wanted.iter().map(failed).collect()
+            }
+        };
+        for ((_, at), result) in wanted.iter().zip(results) {
             if let Err(error) = result {
                 run.bad.lock().insert((id, at.offset));
                 run.file_damage(path.into(), &error);
@@ -229,6 +229,25 @@ fn verify_chunks(
         run.advance(fetch.len as u64);
     }
     Ok(())
+}
+
+/// Decodes what one read brought, into one buffer.
+fn decode_all(
+    decoder: &mut ChunkDecoder,
+    fetch: &Fetch,
+    wanted: &[(ChunkId, Location)],
+    stored: &[u8],
+    plain: &mut Vec<u8>,
+) -> Vec<Result<()>> {
+    plain.resize(wanted.iter().map(|(_, at)| at.plain_len as usize).sum(), 0);
+    let mut room = plain.as_mut_slice();
+    let mut chunks = Vec::with_capacity(wanted.len());
+    for (id, at) in wanted {
+        let (out, rest) = room.split_at_mut(at.plain_len as usize);
+        room = rest;
+        chunks.push(Undecoded { at, stored: &stored[fetch.place(at)], id, out });
+    }
+    decoder.decode_each(&mut chunks)
 }
 
 /// Whether the configuration still reads as it did when the repository was opened.
