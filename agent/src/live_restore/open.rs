@@ -34,6 +34,24 @@ pub(super) struct Opened {
     pub(super) pool: Arc<FetchPool<RepositoryStore>>,
     /// How it was found; `None` where it is new.
     pub(super) resumed: Option<Resumed>,
+    /// Whether the target was made for it.
+    made_target: bool,
+}
+
+impl Opened {
+    /// Takes back a session that was made and never served. One that was resumed stays as it is.
+    pub(super) fn take_back(self, state: &StateDir) {
+        if self.resumed.is_some() {
+            return;
+        }
+        let target = self.made_target.then(|| self.target.path().to_owned());
+        drop(self);
+        // What cannot be removed is found by the next run, which goes on with it.
+        let _ = std::fs::remove_dir_all(state.path());
+        if let Some(target) = target {
+            let _ = std::fs::remove_file(target);
+        }
+    }
 }
 
 /// What somebody asked for.
@@ -87,7 +105,8 @@ pub(super) fn open(wish: &Wish<'_>, state: &StateDir, interrupt: &Interrupt) -> 
                     // A sync may have failed: what the kernel kept of it in memory is not to be served.
                     target.forget_clean_pages()?;
                 }
-                return Ok(Opened { session, target, journal, record, pool, resumed: Some(resumed) });
+                let resumed = Some(resumed);
+                return Ok(Opened { session, target, journal, record, pool, resumed, made_target: false });
             }
             // The first start was cut short before anything was served: begin again.
             Err(error) if error.kind() == ErrorKind::NotAJournal && is_unwritten(&state.file(JOURNAL))? => {}
@@ -104,6 +123,7 @@ pub(super) fn open(wish: &Wish<'_>, state: &StateDir, interrupt: &Interrupt) -> 
         )
         .into());
     }
+    let made_target = known.is_none() && !path.exists();
     let (target, contents) =
         target::take(&path, state.path(), layout.size, wish.force, wish.engine, interrupt)?;
     state.create()?;
@@ -117,7 +137,7 @@ pub(super) fn open(wish: &Wish<'_>, state: &StateDir, interrupt: &Interrupt) -> 
         let zeroes = contents == Contents::Zeroes;
         anyhow::Ok(Session::create(parts, id, zeroes, &*target, &*journal).await?)
     })?;
-    Ok(Opened { session, target, journal, record, pool, resumed: None })
+    Ok(Opened { session, target, journal, record, pool, resumed: None, made_target })
 }
 
 fn cannot_resume(state: &StateDir, error: crate::live::Error) -> anyhow::Error {

@@ -61,14 +61,20 @@ pub(super) fn serve(
     context: &Context,
     interrupt: &Interrupt,
 ) -> anyhow::Result<Outcome> {
-    let Opened { session, target, journal, record, pool, resumed } = opened;
-    let disk = Arc::new(LiveDisk { session: Arc::clone(&session), target, journal });
-    let mut export = Export::new(record.disk.clone(), Arc::clone(&disk) as Arc<dyn OpenDevice>);
-    export.description = format!("live restore of {}/{}", record.snapshot, record.disk);
-    export.dirty_bitmap = Some(super::DIRTY_BITMAP.to_owned());
-    // A guest's client reconnects and asks again: it must not hear of our end.
-    let options = ServerOptions { late_requests: LateRequests::Leave, ..ServerOptions::default() };
-    let server = Server::bind(plan.listen, vec![export], options)?.on_shard_start(workers(&disk));
+    let disk = Arc::new(LiveDisk {
+        session: Arc::clone(&opened.session),
+        target: opened.target.clone(),
+        journal: opened.journal.clone(),
+    });
+    let server = match bind(&opened.record, &disk, plan.listen) {
+        Ok(server) => server.on_shard_start(workers(&disk)),
+        Err(error) => {
+            drop(disk);
+            opened.take_back(plan.state);
+            return Err(error.into());
+        }
+    };
+    let Opened { session, record, pool, resumed, .. } = opened;
     let shards = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
     let handle = server.run(shards, plan.engine)?;
     let story = Story { context, record: &record, session: &session, pool: &pool, handle: &handle };
@@ -96,6 +102,19 @@ pub(super) fn serve(
         ));
     }
     Ok(Outcome::Damaged)
+}
+
+fn bind(
+    record: &SessionRecord,
+    disk: &Arc<LiveDisk>,
+    listen: &[ListenAddress],
+) -> nbd_server::Result<Server> {
+    let mut export = Export::new(record.disk.clone(), Arc::clone(disk) as Arc<dyn OpenDevice>);
+    export.description = format!("live restore of {}/{}", record.snapshot, record.disk);
+    export.dirty_bitmap = Some(super::DIRTY_BITMAP.to_owned());
+    // A guest's client reconnects and asks again: it must not hear of our end.
+    let options = ServerOptions { late_requests: LateRequests::Leave, ..ServerOptions::default() };
+    Server::bind(listen, vec![export], options)
 }
 
 fn poisoned(record: &SessionRecord, error: anyhow::Error) -> Failure {
