@@ -1,7 +1,7 @@
 //! The command line: what every verb shares, and the list of verbs.
 //!
-//! A verb is a struct of arguments that implements [`Verb`]. It is added by one line in [`Command`]
-//! and one in [`Command::run`]; the help, the completions and the man pages follow from it.
+//! A verb is a struct of arguments that implements [`Verb`]. It is added by one line in `Command`
+//! and one in `Command::run`; the help, the completions and the man pages follow from it.
 
 mod context;
 mod failure;

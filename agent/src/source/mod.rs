@@ -5,7 +5,7 @@
 //!                  (pure)      wait for the source   (a thread a core: decode, verify)
 //! ```
 //! Fetching threads hold a slot each while the source answers; some slots are kept for guests, and
-//! the background has no more bytes in flight than [`window`] allows. Decoding is bounded by the
+//! the background has no more bytes in flight than its window allows. Decoding is bounded by the
 //! cores and takes the urgent first.
 
 mod args;
