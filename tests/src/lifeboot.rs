@@ -236,6 +236,15 @@ impl Stopped {
     pub fn start_again(self) -> Result<LiveRestore> {
         LiveRestore::launch(self.0)
     }
+
+    /// The same command with these further arguments instead of those that it had.
+    ///
+    /// # Errors
+    /// It ended before it was ready.
+    pub fn start_with(mut self, further: &[&str]) -> Result<LiveRestore> {
+        self.0.further = further.iter().map(|&argument| argument.to_owned()).collect();
+        LiveRestore::launch(self.0)
+    }
 }
 
 /// `lifeboot-nbd` on the raw file `disk`, when it listens at `socket`.
