@@ -25,6 +25,8 @@ impl LiveDevice {
         if committer.covered >= mine {
             return Ok(());
         }
+        // Parked meanwhile: nothing may follow its checkpoint.
+        session.check_open()?;
         // Whoever was numbered before this had its writes acknowledged before, so they are noted below.
         let upto = session.flushes.load(Ordering::SeqCst);
         self.sync_and_note(&mut committer, false).await?;
@@ -86,7 +88,9 @@ impl LiveDevice {
             }
             ended.await;
         }
+        let upto = session.flushes.load(Ordering::SeqCst);
         self.sync_and_note(&mut committer, false).await?;
+        committer.covered = upto;
         let (p, g) = (session.map.p(), session.map.g());
         if let Err(error) = committer.journal.checkpoint(&*self.journal, true, &p, &g).await {
             session.poison(&error);

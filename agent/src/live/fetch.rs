@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use block::{Error, ErrorKind, Result};
 
+use super::join::first_of;
 use super::session::Session;
 use super::source::{ChunkData, SourceError, SourceErrorKind, Urgency};
 use super::stats::Stats;
@@ -39,6 +40,12 @@ impl Session {
                 Err(error) => self.may_retry(chunk, &error)?,
             }
             self.check_open()?;
+            if self.stopping.load(Ordering::Acquire) {
+                return Err(Error::new(
+                    ErrorKind::Shutdown,
+                    format_args!("chunk {chunk}: the session is ending"),
+                ));
+            }
             if self.clock.now().saturating_sub(start) >= self.options.source_timeout {
                 let waited = self.options.source_timeout.as_secs();
                 return Err(Error::new(
@@ -46,7 +53,7 @@ impl Session {
                     format_args!("chunk {chunk}: the source was out of reach for {waited} s"),
                 ));
             }
-            self.clock.sleep(backoff).await;
+            first_of(self.clock.sleep(backoff), self.ending.notified()).await;
             backoff = (backoff * 2).min(LONGEST_BACKOFF);
         }
     }

@@ -278,6 +278,26 @@ mod tests {
     }
 
     #[test]
+    fn a_block_that_two_threads_bring_home_is_noted_before_either_flush_ends() {
+        for _ in 0..50 {
+            let map = map();
+            let committer = Mutex::new(());
+            std::thread::scope(|scope| {
+                for _ in 0..2 {
+                    scope.spawn(|| {
+                        for block in 0..map.block_count() {
+                            map.mark_home(block..block + 1);
+                            let _alone = committer.lock();
+                            map.mark_stable(&map.note());
+                            assert!(map.p().contains(block), "block {block}");
+                        }
+                    });
+                }
+            });
+        }
+    }
+
+    #[test]
     fn a_recount_finds_what_the_journal_does_not_say() {
         let map = map();
         map.v().set(0..10);

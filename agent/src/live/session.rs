@@ -241,7 +241,7 @@ impl Session {
     /// Where the session stands.
     #[must_use]
     pub fn phase(&self) -> Phase {
-        match self.phase.load(Ordering::Acquire) {
+        match self.phase.load(Ordering::SeqCst) {
             phase if phase == Phase::Filling as u8 => Phase::Filling,
             phase if phase == Phase::Complete as u8 => Phase::Complete,
             phase if phase == Phase::Poisoned as u8 => Phase::Poisoned,
@@ -251,7 +251,8 @@ impl Session {
 
     /// Goes from `Filling` or `Complete` on to `phase`; nothing leads out of the other two.
     pub(super) fn enter(&self, phase: Phase) -> bool {
-        let changed = self.phase.fetch_update(Ordering::AcqRel, Ordering::Acquire, |from| {
+        // Sequentially consistent with the count of changes: either parking sees a change, or it sees parking.
+        let changed = self.phase.fetch_update(Ordering::SeqCst, Ordering::SeqCst, |from| {
             let is_open = from == Phase::Filling as u8 || from == Phase::Complete as u8;
             is_open.then_some(phase as u8)
         });

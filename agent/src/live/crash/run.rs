@@ -161,10 +161,10 @@ impl Story {
                 break;
             }
         }
-        let is_poisoned = session.phase() == Phase::Poisoned;
-        if end == End::Park && !is_poisoned {
+        if end == End::Park && session.phase() != Phase::Poisoned {
             self.park(&mut executor, &device)?;
         }
+        let is_poisoned = session.phase() == Phase::Poisoned;
         drop((device, session));
         self.end(executor, end, is_poisoned);
         Ok(())

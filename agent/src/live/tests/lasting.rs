@@ -3,7 +3,7 @@
 use block::sim::{Faults, Rng, SimDisk, SimOptions};
 use block::{BLOCK_SIZE, BlockDevice, ErrorKind};
 
-use super::{CHUNK, DISK, Rig, chunk, range};
+use super::{CHUNK, DISK, Rig, STEPS, chunk, range};
 use crate::live::error;
 use crate::live::parts::Resumed;
 use crate::live::stats::Phase;
@@ -102,6 +102,26 @@ fn a_parked_session_knows_everything_exactly_after_a_reboot() {
     drop(device);
     rig.reboot();
     assert_eq!(rig.resume().1, Resumed::FromJournal);
+}
+
+#[test]
+fn a_commit_that_waits_while_the_session_is_parked_writes_nothing_after_it() {
+    for seed in 0..40 {
+        let mut rig = Rig::new();
+        rig.executor = block::sim::Executor::new(seed);
+        let device = rig.create();
+        rig.write(&device, chunk(0), 1).unwrap();
+        for _ in 0..3 {
+            let device = device.clone();
+            rig.executor.spawn(async move { device.commit().await });
+        }
+        let parker = device.clone();
+        let parked = rig.executor.spawn(async move { parker.park().await });
+        rig.executor.run(STEPS);
+        parked.take().expect("parking ends").unwrap();
+        rig.reboot();
+        assert_eq!(rig.resume().1, Resumed::FromParked, "seed {seed}");
+    }
 }
 
 #[test]
