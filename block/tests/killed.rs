@@ -23,10 +23,19 @@ const PIECES: u64 = 1024;
 const ROUNDS: u8 = 3;
 
 fn main() {
-    let mut arguments = std::env::args().skip(1);
-    if arguments.next().as_deref() == Some("write-until-killed") {
-        let path = arguments.next().unwrap();
-        return write_until_killed(Path::new(&path));
+    let arguments: Vec<String> = std::env::args().skip(1).collect();
+    if let [verb, path] = arguments.as_slice()
+        && verb == "write-until-killed"
+    {
+        return write_until_killed(Path::new(path));
+    }
+    let has = |flag: &str| arguments.iter().any(|argument| argument == flag);
+    if has("--list") {
+        // What a test runner asks of a test without the standard harness.
+        if !has("--ignored") {
+            println!("a_successor_of_a_killed_agent_sees_no_late_write: test");
+        }
+        return;
     }
     if let Err(error) = Engine::choose(IoEngine::Uring) {
         println!("killed: not tested here: {error}");
