@@ -5,11 +5,13 @@
 //! briefly, on mutations of its seeds, as a test (`tests/briefly.rs`).
 //!
 //! - [`wire`]: the two halves of NBD, [`wire::server_handshake`] and so on;
+//! - [`repository`]: the files of a repository, and names;
 //! - [`Target`]: all of them by name;
 //! - [`memory`]: how much memory a piece of code holds at most; [`input`]: bytes as choices.
 
 pub mod input;
 pub mod memory;
+pub mod repository;
 mod target;
 pub mod wire;
 

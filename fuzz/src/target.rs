@@ -1,6 +1,6 @@
 //! All targets by name, and how a program runs one.
 
-use crate::wire;
+use crate::{repository, wire};
 
 /// Something that must hold of any bytes.
 #[derive(Clone, Copy, Debug)]
@@ -31,6 +31,13 @@ pub const TARGETS: &[Target] = &[
         seeds: wire::seeds::client_handshake,
     },
     Target { name: "wire_client_replies", run: wire::client_replies, seeds: wire::seeds::client_replies },
+    Target { name: "repository_chunk", run: repository::chunk, seeds: repository::chunk_seeds },
+    Target { name: "repository_documents", run: repository::documents, seeds: repository::documents_seeds },
+    Target { name: "repository_ids", run: repository::ids, seeds: repository::ids_seeds },
+    Target { name: "repository_index", run: repository::index, seeds: repository::index_seeds },
+    Target { name: "repository_map", run: repository::map, seeds: repository::map_seeds },
+    Target { name: "repository_names", run: repository::names, seeds: repository::names_seeds },
+    Target { name: "repository_pack", run: repository::pack, seeds: repository::pack_seeds },
 ];
 
 impl Target {

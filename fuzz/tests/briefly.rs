@@ -140,4 +140,11 @@ briefly! {
     wire_server_transmission
     wire_client_handshake
     wire_client_replies
+    repository_chunk
+    repository_documents
+    repository_ids
+    repository_index
+    repository_map
+    repository_names
+    repository_pack
 }

@@ -24,6 +24,8 @@ mod codec;
 mod config;
 mod error;
 mod frame;
+#[doc(hidden)]
+pub mod fuzzing;
 mod hash;
 mod header;
 mod id;

@@ -70,6 +70,12 @@ impl Geometry {
         level
     }
 
+    /// Whether what stands in slot `below` of the nodes of `level`, counted over all of them, is on the disk at all.
+    pub(crate) fn has(&self, level: u8, below: u64) -> bool {
+        let places = (0..level).fold(self.chunk_count(), |places, level| places.div_ceil(slots(level)));
+        below < places
+    }
+
     /// Which slot of its ancestor at `level` (1 or more) leads to the leaf `number`.
     pub(crate) fn slot_of(&self, number: u64, level: u8) -> u64 {
         number / INNER_SLOTS.pow(u32::from(level) - 1) % INNER_SLOTS
@@ -101,6 +107,16 @@ mod tests {
         assert_eq!(level((16 << 30) + 1), 2);
         assert_eq!(level(4 << 40), 2);
         assert_eq!(level(MAX_DISK_SIZE), 3);
+    }
+
+    #[test]
+    fn what_is_on_the_disk_follows_from_its_size_at_every_level() {
+        let chunk = 64 << 10;
+        let disk = Geometry::new(chunk * (LEAF_SLOTS * INNER_SLOTS + 1), chunk as u32).unwrap();
+        assert_eq!(disk.root_level(), 2);
+        for (level, places) in [(0, LEAF_SLOTS * INNER_SLOTS + 1), (1, INNER_SLOTS + 1), (2, 2)] {
+            assert!(disk.has(level, places - 1) && !disk.has(level, places), "level {level}");
+        }
     }
 
     #[test]

@@ -130,6 +130,9 @@ impl DiskMap {
                 continue;
             }
             let below = number * slots + slot;
+            if !self.geometry.has(level, below) {
+                return Err(Error::damaged("a disk map goes on past the end of its disk"));
+            }
             if level == 0 { found(below) } else { self.compare(level - 1, below, pair, found)? }
         }
         Ok(())

@@ -85,7 +85,7 @@ pub(crate) fn read_end(file: &dyn ReadFile, id: PackId) -> Result<Table> {
     let table_len = count * RECORD_LEN;
     let fits = count <= MAX_RECORDS
         && table_offset.checked_add((table_len + TRAILER_LEN) as u64) == Some(len)
-        && data_end <= table_offset
+        && table_offset.checked_sub(data_end).is_some_and(|pad| pad < BULK_ALIGN as u64)
         && data_end >= HEADER_LEN as u64;
     if !fits || trailer.reserved != [0; 12] {
         return Err(damaged("has a trailer that does not fit its length"));

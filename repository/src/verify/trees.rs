@@ -72,6 +72,12 @@ impl Walk<'_, '_> {
         let mut well = true;
         for (slot, child) in node.present() {
             let below = number * slots(level) + slot;
+            if level > 0 && !self.geometry.has(level, below) {
+                // Not walked: a tree whose nodes name each other many times over has no end in sight.
+                let error = Error::damaged("a disk map goes on past the end of its disk");
+                well &= self.finding(self.chunks_below(level - 1, below), error)?;
+                continue;
+            }
             well &= if level > 0 { self.node(level - 1, below, child)? } else { self.chunk(below, child)? };
         }
         // The leaf with a short last chunk is right for disks of this size only.
