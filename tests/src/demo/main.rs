@@ -20,7 +20,7 @@ use story::{Story, mib};
 
 /// What the background may copy a second until the agent is killed: without a limit everything would be home before
 /// the guest's kernel has looked at its disk.
-const LIMIT: &str = "4MiB";
+const LIMIT: &str = "2MiB";
 const LOOK: Duration = Duration::from_millis(250);
 
 /// Four files of 4 MiB, each synced and then said to be there; their sums at the end.
