@@ -5,7 +5,7 @@ use std::ops::Range;
 use parking_lot::RwLock;
 use repository::{ChunkDecoder, ChunkId, ChunkReader, DiskMap, Location, MapEntry, Repository};
 
-use super::{ChunkStore, Decode, Key, Placed, ZeroChunks};
+use super::{ChunkStore, Decode, Key, Placed, Undecoded, ZeroChunks};
 use crate::live::{SourceError, SourceErrorKind};
 
 /// How many map entries are looked at together.
@@ -117,6 +117,27 @@ impl Decode<ChunkPlace> for RepositoryDecoder {
         decoder
             .decode(&place.location, stored, &place.id, out)
             .map_err(|error| SourceError::new(SourceErrorKind::Damaged, error))
+    }
+
+    fn decode_each(&mut self, chunks: &mut [Undecoded<'_, ChunkPlace>]) -> Vec<Result<(), SourceError>> {
+        let decoder = match &mut self.decoder {
+            Ok(decoder) => decoder,
+            Err(error) => {
+                let why = || SourceError::new(SourceErrorKind::Unavailable, error.clone());
+                return chunks.iter().map(|_| Err(why())).collect();
+            }
+        };
+        let mut undecoded: Vec<_> = chunks
+            .iter_mut()
+            .map(|chunk| repository::Undecoded {
+                at: &chunk.place.location,
+                stored: chunk.stored,
+                id: &chunk.place.id,
+                out: chunk.out,
+            })
+            .collect();
+        let results = decoder.decode_each(&mut undecoded).into_iter();
+        results.map(|result| result.map_err(|error| SourceError::new(SourceErrorKind::Damaged, error))).collect()
     }
 }
 
