@@ -24,7 +24,7 @@ const TICK: Duration = Duration::from_millis(50);
 /// How often progress is told.
 const PROGRESS_INTERVAL: Duration = Duration::from_secs(1);
 /// Fills in flight on each shard.
-const FILLS_PER_SHARD: usize = 4;
+const FILLS_PER_SHARD: usize = 8;
 
 /// How a session is served.
 pub(super) struct Plan<'a> {

@@ -14,10 +14,10 @@ use super::piece::{Piece, RunSlot, Waiter};
 use super::pool::{Shared, State, deliver};
 use crate::live::{ChunkData, SourceError, SourceErrorKind, Urgency};
 
-/// So many chunks fill the widest vector units. It also bounds what a miss may have to wait for.
-const BATCH_CHUNKS: usize = 16;
+/// Enough chunks to fill the widest vector units (16 lanes) twice. It also bounds what a miss may have to wait for.
+const BATCH_CHUNKS: usize = 32;
 /// Plain bytes that are decoded together at most, unless one piece is longer.
-const BATCH_PLAIN_BYTES: usize = 2 << 20;
+const BATCH_PLAIN_BYTES: usize = 4 << 20;
 
 /// Where a chunk is decoded to.
 enum Room {

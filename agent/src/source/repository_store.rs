@@ -137,7 +137,9 @@ impl Decode<ChunkPlace> for RepositoryDecoder {
             })
             .collect();
         let results = decoder.decode_each(&mut undecoded).into_iter();
-        results.map(|result| result.map_err(|error| SourceError::new(SourceErrorKind::Damaged, error))).collect()
+        results
+            .map(|result| result.map_err(|error| SourceError::new(SourceErrorKind::Damaged, error)))
+            .collect()
     }
 }
 
