@@ -7,6 +7,8 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 /// The unit in which memory is counted, in bytes.
 const UNIT: u64 = 4096;
+/// What the longest BLOCK_STATUS reply takes: never more than this is asked for but for a request's own data.
+pub(crate) const MAX_REPLY_BYTES: u32 = 1 << 20;
 
 /// The budget. Clones share it.
 #[derive(Clone, Debug)]
@@ -23,9 +25,10 @@ pub(crate) struct Allowance {
 }
 
 impl Budget {
-    /// A budget of `bytes`, but enough for one request of `request_bytes`.
+    /// A budget of `bytes`, but enough for one request of `request_bytes`, and for one reply that no request bounds.
     pub(crate) fn new(bytes: u64, request_bytes: u32) -> Self {
-        let total = usize::try_from(units(bytes.max(u64::from(request_bytes)))).unwrap_or(usize::MAX);
+        let least = request_bytes.max(MAX_REPLY_BYTES);
+        let total = usize::try_from(units(bytes.max(u64::from(least)))).unwrap_or(usize::MAX);
         let total = total.min(Semaphore::MAX_PERMITS);
         Self { units: Arc::new(Semaphore::new(total)), waiting: Arc::default(), total }
     }
@@ -87,24 +90,25 @@ mod tests {
 
     #[test]
     fn what_is_given_back_can_be_taken_again() {
-        let budget = Budget::new(8192, 4096);
-        let first = budget.try_take(4097).unwrap();
+        let budget = Budget::new(2 << 20, 4096);
+        let first = budget.try_take((2 << 20) - 4095).unwrap();
         assert!(budget.try_take(1).is_none());
-        assert_eq!(budget.used_bytes(), 8192);
+        assert_eq!(budget.used_bytes(), 2 << 20);
         drop(first);
         assert_eq!(budget.used_bytes(), 0);
-        assert!(budget.try_take(8192).is_some());
+        assert!(budget.try_take(2 << 20).is_some());
     }
 
     #[test]
     fn one_request_always_fits() {
-        assert!(Budget::new(0, 1 << 20).try_take(1 << 20).is_some());
+        assert!(Budget::new(0, 4 << 20).try_take(4 << 20).is_some());
+        assert!(Budget::new(0, 512).try_take(MAX_REPLY_BYTES).is_some());
     }
 
     #[test]
     fn who_waits_is_seen_until_it_stops_waiting() {
-        let budget = Budget::new(4096, 4096);
-        let held = budget.try_take(4096);
+        let budget = Budget::new(MAX_REPLY_BYTES.into(), 4096);
+        let held = budget.try_take(MAX_REPLY_BYTES);
         let waiting = budget.take(4096);
         assert!(budget.is_wanted());
         drop(waiting);

@@ -170,6 +170,33 @@ fn block_status_tells_of_every_selected_context() {
 }
 
 #[test]
+fn block_status_of_a_fragmented_disk_comes_in_bounded_pieces() {
+    let blocks = 5000;
+    let served = Served::new(MemoryDisk::new(blocks * 4096), ServerOptions::default());
+    for block in (0..blocks).step_by(2) {
+        served.disk.bytes()[block * 4096] = 1;
+    }
+    let mut client = served.client();
+    let size = (blocks * 4096) as u64;
+    let (mut at, mut pieces) = (0, 0);
+    while at < size {
+        let len = (size - at) as u32;
+        let descriptors = client.status(&MetaContext::Allocation, CommandFlags::NONE, at, len);
+        assert!(!descriptors.is_empty() && descriptors.len() <= 2048);
+        for descriptor in descriptors {
+            let zero = !(at / 4096).is_multiple_of(2);
+            assert_eq!((descriptor.len, descriptor.flags), (4096, if zero { 3 } else { 0 }));
+            at += 4096;
+        }
+        pieces += 1;
+    }
+    assert_eq!(pieces, 3);
+    drop(client);
+    served.check_health();
+    served.end();
+}
+
+#[test]
 fn block_status_without_contexts_is_invalid() {
     let served = Served::new(MemoryDisk::new(SIZE), ServerOptions::default());
     let reply = served.simple_client().call(CommandKind::BlockStatus, CommandFlags::NONE, 0, 4096, &[]);

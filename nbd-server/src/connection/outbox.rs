@@ -14,6 +14,12 @@ use crate::socket::Socket;
 
 /// How many pieces one call may send.
 const MAX_SLICES: usize = 16;
+/// No more replies are made while so many bytes wait for the peer: enough that a file is sent without a pause.
+const MAX_QUEUED_BYTES: usize = 2 << 20;
+/// The same for bytes that stand in batches.
+const MAX_BATCH_BYTES: usize = 512 << 10;
+/// Up to this length a reply goes into a batch.
+const MAX_SHORT_BYTES: usize = 4 << 10;
 /// How many batches are kept for the next replies.
 const MAX_SPARE: usize = 2;
 
@@ -56,6 +62,8 @@ pub(super) struct Outbox {
     spare: Vec<Batch>,
     files: Vec<(RawFd, Rc<OwnedFd>)>,
     queued_bytes: usize,
+    /// Those of them that stand in batches, and so in memory that no request was allowed.
+    batch_bytes: usize,
     closed: bool,
 }
 
@@ -64,8 +72,9 @@ impl Outbox {
         self.queued_bytes == 0
     }
 
-    pub(super) const fn queued_bytes(&self) -> usize {
-        self.queued_bytes
+    /// Whether so much waits for the peer that nothing more should be made for it.
+    pub(super) const fn is_full(&self) -> bool {
+        self.queued_bytes >= MAX_QUEUED_BYTES || self.batch_bytes >= MAX_BATCH_BYTES
     }
 
     /// Throws away what is queued and whatever comes: the peer is gone.
@@ -74,7 +83,7 @@ impl Outbox {
         self.segments.clear();
         self.spare.clear();
         self.files.clear();
-        self.queued_bytes = 0;
+        (self.queued_bytes, self.batch_bytes) = (0, 0);
     }
 
     /// A batch with room for `len` more bytes, at the end of the queue.
@@ -97,12 +106,15 @@ impl Outbox {
         }
         self.batch(bytes.len()).put(bytes);
         self.queued_bytes += bytes.len();
+        self.batch_bytes += bytes.len();
     }
 
-    /// Queues a reply of any length.
-    pub(super) fn put_long(&mut self, bytes: &[u8]) {
-        for run in bytes.chunks(Batch::MAX_RUN) {
-            self.put(run);
+    /// Queues a reply of any length, whose memory `held` accounts for.
+    pub(super) fn put_long(&mut self, bytes: &[u8], held: Rc<Held>) {
+        if bytes.len() <= MAX_SHORT_BYTES {
+            self.put(bytes);
+        } else {
+            self.put_data(Head::empty(), AlignedBuf::from_slice(bytes), held);
         }
     }
 
@@ -113,6 +125,7 @@ impl Outbox {
         if keep && !self.closed {
             self.batch(len).commit(len);
             self.queued_bytes += len;
+            self.batch_bytes += len;
         }
         value
     }
@@ -206,6 +219,7 @@ impl Outbox {
                 Segment::Batch(batch) => {
                     let taken = sent.min(batch.bytes().len());
                     batch.advance(taken);
+                    self.batch_bytes -= taken;
                     sent -= taken;
                     batch.bytes().len()
                 }

@@ -5,13 +5,22 @@ use std::rc::Rc;
 use block::{BlockDevice, Extent, ExtentState};
 use bytes::BytesMut;
 use proto::server::StatusBuilder;
-use proto::wire::{Descriptor, MetaContext, SelectedContext};
+use proto::wire::{Descriptor, MAX_CONTEXTS, MetaContext, STRUCTURED_REPLY_BYTES, SelectedContext};
 
 use super::perform;
 use super::request::Request;
+use crate::budget::MAX_REPLY_BYTES;
 
 /// How many extents one reply tells of; a client asks again for the rest.
-const MAX_EXTENTS: usize = 4096;
+const MAX_EXTENTS: usize = 2048;
+
+const _: () = assert!(MAX_CONTEXTS * (24 + MAX_EXTENTS * Descriptor::BYTES) <= MAX_REPLY_BYTES as usize);
+
+/// The memory that a reply of these many contexts may need, in bytes; none is asked for where it is tiny.
+pub(super) fn reply_bytes(contexts: usize, one: bool) -> Option<u32> {
+    let bytes = contexts * (STRUCTURED_REPLY_BYTES + size_of::<u32>() + MAX_EXTENTS * Descriptor::BYTES);
+    (!one).then(|| u32::try_from(bytes).expect("contexts and extents are bounded"))
+}
 
 pub(super) async fn answer(
     device: Rc<dyn BlockDevice>,
@@ -33,7 +42,7 @@ pub(super) async fn answer(
         let encoder = request.shared.encoder;
         encoder.status_chunk(&mut reply, request.cookie(), selected.id, &builder.finish(), last);
     }
-    request.answer(|outbox, _| outbox.put_long(&reply));
+    request.answer(|outbox, request| outbox.put_long(&reply, request.held()));
 }
 
 /// Tells of extents as far as they follow each other: what a device says is not trusted to.

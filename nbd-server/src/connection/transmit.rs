@@ -18,14 +18,13 @@ use super::negotiate::Negotiated;
 use super::perform;
 use super::read::{Plan, Reads};
 use super::request::{Request, Shared};
+use super::status;
 use crate::LateRequests;
 use crate::budget::Allowance;
 use crate::server::Phase;
 use crate::shard::ShardState;
 use crate::socket::Socket;
 
-/// No more requests are taken while so many bytes of replies wait for the peer.
-const MAX_QUEUED_BYTES: usize = 2 << 20;
 /// How much is received after a long payload, which goes straight into its buffer: the next header, and little of what follows.
 const SHORT_RECEIVE_BYTES: usize = 4 << 10;
 
@@ -60,7 +59,12 @@ enum State {
     /// A request's header.
     Header,
     /// Whatever they are, they are not looked at before there is memory for this request.
-    Memory { header: RequestHeader, then: Then, allowance: Pin<Box<dyn Future<Output = Allowance>>> },
+    Memory {
+        header: RequestHeader,
+        then: Then,
+        bytes: u32,
+        allowance: Pin<Box<dyn Future<Output = Allowance>>>,
+    },
     /// The payload of a WRITE.
     Payload { request: Request, fua: bool, buf: AlignedBuf, filled: usize },
     /// The payload of a request that was refused.
@@ -73,6 +77,7 @@ enum Then {
     Fetch,
     FindHoles,
     Receive { fua: bool },
+    Control { command: Command },
 }
 
 /// What taking requests came to.
@@ -203,8 +208,7 @@ impl Transmission {
 
     fn is_full(&self) -> bool {
         let limits = &self.shard.options.limits;
-        self.shared.in_flight() >= limits.requests_in_flight.max(1)
-            || self.shared.outbox.borrow().queued_bytes() >= MAX_QUEUED_BYTES
+        self.shared.in_flight() >= limits.requests_in_flight.max(1) || self.shared.outbox.borrow().is_full()
     }
 
     /// One connection's share of the memory: a quarter, or one request.
@@ -282,13 +286,13 @@ impl Transmission {
                         return taken;
                     }
                 }
-                State::Memory { header, then, mut allowance } => {
+                State::Memory { header, then, bytes, mut allowance } => {
                     let granted =
-                        if self.may_hold(header.len) { allowance.as_mut().poll(cx) } else { Poll::Pending };
+                        if self.may_hold(bytes) { allowance.as_mut().poll(cx) } else { Poll::Pending };
                     match granted {
-                        Poll::Ready(allowance) => self.begin(header, then, allowance),
+                        Poll::Ready(allowance) => self.begin(header, then, Some((bytes, allowance))),
                         Poll::Pending => {
-                            self.state = State::Memory { header, then, allowance };
+                            self.state = State::Memory { header, then, bytes, allowance };
                             return Taken::NeedsRoom;
                         }
                     }
@@ -358,7 +362,7 @@ impl Transmission {
             }
             Ok(Attempt::WouldWait) => {
                 self.intake.consume(RequestHeader::BYTES);
-                self.with_memory(header, Then::Receive { fua: false });
+                self.with_memory(header, header.len, Then::Receive { fua: false });
             }
             Err(error) => {
                 self.intake.consume(whole);
@@ -372,37 +376,40 @@ impl Transmission {
         match command {
             Command::Read { whole } => match self.reads.at_once(&header, whole, &self.shared) {
                 Plan::Answered => {}
-                Plan::Fetch => self.with_memory(header, Then::Fetch),
-                Plan::FindHoles => self.with_memory(header, Then::FindHoles),
+                Plan::Fetch => self.with_memory(header, header.len, Then::Fetch),
+                Plan::FindHoles => self.with_memory(header, header.len, Then::FindHoles),
             },
             Command::Write { fua } => {
                 if header.len as usize > Intake::INLINE_BYTES {
                     self.receive_limit = SHORT_RECEIVE_BYTES;
                 }
-                self.with_memory(header, Then::Receive { fua });
+                self.with_memory(header, header.len, Then::Receive { fua });
             }
-            _ => {
-                let request = Request::begin(header, &self.shared, None);
-                let (device, contexts) = (Rc::clone(&self.reads.device), Rc::clone(&self.contexts));
-                tokio::task::spawn_local(perform::control(device, request, command, contexts));
+            Command::BlockStatus { one } => {
+                let then = Then::Control { command };
+                match status::reply_bytes(self.contexts.len(), one) {
+                    Some(bytes) => self.with_memory(header, bytes, then),
+                    None => self.begin(header, then, None),
+                }
             }
+            _ => self.begin(header, Then::Control { command }, None),
         }
     }
 
     /// Goes on with the request once there is memory for its data.
-    fn with_memory(&mut self, header: RequestHeader, then: Then) {
-        let now = if self.may_hold(header.len) { self.shard.budget.try_take(header.len) } else { None };
+    fn with_memory(&mut self, header: RequestHeader, bytes: u32, then: Then) {
+        let now = if self.may_hold(bytes) { self.shard.budget.try_take(bytes) } else { None };
         match now {
-            Some(allowance) => self.begin(header, then, allowance),
+            Some(allowance) => self.begin(header, then, Some((bytes, allowance))),
             None => {
-                let allowance = Box::pin(self.shard.budget.take(header.len));
-                self.state = State::Memory { header, then, allowance };
+                let allowance = Box::pin(self.shard.budget.take(bytes));
+                self.state = State::Memory { header, then, bytes, allowance };
             }
         }
     }
 
-    fn begin(&mut self, header: RequestHeader, then: Then, allowance: Allowance) {
-        let request = Request::begin(header, &self.shared, Some((header.len, allowance)));
+    fn begin(&mut self, header: RequestHeader, then: Then, allowance: Option<(u32, Allowance)>) {
+        let request = Request::begin(header, &self.shared, allowance);
         let reads = Rc::clone(&self.reads);
         match then {
             Then::Fetch => {
@@ -414,6 +421,10 @@ impl Transmission {
             Then::Receive { fua } => {
                 let buf = perform::buffer(header.len as usize);
                 self.state = State::Payload { request, fua, buf, filled: 0 };
+            }
+            Then::Control { command } => {
+                let (device, contexts) = (Rc::clone(&reads.device), Rc::clone(&self.contexts));
+                tokio::task::spawn_local(perform::control(device, request, command, contexts));
             }
         }
     }

@@ -18,7 +18,9 @@ pub struct Head {
 }
 
 impl Head {
-    const fn empty() -> Self {
+    /// No bytes at all.
+    #[must_use]
+    pub const fn empty() -> Self {
         Self { bytes: [0; HEAD_BYTES], len: 0 }
     }
 
