@@ -60,10 +60,25 @@ fn man_pages() -> std::io::Result<Vec<(String, Vec<u8>)>> {
     std::iter::once(command)
         .chain(verbs)
         .map(|command| {
-            let man = clap_mangen::Man::new(command);
+            let notes = command.get_after_help().map(ToString::to_string);
+            let man = clap_mangen::Man::new(command.after_help(None));
             let mut page = Vec::new();
             man.render(&mut page)?;
+            if let Some(notes) = notes {
+                page.extend_from_slice(notes_section(&notes).as_bytes());
+            }
             Ok((man.get_filename(), page))
         })
         .collect()
+}
+
+/// What `--help` ends with, line by line: a command in an example must not be filled and justified.
+fn notes_section(notes: &str) -> String {
+    let mut section = ".SH NOTES\n.nf\n".to_owned();
+    for line in notes.lines() {
+        // A line that begins like a request of roff is none.
+        let guard = if line.starts_with(['.', '\'']) { "\\&" } else { "" };
+        section.push_str(&format!("{guard}{}\n", line.replace('\\', "\\e").replace('-', "\\-")));
+    }
+    section + ".fi\n"
 }

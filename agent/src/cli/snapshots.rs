@@ -89,10 +89,19 @@ fn table(listed: &[Listed<'_>]) -> Table {
             human_size(snapshot.new_bytes),
             human_size(snapshot.new_stored_bytes),
             disks.join(","),
-            one_line(snapshot.note.unwrap_or_default()),
+            shortened(&one_line(snapshot.note.unwrap_or_default())),
         ]);
     }
     table
+}
+
+/// A note as it fits into a list; `show` has all of it.
+fn shortened(note: &str) -> String {
+    const LONGEST: usize = 60;
+    match note.char_indices().nth(LONGEST) {
+        Some((end, _)) => format!("{}...", &note[..end]),
+        None => note.to_owned(),
+    }
 }
 
 /// A note as a cell: neither line breaks nor anything that a terminal would obey.

@@ -166,7 +166,11 @@ fn style(total: Option<u64>) -> ProgressStyle {
             let _ = write!(w, "{}/s", human_size(state.per_sec() as u64));
         })
         .with_key("left", |state: &ProgressState, w: &mut dyn fmt::Write| {
-            let _ = write!(w, "{}", human_duration(state.eta()));
+            // Nothing was done yet, so nothing is known.
+            let _ = match state.pos() {
+                0 => write!(w, "unknown"),
+                _ => write!(w, "{}", human_duration(state.eta())),
+            };
         })
 }
 

@@ -1,4 +1,4 @@
-//! Tables: ruled and fitted on a terminal, plain columns when piped.
+//! Tables: ruled on a terminal, plain columns when piped.
 
 use comfy_table::{CellAlignment, ContentArrangement, presets};
 
@@ -35,19 +35,19 @@ impl Table {
         self.rows.push(row);
     }
 
-    /// The table as text that ends with a line feed. When piped it has neither colours nor rules, and
-    /// long cells are not broken into lines.
+    /// The table as text that ends with a line feed. When piped it has neither colours nor rules. Cells are
+    /// never broken into lines.
     #[must_use]
     pub fn render(&self, terminal: bool) -> String {
         let mut table = comfy_table::Table::new();
         table.load_style(presets::NOTHING);
         if terminal {
             table.load_style(presets::UTF8_HORIZONTAL_ONLY);
-            table.set_content_arrangement(ContentArrangement::Dynamic);
         } else {
             table.force_no_tty();
-            table.set_content_arrangement(ContentArrangement::Disabled);
         }
+        // A name that was broken into lines could not be copied; the terminal wraps what does not fit.
+        table.set_content_arrangement(ContentArrangement::Disabled);
         table.set_header(self.columns.iter().map(|(name, _)| *name));
         table.add_rows(&self.rows);
         let last = self.columns.len().saturating_sub(1);
@@ -65,6 +65,13 @@ impl Table {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_name_stays_in_one_piece_on_any_terminal() {
+        let mut table = Table::new(&[("SNAPSHOT", Align::Left), ("NOTE", Align::Left)]);
+        table.row(["web01@2026-11-21T00:33:12Z".to_owned(), "x".repeat(300)]);
+        assert!(table.render(true).contains("web01@2026-11-21T00:33:12Z"));
+    }
 
     #[test]
     fn a_piped_table_is_plain_columns() {

@@ -49,7 +49,7 @@ pub(super) fn survey(first: u64, entries: &[MapEntry]) -> (Vec<Named>, Vec<Range
 /// Sorts what is wanted by where it is stored, and joins neighbours into reads.
 pub(super) fn order(wanted: &mut [Wanted]) -> Vec<Fetch> {
     wanted.sort_unstable_by(|a, b| a.at.cmp(&b.at).then(a.index.cmp(&b.index)));
-    plan_fetches(wanted, |wanted| &wanted.at, FetchLimits { max_len: 1 << 20, max_gap: 32 << 10 })
+    plan_fetches(wanted, |wanted| &wanted.at, FetchLimits { max_len: 2 << 20, max_gap: 64 << 10 })
 }
 
 #[cfg(test)]

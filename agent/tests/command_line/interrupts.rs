@@ -57,23 +57,23 @@ fn an_interrupted_restore_leaves_the_target_as_it_was() {
     let scratch = Scratch::new();
     scratch.disk("d.raw", 512 * MIB, &[(0, 400 << 20, 1)]);
     scratch.run(&["capture", "g", "d.raw"]).ends_with(0);
-    write(&scratch.path("out.raw"), b"the old one");
+    let target = scratch.disk("out.raw", 512 * MIB, &[(0, 1000, 9)]);
     let mut command = scratch.command(&["restore", "g@latest", "out.raw", "--force"]);
-    let truncate = std::fs::OpenOptions::new().write(true).open(scratch.path("out.raw")).unwrap();
-    truncate.set_len(0).unwrap();
     let mut child = command.stderr(Stdio::piped()).spawn().unwrap();
     wait_for_name(&scratch.path("."), "lifeboot-partial", &mut child);
     signal(&child, Signal::INT);
     let (ended, stderr) = ended(child);
     assert_eq!(ended, Some(130), "{stderr}");
     assert_eq!(scratch.names("."), ["d.raw", "out.raw", "repo"]);
-    assert_eq!(std::fs::metadata(scratch.path("out.raw")).unwrap().len(), 0);
+    let mut head = [0; 1000];
+    std::fs::File::open(target).unwrap().read_exact(&mut head).unwrap();
+    assert_eq!(head[..], noise(1000, 9));
 }
 
 #[test]
 fn a_source_that_changes_meanwhile_is_captured_and_marked() {
     let scratch = Scratch::new();
-    write(&scratch.path("d.raw"), &slow_to_compress(64 << 20));
+    write(&scratch.path("d.raw"), &slow_to_compress(16 << 20));
     let mut command = scratch.command(&["capture", "g", "d.raw", "--level", "19"]);
     let mut child = command.stderr(Stdio::piped()).stdout(Stdio::null()).spawn().unwrap();
     wait_for_name(&scratch.path("repo/tmp"), "pack", &mut child);
@@ -83,6 +83,29 @@ fn a_source_that_changes_meanwhile_is_captured_and_marked() {
     assert_eq!(ended, Some(0), "{stderr}");
     assert!(stderr.contains("warning") && stderr.contains("d.raw") && stderr.contains("changed"), "{stderr}");
     assert_eq!(scratch.json(&["show", "g@latest"])["consistency"], "changing");
+}
+
+#[test]
+fn a_source_that_becomes_shorter_meanwhile_is_captured_with_zeroes_at_its_end() {
+    let scratch = Scratch::new();
+    let bytes = slow_to_compress(96 << 20);
+    write(&scratch.path("d.raw"), &bytes);
+    let mut command = scratch.command(&["capture", "g", "d.raw", "--level", "19", "--json"]);
+    let mut child = command.stderr(Stdio::null()).stdout(Stdio::piped()).spawn().unwrap();
+    wait_for_name(&scratch.path("repo/tmp"), "pack", &mut child);
+    let left = 1_000_000;
+    std::fs::File::options().write(true).open(scratch.path("d.raw")).unwrap().set_len(left).unwrap();
+    let output = child.wait_with_output().unwrap();
+    let report: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert_eq!(report["consistency"], "changing");
+    assert!(report["warnings"][0].as_str().unwrap().contains("size went from"), "{report}");
+    scratch.run(&["restore", "g@latest", "out.raw"]).ends_with(0);
+    let restored = std::fs::read(scratch.path("out.raw")).unwrap();
+    assert_eq!(restored.len(), bytes.len());
+    // Each byte is what it was before, or zero; and what was left of the source is there.
+    assert!(restored[..left as usize] == bytes[..left as usize]);
+    assert!(restored.iter().zip(&bytes).all(|(now, before)| now == before || *now == 0));
+    assert_eq!(restored.last(), Some(&0));
 }
 
 #[test]
