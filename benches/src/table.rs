@@ -2,7 +2,7 @@
 
 use comfy_table::{CellAlignment, ContentArrangement, Table, presets};
 
-use crate::report::{Better, Cell, Report};
+use crate::report::{Better, Cell, Report, Side};
 
 /// The whole report for a reader: the figures, who was absent, the notes.
 pub(crate) fn render(report: &Report) -> String {
@@ -63,13 +63,13 @@ fn figures(report: &Report) -> String {
 
 fn rows(cell: &Cell) -> Vec<[String; 7]> {
     let unit = cell.metric.unit;
-    let subject = cell.subject().map(|series| series.contender.as_str());
     let best = cell.best_peer().map(|series| series.contender.as_str());
     let row = |(position, series): (usize, &crate::report::Series)| {
         let what = if position == 0 { cell.metric.title.clone() } else { String::new() };
         let summary = series.summary();
         let (mut ratio, mut spread, mut mark) = (String::new(), String::new(), String::new());
-        if Some(series.contender.as_str()) != subject
+        // Another of ours does other work, or the same in another way: no ratio says who is ahead.
+        if series.side != Side::Ours
             && let Some(found) = cell.ratio_to(series)
         {
             ratio = format!("{:.2}", found.median);
@@ -94,7 +94,7 @@ fn rows(cell: &Cell) -> Vec<[String; 7]> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::report::{Metric, Side, Unit};
+    use crate::report::{Metric, Unit};
 
     #[test]
     fn table_names_the_best_peer_and_our_ratio_to_it() {
