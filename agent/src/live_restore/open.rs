@@ -22,8 +22,8 @@ use crate::status::{Misses, Phase, Status};
 
 const JOURNAL: &str = "journal";
 const LIVE_FILE: &str = "live";
-/// The first page of a journal is its header.
-const PAGE_BYTES: u64 = 4096;
+/// The first sector of a journal is written last of all when it is made.
+const FIRST_SECTOR_BYTES: u64 = 512;
 
 /// A session that is ready to be served.
 pub(super) struct Opened {
@@ -294,11 +294,11 @@ fn make_file(path: &Path, len: u64) -> anyhow::Result<File> {
 
 /// Whether the journal was made and never written: a first start that was cut short.
 fn is_unwritten(path: &Path) -> anyhow::Result<bool> {
-    let mut page = Vec::new();
+    let mut sector = Vec::new();
     File::open(path)
-        .and_then(|file| file.take(PAGE_BYTES).read_to_end(&mut page))
+        .and_then(|file| file.take(FIRST_SECTOR_BYTES).read_to_end(&mut sector))
         .with_context(|| format!("cannot read {}", path.display()))?;
-    Ok(repository::is_zero(&page))
+    Ok(repository::is_zero(&sector))
 }
 
 fn open_journal(path: &Path, engine: Engine) -> anyhow::Result<FileDisk> {

@@ -65,6 +65,8 @@
 //! | 48 | 12 each | runs: first block (48 bits), zeroes (15 bits), `G` (the top bit); then the count of blocks (4 bytes) |
 //!
 //! # Order of writes, and why
+//! - A new journal is zeroed, and synced; then its first checkpoint; then the header but for its first 512 bytes; then these;
+//!   each is synced before the next. So a journal whose first 512 bytes are zero was never begun, and may be made anew.
 //! - A record is synced before the next one is begun. So only the last can be torn by a crash. Where a
 //!   record does not hold, and a later one of that generation does, the journal is *damaged*, not torn, and is
 //!   refused: its missing runs may be flushed writes.

@@ -218,6 +218,35 @@ fn a_torn_append_loses_nothing_that_was_synced_before() {
 }
 
 #[test]
+fn a_journal_whose_making_was_cut_short_is_whole_or_no_journal() {
+    let (mut whole, mut none) = (0, 0);
+    for seed in 0..400 {
+        let mut executor = Executor::new(seed);
+        let disk = SimDisk::new(SimOptions::new(header().journal.len_bytes(), seed));
+        let device = disk.clone();
+        executor.spawn(async move {
+            let words = zeroed_words(words_for(BLOCKS));
+            let bits = Bits::new(&words, BLOCKS);
+            Journal::create(&device, header(), &bits, &bits).await
+        });
+        executor.run(seed % 40);
+        drop(executor);
+        disk.power_cut(&mut Rng::new(seed));
+        match read_journal(&disk) {
+            Ok(said) => {
+                assert!(said == empty(), "seed {seed}");
+                whole += 1;
+            }
+            Err(error) => {
+                assert_eq!(error.kind(), ErrorKind::NotAJournal, "seed {seed}: {error}");
+                none += 1;
+            }
+        }
+    }
+    assert!(whole > 0 && none > 0, "{whole} whole, {none} none");
+}
+
+#[test]
 fn a_newer_format_is_named_as_such() {
     let mut page = header().encode().unwrap();
     page[8] = 2;

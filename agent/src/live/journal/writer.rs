@@ -7,6 +7,9 @@ use super::replay::{LogEnd, order_checkpoints, replay_log};
 use crate::live::bits::Bits;
 use crate::live::error::{Error, ErrorKind, Result};
 
+/// What a device writes whole or not at all, in bytes.
+const SECTOR: usize = 512;
+
 /// The writing half of a journal. After any error it must not be used again.
 #[derive(Debug)]
 pub(in crate::live) struct Journal {
@@ -57,8 +60,14 @@ impl Journal {
         device.write_zeroes(zeroes, ZeroMode::ALLOCATE, Durability::Volatile).await?;
         device.flush().await?;
         let page = header.encode()?;
+        let mut all_but_the_first_sector = header.encode()?;
+        all_but_the_first_sector[..SECTOR].fill(0);
         let mut journal = Self { header, generation: 0, used: 0, sequence: 0, complete: false };
         journal.checkpoint(device, false, p, g).await?;
+        // A sector is never torn, so a header that begins with zeroes was not finished, and one that
+        // does not is whole.
+        write(device, 0, all_but_the_first_sector).await?;
+        device.flush().await?;
         write(device, 0, page).await?;
         device.flush().await?;
         Ok(journal)
