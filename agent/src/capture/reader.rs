@@ -115,14 +115,18 @@ pub(super) async fn read_all(
         let device = plan.file.open()?;
         for (first_chunk, range) in pieces_of(plan, source.size) {
             stop.check()?;
-            let Some(Some(mut bytes)) = freed.recv().await else { return stop.check() };
+            // Reads that failed keep their buffers until they are looked at: wait for both.
+            let free = loop {
+                tokio::select! {
+                    Some(read) = reads.join_next() => finished(read, sources, &pieces)?,
+                    free = freed.recv() => break free,
+                }
+            };
+            let Some(Some(mut bytes)) = free else { return stop.check() };
             bytes.set_len(usize::try_from(range.len()).expect("a piece is a few MiB"));
             let piece = Piece { sequence, disk, first_chunk, bytes };
             reads.spawn_local(read_one(Rc::clone(&device), range, piece, pieces.clone()));
             sequence += 1;
-            while let Some(read) = reads.try_join_next() {
-                finished(read, sources, &pieces)?;
-            }
         }
     }
     while let Some(read) = reads.join_next().await {
@@ -203,5 +207,35 @@ mod tests {
         assert_eq!(runs, [0..2, 3..4]);
         assert_eq!(chunk_runs(&[range(0, 100), range(100, 200), range(300, 301)], 100), [0..2, 3..4]);
         assert!(chunk_runs(&[], 100).is_empty());
+    }
+
+    #[test]
+    fn more_reads_than_buffers_may_fail_because_the_source_became_shorter() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("d.raw");
+        let bytes = vec![7; 4 * PIECE_LEN];
+        std::fs::write(&path, &bytes).unwrap();
+        let source = Source::open("root".parse().unwrap(), path.clone(), false).unwrap();
+        let options = FileOptions::new(block::Engine::THREADS).direct(DirectIo::Off);
+        let plan = Plan::new(&source, 65536, options).unwrap();
+        std::fs::File::options().write(true).open(&path).unwrap().set_len(100).unwrap();
+        let (piece_sender, pieces) = mpsc::channel::<Piece>();
+        let (free, freed) = local::unbounded_channel();
+        let give_back = free.clone();
+        let consumer = std::thread::spawn(move || {
+            let mut read = vec![7; 4 * PIECE_LEN];
+            for piece in pieces {
+                let at = usize::try_from(piece.sequence).unwrap() * PIECE_LEN;
+                read[at..][..piece.bytes.len()].copy_from_slice(&piece.bytes);
+                let _ = give_back.send(Some(piece.bytes));
+            }
+            read
+        });
+        let stop = Stop::new(crate::cli::Interrupt::default());
+        let (plans, sources) = ([plan], [source]);
+        let reading = read_all(&plans, &sources, 2, piece_sender, freed, free, &stop);
+        block::Engine::THREADS.run(reading).unwrap();
+        let read = consumer.join().unwrap();
+        assert!(read[..100] == bytes[..100] && read[100..].iter().all(|byte| *byte == 0));
     }
 }
