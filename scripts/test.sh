@@ -3,13 +3,13 @@
 # real guest included. Installs what is missing. All steps run, whichever fail; a summary ends the output.
 #
 #   scripts/test.sh            all of it
-#   scripts/test.sh fmt test   only the steps named: scripts fmt clippy docs build guest test doctest
+#   scripts/test.sh fmt test   only the steps named: scripts fmt clippy docs build guest test doctest fuzz
 set -uo pipefail
 # shellcheck source=scripts/lib.sh
 . "$(dirname "$0")/lib.sh"
 cd "$project_dir" || exit 1
 
-readonly STEPS=(scripts fmt clippy docs build guest test doctest)
+readonly STEPS=(scripts fmt clippy docs build guest test doctest fuzz)
 
 step_scripts() {
     local scripts=(scripts/*.sh scripts/guest/agent .ci/run) script
@@ -33,6 +33,13 @@ step_test() {
     fi
 }
 step_doctest() { cargo test --locked --workspace --doc; }
+# The fuzz targets, briefly. Outside the workspace, so they are formatted and linted by themselves.
+step_fuzz() {
+    local fuzz=(--manifest-path fuzz/Cargo.toml) into=(--target-dir "$target_dir")
+    cargo fmt "${fuzz[@]}" --check &&
+        cargo clippy "${fuzz[@]}" "${into[@]}" --all-targets -- -D warnings &&
+        cargo test "${fuzz[@]}" "${into[@]}"
+}
 
 wanted=("$@")
 ((${#wanted[@]} > 0)) || wanted=("${STEPS[@]}")

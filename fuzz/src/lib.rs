@@ -6,10 +6,13 @@
 //!
 //! - [`wire`]: the two halves of NBD, [`wire::server_handshake`] and so on;
 //! - [`repository`]: the files of a repository, and names;
+//! - `journal` (a feature, on by default): the journal of a live-restore;
 //! - [`Target`]: all of them by name;
 //! - [`memory`]: how much memory a piece of code holds at most; [`input`]: bytes as choices.
 
 pub mod input;
+#[cfg(feature = "journal")]
+pub mod journal;
 pub mod memory;
 pub mod repository;
 mod target;

@@ -1,5 +1,7 @@
 //! All targets by name, and how a program runs one.
 
+#[cfg(feature = "journal")]
+use crate::journal;
 use crate::{repository, wire};
 
 /// Something that must hold of any bytes.
@@ -15,6 +17,12 @@ pub struct Target {
 
 /// All of them.
 pub const TARGETS: &[Target] = &[
+    #[cfg(feature = "journal")]
+    Target { name: "journal_header", run: journal::header, seeds: journal::header_seeds },
+    #[cfg(feature = "journal")]
+    Target { name: "journal_checkpoint", run: journal::checkpoint, seeds: journal::checkpoint_seeds },
+    #[cfg(feature = "journal")]
+    Target { name: "journal_log", run: journal::log, seeds: journal::log_seeds },
     Target {
         name: "wire_server_handshake",
         run: wire::server_handshake,
@@ -49,7 +57,7 @@ impl Target {
 }
 
 /// What the program of a target does where it was built without libFuzzer: it runs the files that its arguments
-/// name, or writes its seeds into the directory after `--seeds`.
+/// name, or writes the seeds of every target into the directory after `--seeds`.
 ///
 /// # Errors
 /// Where a file cannot be read or written.
@@ -61,10 +69,12 @@ pub fn replay(name: &str) -> std::io::Result<()> {
     let mut arguments = std::env::args_os().skip(1);
     while let Some(argument) = arguments.next() {
         if argument == "--seeds" {
-            let dir = std::path::PathBuf::from(arguments.next().unwrap_or_else(|| ".".into()));
-            std::fs::create_dir_all(&dir)?;
-            for (number, seed) in (target.seeds)().iter().enumerate() {
-                std::fs::write(dir.join(format!("seed-{number:02}")), seed)?;
+            let corpus = std::path::PathBuf::from(arguments.next().unwrap_or_else(|| "corpus".into()));
+            for target in TARGETS {
+                std::fs::create_dir_all(corpus.join(target.name))?;
+                for (number, seed) in (target.seeds)().iter().enumerate() {
+                    std::fs::write(corpus.join(target.name).join(format!("seed-{number:02}")), seed)?;
+                }
             }
             continue;
         }

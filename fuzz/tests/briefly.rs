@@ -110,8 +110,9 @@ fn briefly(name: &str) {
 }
 
 macro_rules! briefly {
-    ($($name:ident)*) => {
+    ($($(#[$when:meta])? $name:ident)*) => {
         $(
+            $(#[$when])?
             #[test]
             fn $name() {
                 briefly(stringify!($name));
@@ -130,12 +131,14 @@ macro_rules! briefly {
                 assert!(manifest.contains(&format!("name = \"{name}\"")), "{name} has no program");
                 assert!(readme.contains(&format!("`{name}`")), "{name} is not in the readme");
             }
-            assert_eq!(tests.len(), fuzz::TARGETS.len());
         }
     };
 }
 
 briefly! {
+    #[cfg(feature = "journal")] journal_header
+    #[cfg(feature = "journal")] journal_checkpoint
+    #[cfg(feature = "journal")] journal_log
     wire_server_handshake
     wire_server_transmission
     wire_client_handshake

@@ -78,6 +78,8 @@ mod zero;
 pub use clock::{Clock, TokioClock};
 pub use device::LiveDevice;
 pub use error::{Error, ErrorKind, Result};
+#[doc(hidden)]
+pub use journal::fuzzing;
 pub use journal::{BlockRun, JournalLayout, SessionId};
 pub use limit::RateLimit;
 pub use live_file::{BootId, LiveWords};

@@ -16,6 +16,8 @@ const CHECKPOINT_MAGIC: [u8; 8] = *b"LBCKPT\x01\n";
 const RECORD_MAGIC: [u8; 4] = *b"LBRC";
 const VERSION: u32 = 1;
 const LOG_PAGES: u32 = 4096;
+/// Of a disk whose size needs more bits the checkpoints would have more pages than 32 bits count.
+const DISK_SIZE_BITS: u32 = 57;
 /// A log holds at least one record and its copy, and is small enough to be read into memory.
 const LOG_PAGES_ALLOWED: std::ops::RangeInclusive<u32> = 2..=16 * LOG_PAGES;
 /// Together with the fixed fields, two names of this length fit into the header's page.
@@ -77,11 +79,14 @@ pub struct JournalLayout {
 
 impl JournalLayout {
     /// The layout for a disk: its checkpoint places hold any state that the disk can be in.
+    ///
+    /// # Panics
+    /// Where the disk is larger than any that a journal's header may name: 128 PiB.
     #[must_use]
     pub fn for_disk(layout: DiskLayout) -> Self {
         let words = layout.size.div_ceil(BLOCK_SIZE).div_ceil(64) as usize;
         let body = words.div_ceil(SEGMENT_WORDS) * 2 + words * 16;
-        let slot_pages = 1 + u32::try_from(body.div_ceil(PAGE)).expect("a disk has fewer than 2^48 blocks");
+        let slot_pages = 1 + u32::try_from(body.div_ceil(PAGE)).expect("a disk has fewer than 2^45 blocks");
         Self { slot_pages, log_pages: LOG_PAGES }
     }
 
@@ -164,7 +169,11 @@ impl Header {
         let disk = DiskLayout { size: u64_at(page, 32), chunk_size: u32_at(page, 40) };
         let (snapshot_len, target_len) = (u16_at(page, 52) as usize, u16_at(page, 54) as usize);
         let chunks_are_sane = disk.chunk_size.is_power_of_two() && u64::from(disk.chunk_size) >= BLOCK_SIZE;
-        if snapshot_len > NAME_MAX || target_len > NAME_MAX || disk.size >> 60 != 0 || !chunks_are_sane {
+        if snapshot_len > NAME_MAX
+            || target_len > NAME_MAX
+            || disk.size >> DISK_SIZE_BITS != 0
+            || !chunks_are_sane
+        {
             return Err(damaged());
         }
         let name = |start: usize, len: usize| {

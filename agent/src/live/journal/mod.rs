@@ -77,6 +77,7 @@
 //! - Resuming always begins with a fresh checkpoint, so that a torn tail is never written behind.
 
 mod format;
+pub mod fuzzing;
 mod replay;
 #[cfg(test)]
 mod tests;

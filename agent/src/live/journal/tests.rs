@@ -94,6 +94,18 @@ fn read_journal(disk: &SimDisk) -> Result<Said, Error> {
     })
 }
 
+#[test]
+fn a_header_that_names_a_disk_larger_than_any_is_damaged() {
+    let sound = header().encode().unwrap();
+    for bits in 57..64 {
+        let mut page = sound.to_vec();
+        page[32..40].copy_from_slice(&(1_u64 << bits).to_le_bytes());
+        let crc = crc32fast::hash(&page[..PAGE - 4]);
+        page[PAGE - 4..].copy_from_slice(&crc.to_le_bytes());
+        assert_eq!(Header::decode(&page).unwrap_err().kind(), ErrorKind::Damaged, "2^{bits} bytes");
+    }
+}
+
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(40))]
 

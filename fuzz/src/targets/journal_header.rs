@@ -1,0 +1,4 @@
+//! A journal's header.
+#![cfg_attr(fuzzing, no_main)]
+
+fuzz::program!("journal_header", fuzz::journal::header);
