@@ -83,6 +83,12 @@ impl AlignedBuf {
         self.slot.as_ref()
     }
 
+    /// Whether a pool lent its memory, which goes back there when the buffer is dropped.
+    #[must_use]
+    pub const fn is_lent(&self) -> bool {
+        self.slot.is_some()
+    }
+
     /// How many bytes it can hold: a multiple of [`ALIGNMENT`].
     #[must_use]
     pub const fn capacity(&self) -> usize {

@@ -72,7 +72,13 @@ impl BufferPool {
     /// A buffer of `len` bytes, holding whatever was there before.
     #[must_use]
     pub fn take(&self, len: usize) -> AlignedBuf {
-        PoolMemory::take(&self.memory, len).unwrap_or_else(|| AlignedBuf::zeroed(len))
+        self.try_take(len).unwrap_or_else(|| AlignedBuf::zeroed(len))
+    }
+
+    /// The same, if the pool has a buffer that is free and large enough.
+    #[must_use]
+    pub fn try_take(&self, len: usize) -> Option<AlignedBuf> {
+        PoolMemory::take(&self.memory, len)
     }
 
     /// Whether this pool's buffers are registered with the calling thread's ring.

@@ -28,8 +28,8 @@ pub trait ChunkStore: Send + Sync + 'static {
 
     /// Finds a chunk.
     fn place(&self, key: Key) -> Result<Self::Place, SourceError>;
-    /// Reads `len` stored bytes from where `first` begins.
-    fn read(&self, first: &Self::Place, len: u64) -> Result<Vec<u8>, SourceError>;
+    /// Fills `stored` with the bytes from where `first` begins.
+    fn read(&self, first: &Self::Place, stored: &mut [u8]) -> Result<(), SourceError>;
     /// A decoder for one thread.
     fn decoder(&self) -> Self::Decoder;
     /// The plain length of a chunk in bytes.
@@ -48,11 +48,7 @@ pub struct Undecoded<'a, P> {
 
 /// Decodes and verifies.
 pub trait Decode<P> {
-    /// Decodes `stored` into the whole of `out`, and succeeds only if that is the very chunk.
-    fn decode(&mut self, place: &P, stored: &[u8], out: &mut [u8]) -> Result<(), SourceError>;
-
-    /// Decodes each of several chunks, which may be faster than one after another. How each went, in the same order.
-    fn decode_each(&mut self, chunks: &mut [Undecoded<'_, P>]) -> Vec<Result<(), SourceError>> {
-        chunks.iter_mut().map(|chunk| self.decode(chunk.place, chunk.stored, chunk.out)).collect()
-    }
+    /// Decodes each chunk into the whole of its `out`, and succeeds only where that is the very chunk.
+    /// How each went, in the same order.
+    fn decode_each(&mut self, chunks: &mut [Undecoded<'_, P>]) -> Vec<Result<(), SourceError>>;
 }

@@ -12,10 +12,10 @@ use parking_lot::MutexGuard;
 use super::chunk_store::{ChunkStore, Decode, Key, Placed, Undecoded};
 use super::piece::{Piece, RunSlot, Waiter};
 use super::pool::{Shared, State, deliver};
-use crate::live::{ChunkData, SourceError, SourceErrorKind, Urgency};
+use crate::live::{ChunkData, SourceError, Urgency};
 
 /// Enough chunks to fill the widest vector units (16 lanes) twice. It also bounds what a miss may have to wait for.
-const BATCH_CHUNKS: usize = 32;
+const BATCH_CHUNKS: usize = 16;
 /// Plain bytes that are decoded together at most, unless one piece is longer.
 const BATCH_PLAIN_BYTES: usize = 4 << 20;
 
@@ -49,9 +49,10 @@ impl<S: ChunkStore> Shared<S> {
                 self.to_decode.wait(&mut state);
                 continue;
             }
-            MutexGuard::unlocked(&mut state, || self.decode(&mut decoder, &batch));
-            state.arrived_bytes -= batch.iter().map(Piece::stored_len).sum::<u64>();
-            self.to_fetch.notify_one();
+            let len: u64 = batch.iter().map(Piece::stored_len).sum();
+            MutexGuard::unlocked(&mut state, || self.decode(&mut decoder, batch));
+            state.arrived_bytes -= len;
+            self.wake_fetcher(&state);
         }
     }
 
@@ -79,24 +80,14 @@ impl<S: ChunkStore> Shared<S> {
         batch
     }
 
-    fn decode(&self, decoder: &mut S::Decoder, batch: &[Piece<S::Place>]) {
+    fn decode(&self, decoder: &mut S::Decoder, batch: Vec<Piece<S::Place>>) {
         let mut chunks = Vec::new();
-        for piece in batch {
-            let mut at = 0;
+        for piece in &batch {
+            let mut stored = piece.stored.as_deref().expect("a piece that arrived has its bytes");
             for (key, place) in &piece.chunks {
-                let len = place.stored_len() as usize;
-                match piece.stored.get(at..at + len) {
-                    Some(stored) => chunks.push((*key, place, stored, self.place_for(*key))),
-                    None => self.end(
-                        *key,
-                        self.place_for(*key),
-                        Err(SourceError::new(
-                            SourceErrorKind::Damaged,
-                            "the repository returned fewer bytes than it was asked for",
-                        )),
-                    ),
-                }
-                at += len;
+                let (this, others) = stored.split_at(place.stored_len() as usize);
+                chunks.push((*key, place, this, self.place_for(*key)));
+                stored = others;
             }
         }
         let mut undecoded: Vec<_> = chunks
@@ -107,6 +98,7 @@ impl<S: ChunkStore> Shared<S> {
         for ((key, _, _, into), result) in chunks.into_iter().zip(results) {
             self.end(key, into, result);
         }
+        batch.into_iter().filter_map(|piece| piece.stored).for_each(|stored| self.recycle(stored));
     }
 
     fn place_for(&self, key: Key) -> Room {

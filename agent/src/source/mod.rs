@@ -12,6 +12,7 @@ mod args;
 mod chunk_store;
 mod decode;
 mod disk;
+mod fetch;
 mod piece;
 mod pool;
 mod queue;

@@ -13,7 +13,7 @@ use crate::live::{ChunkData, RunData, SourceError};
 pub(super) struct Piece<P> {
     pub(super) chunks: Vec<(Key, P)>,
     /// The stored bytes of all of them, once they are here.
-    pub(super) stored: Vec<u8>,
+    pub(super) stored: Option<AlignedBuf>,
 }
 
 impl<P: Placed> Piece<P> {
@@ -25,7 +25,7 @@ impl<P: Placed> Piece<P> {
                 Some(piece) if piece.chunks.last().is_some_and(|(_, last)| place.follows(last)) => {
                     piece.chunks.push((key, place));
                 }
-                _ => pieces.push(Self { chunks: vec![(key, place)], stored: Vec::new() }),
+                _ => pieces.push(Self { chunks: vec![(key, place)], stored: None }),
             }
         }
         pieces

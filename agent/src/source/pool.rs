@@ -1,13 +1,12 @@
-//! The threads that fetch and decode, and the orders they take work in.
+//! What the fetching and the decoding threads share, and how work is given to them.
 
 use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread::JoinHandle;
-use std::time::Instant;
 
-use block::AlignedBuf;
-use parking_lot::{Condvar, Mutex, MutexGuard};
+use block::{AlignedBuf, BufferPool};
+use parking_lot::{Condvar, Mutex};
 use quick_cache::sync::Cache;
 use tokio::sync::oneshot;
 
@@ -19,10 +18,6 @@ use super::window::Window;
 use crate::live::{ChunkData, FetchFuture, RunData, SourceError, SourceErrorKind, Urgency};
 
 const LANES: usize = Urgency::ALL.len();
-/// The background fetches neighbours together up to so many plain bytes.
-const PIECE_PLAIN_BYTES: usize = 512 << 10;
-/// Stored bytes that may wait for the decode pool before the background stops fetching.
-const DECODE_BACKLOG_BYTES: u64 = 8 << 20;
 /// Buffers kept to be used again.
 const SPARE_BYTES: usize = 32 << 20;
 
@@ -69,9 +64,9 @@ pub struct FetchStats {
 
 #[derive(Default)]
 pub(super) struct Counters {
-    requests: AtomicU64,
+    pub(super) requests: AtomicU64,
     pub(super) chunks: AtomicU64,
-    stored_bytes: AtomicU64,
+    pub(super) stored_bytes: AtomicU64,
     pub(super) plain_bytes: AtomicU64,
 }
 
@@ -87,19 +82,19 @@ impl quick_cache::Weighter<Key, ChunkData> for ByBytes {
 pub(super) struct State<P> {
     pub(super) queue: FetchQueue<Key, Waiter>,
     /// Pieces of the background that were located and wait for a slot.
-    located: Vec<Piece<P>>,
+    pub(super) located: Vec<Piece<P>>,
     /// Pieces that arrived, by urgency.
     pub(super) arrived: [std::collections::VecDeque<Piece<P>>; LANES],
     pub(super) arrived_bytes: u64,
-    window: Window,
-    background_slots: usize,
+    pub(super) window: Window,
+    pub(super) background_slots: usize,
     pub(super) closed: bool,
 }
 
 pub(super) struct Shared<S: ChunkStore> {
     pub(super) store: S,
-    options: PoolOptions,
-    throttle: Throttle,
+    pub(super) options: PoolOptions,
+    pub(super) throttle: Throttle,
     pub(super) cache: Cache<Key, ChunkData, ByBytes>,
     pub(super) state: Mutex<State<S::Place>>,
     /// Wakes a fetching thread: there is something to fetch, or room for it.
@@ -114,12 +109,6 @@ pub(super) struct Shared<S: ChunkStore> {
 pub struct FetchPool<S: ChunkStore> {
     shared: Arc<Shared<S>>,
     threads: Vec<JoinHandle<()>>,
-}
-
-/// What a fetching thread takes: a piece to read, or chunks still to be found.
-enum Order<P> {
-    Find { keys: Vec<Key>, urgency: Urgency },
-    Read(Piece<P>),
 }
 
 impl<S: ChunkStore> FetchPool<S> {
@@ -188,7 +177,8 @@ impl<S: ChunkStore> FetchPool<S> {
         if state.closed {
             return Box::pin(std::future::ready(Err(closed())));
         }
-        self.shared.join(&mut state, key, urgency, Waiter::One(sender));
+        join(&mut state, key, urgency, Waiter::One(sender));
+        self.shared.wake_fetcher(&state);
         drop(state);
         Box::pin(async move { receiver.await.unwrap_or_else(|_| Err(closed())) })
     }
@@ -202,7 +192,7 @@ impl<S: ChunkStore> FetchPool<S> {
     ) -> FetchFuture<'static, RunData> {
         let keys = chunks.clone().map(|chunk| Key { disk, chunk });
         let lengths: Vec<usize> = keys.clone().map(|key| self.shared.store.plain_len(key)).collect();
-        let buf = self.shared.buffer(lengths.iter().sum());
+        let buf = self.shared.run_buffer(lengths.iter().sum());
         let (run, receiver) = Run::new(chunks.start, &lengths, buf);
         let mut state = self.shared.state.lock();
         for (slot, key) in keys.enumerate() {
@@ -210,9 +200,10 @@ impl<S: ChunkStore> FetchPool<S> {
                 run.settle_copy(slot, Err(closed()));
             } else {
                 let waiter = Waiter::Run(RunSlot { run: Arc::clone(&run), slot });
-                self.shared.join(&mut state, key, urgency, waiter);
+                join(&mut state, key, urgency, waiter);
             }
         }
+        self.shared.wake_fetcher(&state);
         drop(state);
         Box::pin(async move {
             receiver.await.unwrap_or_else(|_| RunData {
@@ -224,10 +215,7 @@ impl<S: ChunkStore> FetchPool<S> {
 
     /// Takes a buffer back, to be used again.
     pub fn recycle(&self, buf: AlignedBuf) {
-        let mut spares = self.shared.spares.lock();
-        if spares.iter().map(AlignedBuf::capacity).sum::<usize>() + buf.capacity() <= SPARE_BYTES {
-            spares.push(buf);
-        }
+        self.shared.recycle(buf);
     }
 
     /// What was fetched until now.
@@ -261,144 +249,27 @@ impl<S: ChunkStore> Drop for FetchPool<S> {
 }
 
 impl<S: ChunkStore> Shared<S> {
-    fn join(&self, state: &mut State<S::Place>, key: Key, urgency: Urgency, waiter: Waiter) {
-        match state.queue.join(key, urgency, waiter) {
-            Joined::Queued => {
-                self.to_fetch.notify_one();
-            }
-            Joined::Raised => {
-                raise(state, key, urgency);
-                self.to_fetch.notify_one();
-            }
-            Joined::Shared => {}
+    /// Keeps a buffer to be used again, unless it has a pool of its own to go back to.
+    pub(super) fn recycle(&self, buf: AlignedBuf) {
+        let mut spares = self.spares.lock();
+        let kept: usize = spares.iter().map(AlignedBuf::capacity).sum();
+        if !buf.is_lent() && kept + buf.capacity() <= SPARE_BYTES {
+            spares.push(buf);
         }
     }
 
-    fn fetch_loop(&self) {
-        let mut state = self.state.lock();
-        loop {
-            if state.closed {
-                return;
-            }
-            let Some(order) = self.next_order(&mut state) else {
-                self.to_fetch.wait(&mut state);
-                continue;
-            };
-            MutexGuard::unlocked(&mut state, || self.carry_out(order));
-        }
+    /// A buffer for a run, which the calling thread will write: best one that its ring knows.
+    fn run_buffer(&self, len: usize) -> AlignedBuf {
+        let lent = BufferPool::of_thread().ok().and_then(|pool| pool.try_take(len));
+        lent.unwrap_or_else(|| self.buffer(len))
     }
 
-    fn next_order(&self, state: &mut State<S::Place>) -> Option<Order<S::Place>> {
-        if let Some((key, urgency)) = state.queue.start(Urgency::Readahead) {
-            return Some(Order::Find { keys: vec![key], urgency });
-        }
-        if state.located.last().is_some_and(|piece| urgency_of(state, piece) > Urgency::Background) {
-            // Somebody urgent joined it meanwhile: no window holds it back.
-            state.background_slots += 1;
-            return state.located.pop().map(Order::Read);
-        }
-        let slots = self.options.slots.saturating_sub(self.options.reserved_for_demand).max(1);
-        let may_begin = state.background_slots < slots
-            && state.window.has_room()
-            && state.arrived_bytes < DECODE_BACKLOG_BYTES;
-        if !may_begin {
-            return None;
-        }
-        let order = if let Some(piece) = state.located.pop() {
-            Order::Read(piece)
-        } else {
-            let (first, urgency) = state.queue.start(Urgency::Background)?;
-            let mut keys = vec![first];
-            let mut plain = self.store.plain_len(first);
-            while plain + self.store.plain_len(first) <= PIECE_PLAIN_BYTES {
-                let Some((key, _)) = state.queue.start(Urgency::Background) else { break };
-                plain += self.store.plain_len(key);
-                keys.push(key);
-            }
-            Order::Find { keys, urgency }
-        };
-        state.background_slots += 1;
-        Some(order)
-    }
-
-    /// Finds chunks, reads them and hands them to the decode pool. No lock is held meanwhile.
-    fn carry_out(&self, order: Order<S::Place>) {
-        let begun = Instant::now();
-        let (piece, background) = match order {
-            Order::Read(piece) => (Some(piece), true),
-            Order::Find { keys, urgency } => (self.find(keys), urgency == Urgency::Background),
-        };
-        let Some(mut piece) = piece else {
-            if background {
-                self.state.lock().background_slots -= 1;
-                self.to_fetch.notify_one();
-            }
-            return;
-        };
-        let len = piece.stored_len();
-        if background {
-            self.state.lock().window.begin(len);
-            // The window may have room for one more beside this one.
-            self.to_fetch.notify_one();
-        }
-        let arrives = self.throttle.reserve(begun, len);
-        let result = self.store.read(&piece.chunks[0].1, len);
-        if let Some(arrives) = arrives {
-            std::thread::sleep(arrives.saturating_duration_since(Instant::now()));
-        }
-        self.counters.requests.fetch_add(1, Ordering::Relaxed);
-        let mut state = self.state.lock();
-        if background {
-            state.background_slots -= 1;
-            match result {
-                Ok(_) => state.window.end(len, begun.elapsed()),
-                Err(_) => state.window.cancel(len),
-            }
-            self.to_fetch.notify_one();
-        }
-        match result {
-            Ok(stored) => {
-                piece.stored = stored;
-                self.counters.stored_bytes.fetch_add(len, Ordering::Relaxed);
-                let urgency = urgency_of(&state, &piece);
-                state.arrived_bytes += len;
-                state.arrived[urgency.lane()].push_back(piece);
-                drop(state);
-                self.to_decode.notify_one();
-            }
-            Err(error) => {
-                let waiters: Vec<Waiter> =
-                    piece.chunks.iter().flat_map(|(key, _)| state.queue.finish(*key)).collect();
-                drop(state);
-                waiters.into_iter().for_each(|waiter| deliver(waiter, Err(error.clone())));
-            }
-        }
-    }
-
-    /// Finds where chunks are; the first piece is for the caller, the others for whoever has a slot.
-    fn find(&self, keys: Vec<Key>) -> Option<Piece<S::Place>> {
-        let mut found = Vec::with_capacity(keys.len());
-        for key in keys {
-            match self.store.place(key) {
-                Ok(place) => found.push((key, place)),
-                Err(error) => {
-                    let waiters = self.state.lock().queue.finish(key);
-                    waiters.into_iter().for_each(|waiter| deliver(waiter, Err(error.clone())));
-                }
-            }
-        }
-        let mut pieces = Piece::join_neighbours(found).into_iter();
-        let first = pieces.next();
-        let mut others: Vec<_> = pieces.collect();
-        if !others.is_empty() {
-            others.reverse();
-            let mut state = self.state.lock();
-            let waiting = std::mem::take(&mut state.located);
-            // The last is taken first: what was located before goes before these.
-            state.located = others.into_iter().chain(waiting).collect();
-            self.to_fetch.notify_one();
-        }
-        first
+    /// A buffer for stored bytes; of few sizes, so that it fits others too when it comes back.
+    pub(super) fn stored_buffer(&self, len: u64) -> AlignedBuf {
+        let len = usize::try_from(len).expect("a fetch is a few chunks");
+        let mut buf = self.buffer(len.next_power_of_two());
+        buf.set_len(len);
+        buf
     }
 
     /// A buffer of `len` bytes, of unknown contents.
@@ -424,6 +295,12 @@ pub(super) fn deliver(waiter: Waiter, result: Result<ChunkData, SourceError>) {
     }
 }
 
+fn join<P: Placed>(state: &mut State<P>, key: Key, urgency: Urgency, waiter: Waiter) {
+    if state.queue.join(key, urgency, waiter) == Joined::Raised {
+        raise(state, key, urgency);
+    }
+}
+
 /// Moves what is already under way for `key` to where it is taken first.
 fn raise<P: Placed>(state: &mut State<P>, key: Key, urgency: Urgency) {
     if let Some(at) = state.located.iter().position(|piece| piece.holds(key)) {
@@ -438,11 +315,6 @@ fn raise<P: Placed>(state: &mut State<P>, key: Key, urgency: Urgency) {
             return;
         }
     }
-}
-
-fn urgency_of<P: Placed>(state: &State<P>, piece: &Piece<P>) -> Urgency {
-    let urgencies = piece.chunks.iter().filter_map(|(key, _)| state.queue.urgency(*key));
-    urgencies.max().unwrap_or(Urgency::Background)
 }
 
 fn closed() -> SourceError {

@@ -89,6 +89,11 @@ impl<K: Copy + Eq + Hash, W> FetchQueue<K, W> {
         None
     }
 
+    /// Whether [`start`](Self::start) may find something; it is certain to find nothing where this is false.
+    pub(super) fn may_start(&self, at_least: Urgency) -> bool {
+        self.lanes[at_least.lane()..].iter().any(|lane| !lane.is_empty())
+    }
+
     /// How urgent a fetch is by now, where it is known.
     pub(super) fn urgency(&self, chunk: K) -> Option<Urgency> {
         self.fetches.get(&chunk).map(|fetch| fetch.urgency)

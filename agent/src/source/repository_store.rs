@@ -85,13 +85,9 @@ impl ChunkStore for RepositoryStore {
         }
     }
 
-    fn read(&self, first: &ChunkPlace, len: u64) -> Result<Vec<u8>, SourceError> {
-        let len = usize::try_from(len).expect("a fetch is a few chunks");
-        let mut stored = vec![0; len];
-        self.reader
-            .read_stored_range(first.location.pack, first.location.offset.into(), &mut stored)
-            .map_err(|error| self.failed(error))?;
-        Ok(stored)
+    fn read(&self, first: &ChunkPlace, stored: &mut [u8]) -> Result<(), SourceError> {
+        let at = &first.location;
+        self.reader.read_stored_range(at.pack, at.offset.into(), stored).map_err(|error| self.failed(error))
     }
 
     fn decoder(&self) -> RepositoryDecoder {
@@ -109,16 +105,6 @@ pub struct RepositoryDecoder {
 }
 
 impl Decode<ChunkPlace> for RepositoryDecoder {
-    fn decode(&mut self, place: &ChunkPlace, stored: &[u8], out: &mut [u8]) -> Result<(), SourceError> {
-        let decoder = self
-            .decoder
-            .as_mut()
-            .map_err(|error| SourceError::new(SourceErrorKind::Unavailable, error.clone()))?;
-        decoder
-            .decode(&place.location, stored, &place.id, out)
-            .map_err(|error| SourceError::new(SourceErrorKind::Damaged, error))
-    }
-
     fn decode_each(&mut self, chunks: &mut [Undecoded<'_, ChunkPlace>]) -> Vec<Result<(), SourceError>> {
         let decoder = match &mut self.decoder {
             Ok(decoder) => decoder,

@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 use parking_lot::{Condvar, Mutex};
 
-use super::{ChunkStore, Decode, FetchPool, Key, Placed, PoolOptions};
+use super::{ChunkStore, Decode, FetchPool, Key, Placed, PoolOptions, Undecoded};
 use crate::live::{SourceError, SourceErrorKind, Urgency};
 
 const CHUNK: usize = 4096;
@@ -47,19 +47,19 @@ impl ChunkStore for Arc<Memory> {
         Ok(Place(key))
     }
 
-    fn read(&self, first: &Place, len: u64) -> Result<Vec<u8>, SourceError> {
+    fn read(&self, first: &Place, stored: &mut [u8]) -> Result<(), SourceError> {
         self.reads.fetch_add(1, Ordering::SeqCst);
         let chunk = first.0.chunk;
         let mut held = self.held.lock();
         self.let_go.wait_while(&mut held, |held| held.contains(&chunk));
         drop(held);
-        let mut stored: Vec<u8> = (chunk..chunk + len / CHUNK as u64).flat_map(bytes_of).collect();
-        for (at, byte) in stored.chunks_mut(CHUNK).enumerate() {
-            if self.damaged.contains(&(chunk + at as u64)) {
-                byte[0] ^= 1;
+        for (chunk, stored) in (chunk..).zip(stored.chunks_mut(CHUNK)) {
+            stored.copy_from_slice(&bytes_of(chunk));
+            if self.damaged.contains(&chunk) {
+                stored[0] ^= 1;
             }
         }
-        Ok(stored)
+        Ok(())
     }
 
     fn decoder(&self) -> Plain {
@@ -72,12 +72,16 @@ impl ChunkStore for Arc<Memory> {
 }
 
 impl Decode<Place> for Plain {
-    fn decode(&mut self, place: &Place, stored: &[u8], out: &mut [u8]) -> Result<(), SourceError> {
-        if stored != bytes_of(place.0.chunk) {
-            return Err(SourceError::new(SourceErrorKind::Damaged, format!("chunk {}", place.0.chunk)));
-        }
-        out.copy_from_slice(stored);
-        Ok(())
+    fn decode_each(&mut self, chunks: &mut [Undecoded<'_, Place>]) -> Vec<Result<(), SourceError>> {
+        let decode = |undecoded: &mut Undecoded<'_, Place>| {
+            let chunk = undecoded.place.0.chunk;
+            if undecoded.stored != bytes_of(chunk) {
+                return Err(SourceError::new(SourceErrorKind::Damaged, format!("chunk {chunk}")));
+            }
+            undecoded.out.copy_from_slice(undecoded.stored);
+            Ok(())
+        };
+        chunks.iter_mut().map(decode).collect()
     }
 }
 
