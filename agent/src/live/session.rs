@@ -42,7 +42,7 @@ pub struct Session {
     pub(super) decoded: Mutex<HashMap<u64, ChunkData>>,
     /// Wakes workers that have nothing to do, and whoever waits for the last change to end.
     pub(super) work: Notify,
-    /// Wakes whoever waits for nothing but the end.
+    /// Wakes whoever waits for another phase, or for the workers' end.
     pub(super) ending: Notify,
     pub(super) idle: Notify,
     pub(super) waiting: AtomicU64,
@@ -249,6 +249,17 @@ impl Session {
         }
     }
 
+    /// Ends once the session is no longer in `phase`: at once, where it is not.
+    pub async fn has_left(&self, phase: Phase) {
+        loop {
+            let changed = self.ending.notified();
+            if self.phase() != phase {
+                return;
+            }
+            changed.await;
+        }
+    }
+
     /// Goes from `Filling` or `Complete` on to `phase`; nothing leads out of the other two.
     pub(super) fn enter(&self, phase: Phase) -> bool {
         // Sequentially consistent with the count of changes: either parking sees a change, or it sees parking.
@@ -376,12 +387,19 @@ fn check_identity(header: &Header, identity: &Identity, disk: DiskLayout) -> Res
     Err(Error::new(ErrorKind::Elsewhere, problem))
 }
 
+/// Marks zero chunks as home, a run of them at a time: most of a large disk is zeroes.
 fn mark_zero_chunks(map: &BlockMap, source: &dyn ChunkSource) {
-    for chunk in 0..map.disk().chunk_count() {
-        if source.is_zero(chunk) {
-            let blocks = map.blocks_of_chunks(&(chunk..chunk + 1));
-            map.p().set(blocks.clone());
-            map.v().set(blocks);
+    let count = map.disk().chunk_count();
+    let end_of_run = |start, zero| (start..count).find(|&chunk| source.is_zero(chunk) != zero).unwrap_or(count);
+    let mut end = 0;
+    while end < count {
+        let start = end_of_run(end, false);
+        if start == count {
+            return;
         }
+        end = end_of_run(start, true);
+        let blocks = map.blocks_of_chunks(&(start..end));
+        map.p().set(blocks.clone());
+        map.v().set(blocks);
     }
 }

@@ -19,7 +19,7 @@ use crate::output::{Progress, human_size};
 use crate::source::{FetchPool, RepositoryStore};
 use crate::status::Status;
 
-/// How often the state is looked at.
+/// How often signals and connections are looked at.
 const TICK: Duration = Duration::from_millis(50);
 /// How often progress is told.
 const PROGRESS_INTERVAL: Duration = Duration::from_secs(1);
@@ -202,8 +202,10 @@ impl Story<'_> {
         let mut told_waiting = None;
         let mut bar: Option<Progress> = None;
         let mut rate = meter.sample(Instant::now(), self.session.stats().home_bytes);
+        let mut phase = self.session.phase();
         loop {
             tokio::select! {
+                () = self.session.has_left(phase) => {}
                 asked = control.accept() => {
                     if let Ok(stream) = asked {
                         tokio::spawn(Control::answer(stream, self.status(&self.session.stats(), rate)));
@@ -215,7 +217,7 @@ impl Story<'_> {
             if interrupt.is_raised() {
                 return Ok(End::Parked);
             }
-            let phase = self.session.phase();
+            phase = self.session.phase();
             let now = Instant::now();
             if phase == Phase::Filling && now.duration_since(told_at) >= PROGRESS_INTERVAL {
                 told_at = now;
