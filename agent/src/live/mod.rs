@@ -52,6 +52,7 @@ mod commit;
 #[cfg(test)]
 mod crash;
 mod device;
+mod disk;
 mod error;
 mod extents;
 mod fetch;
@@ -77,6 +78,7 @@ mod zero;
 
 pub use clock::{Clock, TokioClock};
 pub use device::LiveDevice;
+pub use disk::LiveDisk;
 pub use error::{Error, ErrorKind, Result};
 #[doc(hidden)]
 pub use journal::fuzzing;

@@ -390,7 +390,8 @@ fn check_identity(header: &Header, identity: &Identity, disk: DiskLayout) -> Res
 /// Marks zero chunks as home, a run of them at a time: most of a large disk is zeroes.
 fn mark_zero_chunks(map: &BlockMap, source: &dyn ChunkSource) {
     let count = map.disk().chunk_count();
-    let end_of_run = |start, zero| (start..count).find(|&chunk| source.is_zero(chunk) != zero).unwrap_or(count);
+    let end_of_run =
+        |start, zero| (start..count).find(|&chunk| source.is_zero(chunk) != zero).unwrap_or(count);
     let mut end = 0;
     while end < count {
         let start = end_of_run(end, false);

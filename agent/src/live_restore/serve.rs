@@ -1,11 +1,10 @@
 //! Serves a session until it is told to end, and says how it goes.
 
-use std::rc::Rc;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
-use block::{BlockDevice, Engine, FileDisk, OpenDevice};
+use block::{Engine, OpenDevice};
 use nbd_server::{Export, LateRequests, ListenAddress, Server, ServerHandle, ServerOptions, ShardTask};
 
 use super::advice;
@@ -14,7 +13,7 @@ use super::open::Opened;
 use super::report::{Event, RateMeter, status};
 use super::state_dir::{SessionRecord, StateDir};
 use crate::cli::{Context, Failure, Interrupt, Outcome};
-use crate::live::{LiveDevice, Phase, Resumed, Session, StatsSnapshot};
+use crate::live::{LiveDisk, Phase, Resumed, Session, StatsSnapshot};
 use crate::output::{Progress, human_size};
 use crate::source::{FetchPool, RepositoryStore};
 use crate::status::Status;
@@ -34,26 +33,6 @@ pub(super) struct Plan<'a> {
     pub(super) state: &'a StateDir,
 }
 
-/// The session's disk, opened once on each shard over that shard's own handles.
-struct LiveDisk {
-    session: Arc<Session>,
-    target: FileDisk,
-    journal: FileDisk,
-}
-
-impl LiveDisk {
-    fn device(&self) -> block::Result<LiveDevice> {
-        let (target, journal) = (self.target.open()?, self.journal.open()?);
-        self.session.device(target, journal).map_err(|error| block::Error::new(block::ErrorKind::Io, error))
-    }
-}
-
-impl OpenDevice for LiveDisk {
-    fn open(&self) -> block::Result<Rc<dyn BlockDevice>> {
-        Ok(Rc::new(self.device()?))
-    }
-}
-
 /// Serves until a signal, a failure, or, if that is wanted, completion.
 pub(super) fn serve(
     opened: Opened,
@@ -61,13 +40,16 @@ pub(super) fn serve(
     context: &Context,
     interrupt: &Interrupt,
 ) -> anyhow::Result<Outcome> {
-    let disk = Arc::new(LiveDisk {
-        session: Arc::clone(&opened.session),
-        target: opened.target.clone(),
-        journal: opened.journal.clone(),
-    });
-    let server = match bind(&opened.record, &disk, plan.listen) {
-        Ok(server) => server.on_shard_start(workers(&disk)),
+    let disk = Arc::new(LiveDisk::new(
+        Arc::clone(&opened.session),
+        Arc::new(opened.target.clone()),
+        Arc::new(opened.journal.clone()),
+    ));
+    let shards = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
+    let served = bind(&opened.record, &disk, plan.listen)
+        .and_then(|server| server.on_shard_start(workers(&disk)).run(shards, plan.engine));
+    let handle = match served {
+        Ok(handle) => handle,
         Err(error) => {
             drop(disk);
             opened.take_back(plan.state);
@@ -75,8 +57,6 @@ pub(super) fn serve(
         }
     };
     let Opened { session, record, pool, resumed, .. } = opened;
-    let shards = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
-    let handle = server.run(shards, plan.engine)?;
     let story = Story { context, record: &record, session: &session, pool: &pool, handle: &handle };
     let told = story.tell(plan, resumed, interrupt);
     handle.shutdown();
@@ -85,18 +65,18 @@ pub(super) fn serve(
     let end = told?;
     let last = session.stats();
     parked.map_err(|error| poisoned(&record, error))?;
+    let status = status(&record, None, &last, pool.stats(), 0);
+    let output = context.output();
     if end == End::Parked {
-        let status = status(&record, None, &last, pool.stats(), 0);
-        let output = context.output();
         output.event(&Event::Parked(&status))?;
         output.line(format_args!("parked at {:.1} % home; the same command goes on", status.percent()))?;
     }
-    if last.damaged.is_empty() {
+    if status.damaged.is_empty() {
         return Ok(Outcome::Done);
     }
-    for range in status(&record, None, &last, pool.stats(), 0).damaged {
+    for range in &status.damaged {
         let end = range.offset + range.len;
-        context.output().damaged(format_args!(
+        output.damaged(format_args!(
             "bytes {}..{end} of {}/{}: {}",
             range.offset, record.snapshot, record.disk, range.reason
         ));
@@ -146,7 +126,7 @@ fn workers(disk: &Arc<LiveDisk>) -> ShardTask {
                 tasks.spawn_local(device.clone().commit_worker());
             }
             shard.stopping().await;
-            disk.session.stop_workers();
+            disk.session().stop_workers();
             while let Some(ended) = tasks.join_next().await {
                 if let Err(error) = ended {
                     tracing::error!(%error, "a worker of the session failed");

@@ -3,34 +3,15 @@
 use std::fs::OpenOptions;
 use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::Path;
-use std::rc::Rc;
 use std::sync::Arc;
 
 use anyhow::Context as _;
-use block::{BlockDevice, DirectIo, Engine, FileDisk, FileOptions, OpenDevice};
+use block::{DirectIo, Engine, FileDisk, FileOptions, OpenDevice};
 
 use crate::live::{
-    BootId, ChunkSource, Identity, JournalLayout, LiveWords, Session, SessionId, SessionOptions,
+    BootId, ChunkSource, Identity, JournalLayout, LiveDisk, LiveWords, Session, SessionId, SessionOptions,
     SessionParts, TokioClock,
 };
-
-/// A session that nobody will resume, opened on any thread.
-struct ScratchDisk {
-    session: Arc<Session>,
-    target: FileDisk,
-    journal: FileDisk,
-}
-
-impl OpenDevice for ScratchDisk {
-    fn open(&self) -> block::Result<Rc<dyn BlockDevice>> {
-        let (target, journal) = (self.target.open()?, self.journal.open()?);
-        let device = self
-            .session
-            .device(target, journal)
-            .map_err(|error| block::Error::new(block::ErrorKind::Io, error))?;
-        Ok(Rc::new(device))
-    }
-}
 
 /// Makes a disk that reads as `source` until it is written to. What is written goes to files in `dir`
 /// that have no name, so that they are gone when the process ends, however it does.
@@ -57,7 +38,7 @@ pub(super) fn open(
         let (target, journal) = (target.open()?, journal.open()?);
         anyhow::Ok(Session::create(parts, SessionId(id), true, &*target, &*journal).await?)
     })?;
-    Ok(Arc::new(ScratchDisk { session, target, journal }))
+    Ok(Arc::new(LiveDisk::new(session, Arc::new(target), Arc::new(journal))))
 }
 
 fn nameless(dir: &Path, size: u64, engine: Engine) -> anyhow::Result<FileDisk> {
