@@ -36,10 +36,13 @@ pub(super) struct Decoders<'a> {
     pub(super) damage: &'a DamageLog,
     pub(super) stop: &'a Stop,
     pub(super) progress: &'a Progress,
-    pub(super) jobs: Mutex<mpsc::Receiver<Job>>,
     pub(super) free: Mutex<mpsc::Receiver<AlignedBuf>>,
     pub(super) piece_len: usize,
 }
+
+/// Where decoders take their jobs. Only decoders hold it: once all of them have left, the planner hears of it, and
+/// does not wait for ever to be rid of a job.
+pub(super) type Jobs = Arc<Mutex<mpsc::Receiver<Job>>>;
 
 /// The nobody-is-there errors of channels: whoever left has said why.
 #[derive(Debug, thiserror::Error)]
@@ -62,18 +65,18 @@ struct Piece {
 
 impl Decoders<'_> {
     /// Works until there are no more jobs, or something failed.
-    pub(super) fn run(&self, writes: local::UnboundedSender<Write>) {
-        if let Err(error) = self.work(writes)
+    pub(super) fn run(&self, jobs: Jobs, writes: local::UnboundedSender<Write>) {
+        if let Err(error) = self.work(&jobs, writes)
             && !error.is::<Gone>()
         {
             self.stop.keep(error);
         }
     }
 
-    fn work(&self, writes: local::UnboundedSender<Write>) -> anyhow::Result<()> {
+    fn work(&self, jobs: &Jobs, writes: local::UnboundedSender<Write>) -> anyhow::Result<()> {
         let mut hands = Hands { writes, decoder: ChunkDecoder::new()?, stored: Vec::new(), shared: self };
         loop {
-            let Ok(job) = self.jobs.lock().recv() else { return Ok(()) };
+            let Ok(job) = jobs.lock().recv() else { return Ok(()) };
             self.stop.check()?;
             hands.bring_back(&job.fetch, &job.wanted[job.fetch.items.clone()])?;
         }

@@ -50,6 +50,7 @@ impl Restore<'_> {
         let threads = std::thread::available_parallelism().map_or(2, usize::from).min(MAX_DECODERS);
         let pieces = threads * decode::PIECES_AT_ONCE + PIECES_IN_FLIGHT;
         let (job_sender, jobs) = mpsc::sync_channel(QUEUED_JOBS);
+        let jobs = Arc::new(Mutex::new(jobs));
         let (write_sender, writes) = local::unbounded_channel();
         let (free_sender, free) = mpsc::channel();
         let decoders = Decoders {
@@ -59,7 +60,6 @@ impl Restore<'_> {
             damage: self.damage,
             stop: &stop,
             progress: self.progress,
-            jobs: Mutex::new(jobs),
             free: Mutex::new(free),
             piece_len,
         };
@@ -67,10 +67,12 @@ impl Restore<'_> {
             let (decoders, stop) = (&decoders, &stop);
             let mut spawned = Ok(());
             for _ in 0..threads {
-                let writes = write_sender.clone();
+                let (jobs, writes) = (Arc::clone(&jobs), write_sender.clone());
                 let thread = std::thread::Builder::new().name("restore".into());
-                spawned = spawned.and(thread.spawn_scoped(scope, move || decoders.run(writes)).map(drop));
+                spawned =
+                    spawned.and(thread.spawn_scoped(scope, move || decoders.run(jobs, writes)).map(drop));
             }
+            drop(jobs);
             let thread = std::thread::Builder::new().name("plan".into());
             let planner = thread.spawn_scoped(scope, move || {
                 if let Err(error) = self.plan(&job_sender, &write_sender, stop) {

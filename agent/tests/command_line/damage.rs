@@ -2,7 +2,7 @@
 
 use std::fs::File;
 use std::os::unix::fs::FileExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use crate::support::{MIB, Scratch, noise};
 
@@ -47,6 +47,18 @@ fn a_restore_stops_at_damage_and_leaves_no_target() {
     let scratch = damaged();
     let ran = scratch.run(&["restore", "web01@latest", "out.raw"]);
     ran.fails(&["of the disk cannot be restored", "chunk", "pack", "CRC"]);
+    assert_eq!(scratch.names("."), ["d.raw", "repo"]);
+}
+
+#[test]
+fn a_restore_of_many_packs_stops_at_damage_in_the_first() {
+    let scratch = Scratch::new();
+    // Far more reads than wait for the decoders at any time.
+    scratch.disk("d.raw", 320 * MIB, &[(0, 320 << 20, 1)]);
+    scratch.run(&["capture", "web01", "d.raw"]).ends_with(0);
+    let is_of_chunks = |pack: &&PathBuf| std::fs::metadata(pack).unwrap().len() > 2 * MIB;
+    scratch.packs().iter().filter(is_of_chunks).for_each(|pack| flip(pack, MIB));
+    scratch.run(&["restore", "web01@latest", "out.raw"]).fails(&["cannot be restored", "CRC"]);
     assert_eq!(scratch.names("."), ["d.raw", "repo"]);
 }
 

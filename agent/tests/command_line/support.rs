@@ -112,6 +112,13 @@ impl Scratch {
 
     /// The only pack of the repository.
     pub(crate) fn pack(&self) -> PathBuf {
+        let mut packs = self.packs();
+        assert_eq!(packs.len(), 1, "{packs:?}");
+        packs.remove(0)
+    }
+
+    /// All packs of the repository.
+    pub(crate) fn packs(&self) -> Vec<PathBuf> {
         fn walk(dir: &Path, found: &mut Vec<PathBuf>) {
             for entry in std::fs::read_dir(dir).unwrap() {
                 let path = entry.unwrap().path();
@@ -120,8 +127,7 @@ impl Scratch {
         }
         let mut found = Vec::new();
         walk(&self.path("repo/packs"), &mut found);
-        assert_eq!(found.len(), 1, "{found:?}");
-        found.remove(0)
+        found
     }
 }
 
