@@ -3,6 +3,7 @@
 
 pub mod capture;
 pub mod cli;
+mod in_use;
 pub mod live;
 pub mod live_restore;
 pub mod output;

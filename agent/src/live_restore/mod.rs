@@ -19,7 +19,7 @@ mod state_dir;
 mod target;
 
 use std::num::NonZeroU64;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use block::{Engine, IoEngine};
@@ -27,6 +27,7 @@ use nbd_server::ListenAddress;
 use repository::Repository;
 
 use crate::cli::{Context, Outcome, Rate, Verb};
+use crate::in_use::Claim;
 use crate::live::SessionOptions;
 use crate::source::{SourceArgs, parse_time};
 
@@ -99,6 +100,7 @@ impl Verb for Args {
         let interrupt = context.interrupt()?;
         let engine = Engine::choose(self.io_engine)?;
         let state = StateDir::of(&self.target, self.state.as_deref())?;
+        let _claim = claim(&self.target, &state)?;
         let options = SessionOptions {
             source_timeout: self.source_timeout,
             limit: self.limit.limit().map_or(0, NonZeroU64::get),
@@ -119,4 +121,12 @@ impl Verb for Args {
             serve::Plan { listen: &self.listen, exit_when_done: self.exit_when_done, engine, state: &state };
         serve::serve(opened, &plan, context, &interrupt)
     }
+}
+
+/// Keeps others from the target until the session ends. An agent that serves it already is named.
+fn claim(target: &Path, state: &StateDir) -> anyhow::Result<Claim> {
+    crate::in_use::claim(target).map_err(|error| match ask(state.path()) {
+        Ok(Some(_)) => target::in_use(target, state.path()),
+        _ => error,
+    })
 }

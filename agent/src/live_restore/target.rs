@@ -152,7 +152,7 @@ fn holds_data(path: &Path) -> anyhow::Error {
     .into()
 }
 
-fn in_use(path: &Path, state: &Path) -> anyhow::Error {
+pub(super) fn in_use(path: &Path, state: &Path) -> anyhow::Error {
     let who = match control::ask(state) {
         Ok(Some(status)) => format!(
             "by the agent with the process id {}, which restores {}",

@@ -2,7 +2,6 @@
 
 mod damage;
 mod decode;
-mod locks;
 mod pipeline;
 mod plan;
 mod signature;

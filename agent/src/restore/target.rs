@@ -6,17 +6,18 @@
 //! device is written in place; it is held exclusively, so that it cannot be mounted meanwhile.
 
 use std::ffi::OsString;
-use std::fs::{File, Metadata, OpenOptions, TryLockError};
+use std::fs::{File, Metadata, TryLockError};
 use std::io::{self, Read, Seek, SeekFrom};
 use std::os::fd::AsFd;
-use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt, fchown};
+use std::os::unix::fs::{FileTypeExt, MetadataExt, fchown};
 use std::path::{Path, PathBuf};
 
 use anyhow::Context as _;
 use block::{FileDisk, FileOptions};
 
-use super::{locks, signature};
+use super::signature;
 use crate::cli::Failure;
+use crate::in_use::{in_use, open_exclusively, refuse_locked};
 use crate::output::human_size;
 
 /// A target that may be written. Dropped before [`Target::complete`], it takes away the file it had begun.
@@ -92,7 +93,7 @@ impl Target {
             .into());
         }
         let file = File::open(&path).with_context(|| format!("cannot open the target {}", path.display()))?;
-        refuse_used_file(&path, &file)?;
+        refuse_locked(&path, &file)?;
         if 0 < existing.len() && existing.len() < size {
             return Err(too_small(&path, existing.len(), size));
         }
@@ -122,11 +123,7 @@ impl Target {
         force: bool,
         options: FileOptions,
     ) -> anyhow::Result<(Self, FileDisk)> {
-        let opened = OpenOptions::new().read(true).write(true).custom_flags(libc::O_EXCL).open(&path);
-        let mut exclusive = opened.map_err(|error| match error.raw_os_error() {
-            Some(libc::EBUSY) => anyhow::Error::from(in_use(&path, "mounted, or held by the kernel")),
-            _ => anyhow::Error::from(error).context(format!("cannot open the target {}", path.display())),
-        })?;
+        let mut exclusive = open_exclusively(&path)?;
         let looked = || format!("cannot read the target {}", path.display());
         let device_size = exclusive.seek(SeekFrom::End(0)).with_context(looked)?;
         if device_size < size {
@@ -268,27 +265,6 @@ fn with_suffix(path: &Path, suffix: &str) -> PathBuf {
     let mut name = OsString::from(path);
     name.push(suffix);
     name.into()
-}
-
-fn refuse_used_file(path: &Path, file: &File) -> anyhow::Result<()> {
-    let used = match file.try_lock() {
-        Ok(()) => locks::holder(file).with_context(|| format!("cannot look at {}", path.display()))?,
-        Err(TryLockError::WouldBlock) => Some("locked by another program".to_owned()),
-        Err(TryLockError::Error(error)) => {
-            return Err(error).with_context(|| format!("cannot lock {}", path.display()));
-        }
-    };
-    match used {
-        Some(how) => Err(in_use(path, &how).into()),
-        None => Ok(()),
-    }
-}
-
-fn in_use(path: &Path, how: &str) -> Failure {
-    Failure::new(
-        format_args!("{} is in use: {how}", path.display()),
-        "stop what uses it (unmount it, shut the machine down), or name another target",
-    )
 }
 
 fn too_small(path: &Path, size: u64, needed: u64) -> anyhow::Error {

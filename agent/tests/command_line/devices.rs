@@ -111,6 +111,10 @@ fn a_block_device_that_is_too_small_or_in_use_is_refused() {
         "in use",
         "mounted",
     ]);
+    let live =
+        ["live-restore", "g@latest", device.name(), "--force", "--state", "state", "--listen", "unix:s"];
+    scratch.run(&live).fails(&[device.name(), "in use", "mounted"]);
+    assert!(!scratch.path("state").exists(), "nothing was begun");
     drop(holder);
     let holder = File::options().read(true).open(&device.0).unwrap();
     holder.lock().unwrap();

@@ -121,6 +121,9 @@ fn a_target_in_use_is_refused_even_by_force() {
         "in use",
         "holds a lock",
     ]);
+    let live = ["live-restore", "web01@latest", "out.raw", "--force", "--listen", "unix:s"];
+    scratch.run(&live).fails(&["out.raw", "in use", "holds a lock"]);
+    assert!(!scratch.path("out.raw.lifeboot").exists(), "nothing was begun");
     drop(holder);
     assert_eq!(std::fs::read(&path).unwrap(), before);
     scratch.run(&["restore", "web01@latest", "out.raw", "--force"]).ends_with(0);

@@ -21,7 +21,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::task::{Context, Poll, Wake, Waker};
 
-use rustix::fs::{FlockOperation, OFlags};
+use rustix::fs::FlockOperation;
 
 use crate::queue::{Inline, Ring, Threads};
 use crate::{
@@ -147,23 +147,6 @@ impl FileDisk {
             Ok(()) => Ok(true),
             Err(rustix::io::Errno::WOULDBLOCK) => Ok(false),
             Err(errno) => Err(self.inner.failed("lock", errno.into())),
-        }
-    }
-
-    /// Whether it is a block device that the kernel itself uses now: mounted, swap, or part of a volume.
-    /// A file never is.
-    ///
-    /// # Errors
-    /// Where the path no longer leads to anything that can be opened.
-    pub fn is_used_by_kernel(&self) -> Result<bool> {
-        if !self.is_block_device() {
-            return Ok(false);
-        }
-        let exclusive = OFlags::RDONLY | OFlags::EXCL | OFlags::NONBLOCK | OFlags::CLOEXEC;
-        match rustix::fs::open(self.path(), exclusive, rustix::fs::Mode::empty()) {
-            Ok(_) => Ok(false),
-            Err(rustix::io::Errno::BUSY) => Ok(true),
-            Err(errno) => Err(self.inner.failed("find out who uses", errno.into())),
         }
     }
 
