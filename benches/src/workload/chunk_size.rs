@@ -45,8 +45,7 @@ impl Contender for Size {
 pub(crate) fn run(common: &Common, options: &Options) -> Result<Report> {
     let mut report = common.report("chunk-size");
     let image = &options.image;
-    let trace_path = options.trace.clone().unwrap_or_else(|| image.with_file_name("boot-trace.jsonl"));
-    let trace = trace::load(&trace_path)?;
+    let trace = boot::trace_of(common, image, options.trace.as_deref())?;
     let data = {
         use std::os::unix::fs::MetadataExt;
         let metadata = std::fs::metadata(image).with_context(|| format!("no image {}", image.display()))?;

@@ -50,7 +50,7 @@ pub(crate) fn run(common: &Common, options: &Options) -> Result<Report> {
     }
     if wanted("boot") {
         let boot = boot::Options::for_figures(image.clone(), options.trace.clone(), ByteSize::mb(100), 5);
-        let distinct = trace::distinct_bytes_read(&trace::load(&boot.trace_path())?);
+        let distinct = trace::distinct_bytes_read(&boot::trace_of(common, &image, options.trace.as_deref())?);
         let found = boot::run(common, &boot)?;
         figures.extend(of_boot(&found, distinct as f64)?);
         report.absorb(found);

@@ -26,7 +26,7 @@ pub(crate) struct Options {
     /// The raw image that boots
     #[arg(default_value = "target/guest/disk.raw")]
     pub(crate) image: PathBuf,
-    /// The trace to replay, as JSON lines; without it, boot-trace.jsonl beside the image
+    /// The trace to replay, as JSON lines; without it, boot-trace.jsonl beside the image, recorded where it is missing
     #[arg(long, value_name = "FILE")]
     pub(crate) trace: Option<PathBuf>,
     /// Bytes a second that the source yields, to ours and the peers alike; 0 is no limit
@@ -73,11 +73,22 @@ impl Options {
     fn pace(&self) -> Pace {
         Pace { bytes_per_second: self.source_rate.as_u64(), delay: Duration::from_millis(self.source_delay) }
     }
+}
 
-    /// The trace's path.
-    pub(crate) fn trace_path(&self) -> PathBuf {
-        self.trace.clone().unwrap_or_else(|| self.image.with_file_name("boot-trace.jsonl"))
+/// The boot trace to replay on `image`: the one that was `named`, else the one beside the image, which is recorded
+/// first where there is none and the guest's kernel is there as well.
+pub(crate) fn trace_of(common: &Common, image: &Path, named: Option<&Path>) -> Result<Vec<Request>> {
+    let path = named.map_or_else(|| image.with_file_name("boot-trace.jsonl"), Path::to_owned);
+    if named.is_none() && !path.exists() {
+        let guest = image.parent().unwrap_or(Path::new("."));
+        eprintln!("there is no {} yet: booting the guest once to record it", path.display());
+        record::run(guest, &path, &common.scratch()?, &mut common.report("record")).with_context(|| {
+            format!("cannot record a boot trace of {}: name one with --trace", guest.display())
+        })?;
     }
+    let trace = trace::load(&path)?;
+    ensure!(!trace.is_empty(), "the trace {} is empty", path.display());
+    Ok(trace)
 }
 
 /// Runs the workload, or records a trace for it.
@@ -89,8 +100,7 @@ pub(crate) fn run(common: &Common, options: &Options) -> Result<Report> {
         record::run(guest, out, &common.scratch()?, &mut report)?;
         return Ok(report);
     }
-    let trace = trace::load(&options.trace_path())?;
-    ensure!(!trace.is_empty(), "the trace is empty");
+    let trace = trace_of(common, &options.image, options.trace.as_deref())?;
     let players = present(options, &mut report);
     let scratch = common.scratch()?;
     report.scratch_is(scratch.path());
