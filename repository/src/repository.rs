@@ -15,9 +15,9 @@ use crate::frame;
 use crate::id::{ChunkId, PackId};
 use crate::index::Index;
 use crate::manifest::{Attachment, DiskEntry};
-use crate::map::DiskMap;
 use crate::map::geometry::Geometry;
 use crate::map::node::{MAX_NODE_LEN, Node};
+use crate::map::{DiskMap, MapEntry};
 use crate::name::GroupName;
 use crate::pack::open::OpenPacks;
 use crate::reader::ChunkReader;
@@ -150,6 +150,20 @@ impl Repository {
     /// `InvalidInput` for a size or chunk size that cannot be.
     pub fn disk_map(&self, disk: &DiskEntry) -> Result<DiskMap> {
         Ok(DiskMap::new(self.clone(), Geometry::new(disk.size, disk.chunk_size)?, disk.map))
+    }
+
+    /// Bytes of the disk's chunks that are not zeroes, the last one as long as it is. Where the map does not tell
+    /// whether that one is zeroes, because it is damaged, it counts as data.
+    pub fn data_bytes(&self, disk: &DiskEntry) -> u64 {
+        let (chunks, chunk_size) = (disk.stats.data_chunks, u64::from(disk.chunk_size));
+        let whole = chunks.saturating_mul(chunk_size).min(disk.size);
+        let Ok(map) = self.disk_map(disk) else { return whole };
+        let Some(last) = map.chunk_count().checked_sub(1).filter(|_| chunks > 0) else { return 0 };
+        let missing = chunk_size - map.chunk_len(last) as u64;
+        if missing == 0 || matches!(map.entry(last), Ok(MapEntry::Zero)) {
+            return whole;
+        }
+        chunks.saturating_mul(chunk_size).saturating_sub(missing).min(disk.size)
     }
 
     /// Where a chunk is; none if it is nowhere. Looks at the directory again before it says so.

@@ -1,14 +1,14 @@
 //! `lifeboot show`: all about one snapshot, and what rides along with it.
 
 use std::io::Write;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use anyhow::Context as _;
-use repository::{Manifest, Repository, Snapshot};
+use repository::{Attachment, Manifest, Repository, Snapshot};
 use serde::Serialize;
 
 use super::snapshots::one_line;
-use super::{Context, Failure, Outcome, Verb};
+use super::{Context, Failure, Outcome, UsageError, Verb};
 use crate::output::{Align, Output, Table, human_size, human_time};
 
 /// Show what is in a snapshot: its disks, what was new in it, its notes
@@ -18,10 +18,11 @@ Examples:
   lifeboot show -r /backup web01@latest
   lifeboot show -r /backup web01@latest --attachment web01.xml > web01.xml")]
 pub(super) struct Args {
-    /// The snapshot: web01@latest, web01@2026-11-21T00:33:12Z
+    /// The snapshot, or one disk of it: web01@latest, web01@2026-11-21T00:33:12Z/disk0
+    #[arg(value_name = "SNAPSHOT[/DISK]")]
     snapshot: String,
 
-    /// Write this attachment to stdout instead
+    /// Write this attachment to stdout instead; with --json it needs --output
     #[arg(long, value_name = "NAME")]
     attachment: Option<String>,
 
@@ -38,37 +39,61 @@ struct Document<'a> {
     manifest: &'a Manifest,
 }
 
+#[derive(Serialize)]
+struct Written<'a> {
+    attachment: &'a Attachment,
+    output: &'a Path,
+}
+
 impl Verb for Args {
     fn run(self, context: &Context) -> anyhow::Result<Outcome> {
         let repository = Repository::open(context.repository_path()?)?;
-        let (snapshot, _) = repository.resolve(&self.snapshot)?;
         let output = context.output();
+        if self.attachment.is_some() && self.output.is_none() && output.is_json() {
+            return Err(UsageError::new(
+                "an attachment and a JSON document cannot both go to stdout: give --output FILE, or leave --json out",
+            )
+            .into());
+        }
+        let (snapshot, disk) = repository.resolve(&self.snapshot)?;
         if let Some(name) = &self.attachment {
-            let bytes = attachment(&repository, &snapshot, name)?;
-            match &self.output {
-                None => output.stdout(&bytes)?,
-                Some(path) => {
-                    let writing = || format!("cannot write {}", path.display());
-                    let mut file = std::fs::File::create_new(path).with_context(writing)?;
-                    file.write_all(&bytes).with_context(writing)?;
-                }
-            }
+            give_back(output, &repository, attachment(&snapshot, name)?, self.output.as_deref())?;
             return Ok(Outcome::Done);
         }
-        let manifest = snapshot.manifest();
+        let mut manifest = snapshot.manifest().clone();
+        if let Some(disk) = disk {
+            manifest.disks = vec![disk];
+        }
         let name = snapshot.name().to_string();
-        output.document(&Document { snapshot: name, size_bytes: manifest.size(), manifest })?;
+        output.document(&Document { snapshot: name, size_bytes: manifest.size(), manifest: &manifest })?;
         if !output.is_json() {
-            describe(output, &snapshot)?;
+            describe(output, &repository, &manifest)?;
         }
         Ok(Outcome::Done)
     }
 }
 
-fn attachment(repository: &Repository, snapshot: &Snapshot, name: &str) -> anyhow::Result<Vec<u8>> {
+/// Writes an attachment to `path`, which must not exist, or to stdout.
+fn give_back(
+    output: &Output,
+    repository: &Repository,
+    attachment: &Attachment,
+    path: Option<&Path>,
+) -> anyhow::Result<()> {
+    let bytes = repository.read_attachment(attachment)?;
+    let Some(path) = path else { return output.stdout(&bytes) };
+    let shown = path.display();
+    let writing = || format!("cannot write {shown}");
+    let mut file = std::fs::File::create_new(path).with_context(writing)?;
+    file.write_all(&bytes).with_context(writing)?;
+    output.document(&Written { attachment, output: path })?;
+    output.line(format_args!("wrote {} ({}) to {shown}", attachment.name, human_size(attachment.size)))
+}
+
+fn attachment<'a>(snapshot: &'a Snapshot, name: &str) -> anyhow::Result<&'a Attachment> {
     let attachments = &snapshot.manifest().attachments;
     match attachments.iter().find(|attachment| attachment.name.as_str() == name) {
-        Some(attachment) => Ok(repository.read_attachment(attachment)?),
+        Some(attachment) => Ok(attachment),
         None => {
             let names = attachments.iter().map(|attachment| attachment.name.as_str()).collect::<Vec<_>>();
             let advice = match names.as_slice() {
@@ -80,11 +105,10 @@ fn attachment(repository: &Repository, snapshot: &Snapshot, name: &str) -> anyho
     }
 }
 
-fn describe(output: &Output, snapshot: &Snapshot) -> anyhow::Result<()> {
-    let manifest = snapshot.manifest();
+fn describe(output: &Output, repository: &Repository, manifest: &Manifest) -> anyhow::Result<()> {
     let consistency = serde_json::to_value(manifest.consistency)?;
     let mut facts = vec![
-        ("snapshot", snapshot.name().to_string()),
+        ("snapshot", manifest.name().to_string()),
         ("taken", human_time(manifest.time)),
         ("by", format!("{} on {}", manifest.tool, manifest.host)),
         ("consistency", consistency.as_str().unwrap_or_default().to_owned()),
@@ -114,11 +138,10 @@ fn describe(output: &Output, snapshot: &Snapshot) -> anyhow::Result<()> {
         ("CHUNK", Align::Right),
     ]);
     for disk in &manifest.disks {
-        let data = (disk.stats.data_chunks * u64::from(disk.chunk_size)).min(disk.size);
         table.row([
             disk.name.to_string(),
             human_size(disk.size),
-            human_size(data),
+            human_size(repository.data_bytes(disk)),
             human_size(disk.stats.new_bytes),
             human_size(disk.stats.new_stored_bytes),
             human_size(u64::from(disk.chunk_size)),

@@ -43,6 +43,11 @@ fn several_disks_make_one_snapshot_and_come_back_by_their_names() {
     assert_eq!(report["disks"][1]["name"], "data");
     scratch.run(&["restore", "db@latest", "out.raw"]).fails(&["2 disks", "/disk0", "/data"]);
     scratch.run(&["restore", "db@latest/dat", "out.raw"]).fails(&["dat", "data"]);
+    let shown = scratch.run(&["show", "db@latest/data"]).ends_with(0).stdout;
+    assert!(shown.contains("\ndata ") && !shown.contains("disk0"), "{shown}");
+    let shown = scratch.json(&["show", "db@latest/data"]);
+    assert_eq!((&shown["disks"][0]["name"], &shown["size_bytes"]), (&"data".into(), &(3 * MIB).into()));
+    assert_eq!(shown["disks"].as_array().unwrap().len(), 1);
     scratch.run(&["restore", "db@latest/disk0", "0.raw"]).ends_with(0);
     scratch.run(&["restore", "db@latest/data", "1.raw"]).ends_with(0);
     assert_same(&root, &scratch.path("0.raw"));
@@ -68,8 +73,16 @@ fn attachments_and_notes_ride_along() {
 
     let output = scratch.command(&["show", "web01@latest", "--attachment", "web01.xml"]).output().unwrap();
     assert_eq!(output.stdout, xml);
-    scratch.run(&["show", "web01@latest", "--attachment", "empty.conf", "-o", "back"]).ends_with(0);
+    let ran = scratch.run(&["show", "web01@latest", "--attachment", "empty.conf", "-o", "back"]).ends_with(0);
+    assert_eq!(ran.stdout, "wrote empty.conf (0 B) to back\n");
     assert_eq!(std::fs::read(scratch.path("back")).unwrap(), b"");
+    let written = scratch.json(&["show", "web01@latest", "--attachment", "web01.xml", "-o", "web01.back"]);
+    assert_eq!(
+        (&written["attachment"]["name"], &written["attachment"]["size"]),
+        (&"web01.xml".into(), &300_000.into())
+    );
+    assert_eq!(written["output"], "web01.back");
+    assert_eq!(std::fs::read(scratch.path("web01.back")).unwrap(), xml);
     let args = ["show", "web01@latest", "--attachment", "web01.xml", "-o", "back"];
     scratch.run(&args).fails(&["back", "exists"]);
     scratch.run(&["show", "web01@latest", "--attachment", "web01.xm"]).fails(&["no attachment", "web01.xml"]);
