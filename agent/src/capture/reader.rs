@@ -33,6 +33,7 @@ pub(super) struct Plan {
     pub(super) chunk_size: u32,
     /// The chunks that may hold data, in order.
     pub(super) data: Vec<std::ops::Range<u64>>,
+    size: u64,
 }
 
 impl Plan {
@@ -41,7 +42,7 @@ impl Plan {
         let file = FileDisk::open(source.path(), options.read_only(true))?;
         let whole = ByteRange::from_bounds(0, source.size.min(file.size()));
         let data = chunk_runs(&file.data_ranges(whole)?, u64::from(chunk_size));
-        Ok(Self { file, chunk_size, data })
+        Ok(Self { file, chunk_size, data, size: source.size })
     }
 
     /// The chunks between the data: zeroes without reading them.
@@ -51,9 +52,10 @@ impl Plan {
         starts.zip(ends).map(|(start, end)| start..end).filter(|hole| !hole.is_empty())
     }
 
-    /// How many bytes will be read, the last chunk taken for a whole one.
+    /// How many bytes will be read.
     pub(super) fn data_bytes(&self) -> u64 {
-        self.data.iter().map(|run| (run.end - run.start) * u64::from(self.chunk_size)).sum()
+        let chunk_size = u64::from(self.chunk_size);
+        self.data.iter().map(|run| (run.end * chunk_size).min(self.size) - run.start * chunk_size).sum()
     }
 }
 

@@ -12,7 +12,7 @@ use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use block::{DirectIo, Engine, FileOptions, IoEngine};
-use repository::{DiskEntry, Repository, Snapshot};
+use repository::{DiskEntry, DiskMap, MapEntry, Repository, Snapshot};
 use serde::Serialize;
 
 use crate::cli::{Context, Failure, Outcome, Verb};
@@ -20,6 +20,9 @@ use crate::output::{Output, human_count, human_duration, human_size};
 use damage::{Damage, DamageLog};
 use pipeline::Restore;
 use target::Target;
+
+/// Entries of a map that are looked at together.
+const STRETCH: u64 = 64 << 10;
 
 /// Bring a disk of a snapshot back to a file or a block device
 ///
@@ -75,6 +78,7 @@ struct Report<'a> {
     disk: &'a str,
     target: &'a Path,
     size_bytes: u64,
+    /// What was brought back of the disk's chunks that are not zeroes.
     data_bytes: u64,
     damaged_bytes: u64,
     damaged: &'a [Damage],
@@ -102,7 +106,7 @@ impl Verb for Args {
         let options = FileOptions::new(engine).direct(direct);
         let (target, target_disk) = Target::open(&self.target, disk.size, self.force, options)?;
 
-        let data_bytes = (disk.stats.data_chunks * u64::from(disk.chunk_size)).min(disk.size);
+        let data_bytes = repository.data_bytes(&disk);
         let progress = output.progress(format_args!("restoring {}", disk.name), Some(data_bytes));
         let damage = DamageLog::new(self.keep_going);
         let restore = Restore {
@@ -123,6 +127,7 @@ impl Verb for Args {
         let (damaged, damaged_bytes) = damage.conclude();
         let elapsed = started.elapsed();
         report_damage(output, &disk, &damaged, damaged_bytes);
+        let data_bytes = if damaged.is_empty() { data_bytes } else { data_beside(&damaged, &map) };
         output.document(&Report {
             snapshot: snapshot.name().to_string(),
             disk: disk.name.as_str(),
@@ -133,8 +138,12 @@ impl Verb for Args {
             damaged: &damaged,
             seconds: elapsed.as_secs_f64(),
         })?;
+        let lost = match damaged_bytes {
+            0 => String::new(),
+            bytes => format!(", {} lost", human_size(bytes)),
+        };
         output.line(format_args!(
-            "restored {}/{} to {} in {}: {}, {} of it data",
+            "restored {}/{} to {} in {}: {}, {} of it data{lost}",
             snapshot.name(),
             disk.name,
             path.display(),
@@ -167,6 +176,28 @@ pub(crate) fn only_disk(snapshot: &Snapshot) -> anyhow::Result<&DiskEntry> {
             .into())
         }
     }
+}
+
+/// Bytes of the disk's chunks that are not zeroes, without what is damaged.
+fn data_beside(damaged: &[Damage], map: &DiskMap) -> u64 {
+    let chunk_size = u64::from(map.chunk_size());
+    let lost = damaged.iter().map(|damage| {
+        let end = damage.offset + damage.len;
+        damage.offset / chunk_size..end.div_ceil(chunk_size)
+    });
+    let (mut at, mut bytes) = (0, 0);
+    for lost in lost.chain(std::iter::once(map.chunk_count()..map.chunk_count())) {
+        while at < lost.start {
+            let end = lost.start.min(at + STRETCH);
+            // It could be read a moment ago.
+            let entries = map.entries(at..end).unwrap_or_default();
+            let data = (at..end).zip(entries).filter(|(_, entry)| *entry != MapEntry::Zero);
+            bytes += data.map(|(index, _)| map.chunk_len(index) as u64).sum::<u64>();
+            at = end;
+        }
+        at = lost.end;
+    }
+    bytes
 }
 
 fn report_damage(output: &Output, disk: &DiskEntry, damaged: &[Damage], bytes: u64) {

@@ -46,7 +46,14 @@ fn a_sound_repository_verifies() {
 fn a_restore_stops_at_damage_and_leaves_no_target() {
     let scratch = damaged();
     let ran = scratch.run(&["restore", "web01@latest", "out.raw"]);
-    ran.fails(&["of the disk cannot be restored", "chunk", "pack", "CRC"]);
+    ran.fails(&[
+        "of the disk cannot be restored",
+        "chunk",
+        "pack",
+        "CRC",
+        "--keep-going",
+        "`lifeboot verify`",
+    ]);
     assert_eq!(scratch.names("."), ["d.raw", "repo"]);
 }
 
@@ -76,6 +83,38 @@ fn a_restore_that_keeps_going_gives_back_all_but_the_damaged_chunk() {
     wanted.resize(4 << 20, 0);
     wanted[offset..offset + len].fill(0);
     assert!(std::fs::read(scratch.path("out.raw")).unwrap() == wanted);
+}
+
+#[test]
+fn a_damaged_node_of_the_map_is_one_place_and_its_bytes_are_not_called_restored() {
+    let scratch = Scratch::new();
+    let runs = [(0, 128 << 10, 1), (20 * MIB, 1 << 20, 2), (100 * MIB, 300_000, 3)];
+    scratch.disk("d.raw", 130 * MIB, &runs);
+    scratch.run(&["capture", "web01", "d.raw", "--chunk-size", "64KiB"]).ends_with(0);
+    // The node of the first 64 MiB stands behind the pack's header and their eighteen chunks, which are stored plain.
+    flip(&scratch.pack(), 64 + 18 * (64 << 10) + 20);
+    let ranges: Vec<_> = scratch.run(&["verify", "--json"]).ends_with(3).json()["damages"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .filter_map(|damage| damage["range"].as_object().cloned())
+        .collect();
+    assert_eq!(ranges.len(), 1, "{ranges:?}");
+    assert_eq!((&ranges[0]["start"], &ranges[0]["end"]), (&0.into(), &(64 * MIB).into()));
+
+    let ran = scratch.run(&["restore", "web01@latest", "out.raw", "--keep-going", "--json"]).ends_with(3);
+    let report = ran.json();
+    let [damage] = report["damaged"].as_array().unwrap().as_slice() else { panic!("{report}") };
+    assert_eq!((&damage["offset"], &damage["len"]), (&0.into(), &(64 * MIB).into()));
+    // What is left are the five chunks that the last run touches.
+    assert_eq!((&report["data_bytes"], &report["damaged_bytes"]), (&(5 << 16).into(), &(64 * MIB).into()));
+    let mut wanted = vec![0; 130 << 20];
+    wanted[100 << 20..(100 << 20) + 300_000].copy_from_slice(&noise(300_000, 3));
+    assert!(std::fs::read(scratch.path("out.raw")).unwrap() == wanted);
+
+    let ran = scratch.run(&["restore", "web01@latest", "again.raw", "--keep-going"]).ends_with(3);
+    assert!(ran.stdout.contains("130.0 MiB, 320.0 KiB of it data, 64.0 MiB lost"), "{ran:?}");
+    assert_eq!(ran.stderr.lines().count(), 2, "{ran:?}");
 }
 
 #[test]

@@ -102,3 +102,29 @@ fn the_report_of_a_restore_has_exact_numbers() {
     assert_eq!(report["data_bytes"], 128 << 10);
     assert_eq!(report["damaged"], serde_json::json!([]));
 }
+
+#[test]
+fn a_last_chunk_that_is_short_counts_as_long_as_it_is() {
+    let scratch = Scratch::new();
+    // Seven chunks of 128 KiB, and 82,496 bytes.
+    let last = 7 * (128 << 10);
+    scratch.disk("short.raw", 1_000_000, &[(last, 82_496, 1)]);
+    let ran = scratch.run(&["capture", "short", "short.raw", "--json"]).ends_with(0);
+    assert_eq!(last_progress(&ran.stderr), (82_496, 82_496));
+    let shown = scratch.run(&["show", "short@latest"]).ends_with(0).stdout;
+    assert!(shown.contains(" 80.6 KiB ") && !shown.contains("128.0 KiB  80"), "{shown}");
+    let ran = scratch.run(&["restore", "short@latest", "out.raw", "--json"]).ends_with(0);
+    assert_eq!(ran.json()["data_bytes"], 82_496);
+    assert_eq!(last_progress(&ran.stderr), (82_496, 82_496));
+
+    // Whole chunks beside a short one of zeroes.
+    scratch.disk("zero.raw", 1_000_000, &[(0, 200_000, 1)]);
+    scratch.run(&["capture", "zero", "zero.raw"]).ends_with(0);
+    assert_eq!(scratch.json(&["restore", "zero@latest", "zero.out"])["data_bytes"], 2 * (128 << 10));
+}
+
+/// The bytes done and to do of the last line of progress.
+fn last_progress(stderr: &str) -> (u64, u64) {
+    let line: serde_json::Value = serde_json::from_str(stderr.lines().last().unwrap()).unwrap();
+    (line["bytes_done"].as_u64().unwrap(), line["bytes_total"].as_u64().unwrap())
+}
