@@ -6,6 +6,7 @@ mod pipeline;
 mod reader;
 mod source;
 mod stop;
+mod unfinished;
 mod workers;
 
 use std::path::{Path, PathBuf};
@@ -15,7 +16,7 @@ use anyhow::Context as _;
 use block::{Engine, FileOptions, IoEngine};
 use repository::{
     CaptureOptions, CaptureWriter, ChunkEncoder, Consistency, DiskMap, DiskName, DiskWriter, GroupName,
-    MAX_PLAIN_LEN, Repository, Snapshot, SnapshotMeta,
+    MAX_NOTE_LEN, MAX_PLAIN_LEN, Repository, Snapshot, SnapshotMeta,
 };
 use serde::Serialize;
 
@@ -29,7 +30,8 @@ use source::{Source, SourceArg};
 /// Take a snapshot of one or more disks
 ///
 /// Reads raw disk images and block devices. What the repository has already is not stored again, so a
-/// second capture of a disk costs what has changed. Nothing of a capture can be seen until it is complete.
+/// second capture of a disk costs what has changed. Nothing of a capture can be seen until it is complete. The
+/// target of a live-restore is refused until that is complete.
 #[derive(Debug, clap::Args)]
 #[command(after_help = "\
 Examples:
@@ -100,6 +102,10 @@ impl Verb for Args {
         let group: GroupName =
             self.group.parse().map_err(|error: repository::Error| UsageError::new(error))?;
         let named = source::name_all(self.sources).map_err(UsageError::new)?;
+        let attached = name_attachments(self.attach)?;
+        if self.note.as_ref().is_some_and(|note| note.len() > MAX_NOTE_LEN) {
+            return Err(UsageError::new(format_args!("a note has at most {MAX_NOTE_LEN} bytes")).into());
+        }
         let chunk_size = self.chunk_size.map(Size::chunk_size).transpose()?;
         // The workers make their own; this one finds out whether there is such a level.
         ChunkEncoder::new(self.level).map_err(UsageError::new)?;
@@ -108,10 +114,16 @@ impl Verb for Args {
         let interrupt = context.interrupt()?;
         let sources = named
             .into_iter()
-            .map(|(name, path)| Source::open(name, path, self.as_raw))
+            .map(|(name, path)| {
+                let source = Source::open(name, path, self.as_raw)?;
+                unfinished::refuse(source.path())?;
+                Ok(source)
+            })
             .collect::<anyhow::Result<Vec<_>>>()?;
-        let attachments =
-            self.attach.iter().map(|path| read_attachment(path)).collect::<anyhow::Result<Vec<_>>>()?;
+        let attachments = attached
+            .into_iter()
+            .map(|(name, path)| Ok((name, read_attachment(&path)?)))
+            .collect::<anyhow::Result<Vec<_>>>()?;
 
         let parent = find_parent(&repository, &group, context.output());
         let mut writer = repository.begin_capture(&group, CaptureOptions::default())?;
@@ -183,7 +195,28 @@ fn begin_disks(
     Ok(disks)
 }
 
-fn read_attachment(path: &Path) -> anyhow::Result<(DiskName, Vec<u8>)> {
+/// Gives each attachment its name: that of its file.
+fn name_attachments(paths: Vec<PathBuf>) -> Result<Vec<(DiskName, PathBuf)>, UsageError> {
+    let mut named: Vec<(DiskName, PathBuf)> = Vec::with_capacity(paths.len());
+    for path in paths {
+        let name = path.file_name().unwrap_or_default().to_string_lossy();
+        let name: DiskName = name.parse().map_err(|error| {
+            UsageError::new(format_args!("{} cannot be attached under its name: {error}", path.display()))
+        })?;
+        if let Some((_, other)) = named.iter().find(|(other, _)| *other == name) {
+            return Err(UsageError::new(format_args!(
+                "two attachments would be called {name}, {} and {}: an attachment has the name of its file, so attach a copy \
+                 of another name",
+                other.display(),
+                path.display()
+            )));
+        }
+        named.push((name, path));
+    }
+    Ok(named)
+}
+
+fn read_attachment(path: &Path) -> anyhow::Result<Vec<u8>> {
     let shown = path.display();
     let reading = || format!("cannot read the attachment {shown}");
     let metadata = std::fs::metadata(path).with_context(reading)?;
@@ -197,9 +230,7 @@ fn read_attachment(path: &Path) -> anyhow::Result<(DiskName, Vec<u8>)> {
         )
         .into());
     }
-    let name = path.file_name().unwrap_or_default().to_string_lossy();
-    let name = name.parse().with_context(|| format!("{shown} cannot be attached under its name"))?;
-    Ok((name, std::fs::read(path).with_context(reading)?))
+    std::fs::read(path).with_context(reading)
 }
 
 /// What changed while it was read, in words.

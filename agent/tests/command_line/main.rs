@@ -8,5 +8,6 @@ mod devices;
 mod interrupts;
 mod refusals;
 mod restores;
+mod sessions;
 mod support;
 mod words;
