@@ -22,6 +22,8 @@ pub enum ListenAddress {
 
 /// What NBD's URIs take where none is written.
 const NBD_PORT: u16 = 10809;
+/// The kernel's `sun_path` holds 108 bytes, the last of them zero.
+const LONGEST_UNIX_PATH: usize = 107;
 
 impl ListenAddress {
     /// The URI of the export of this name at this address, for nbdinfo, nbdcopy, qemu-img and others.
@@ -51,6 +53,14 @@ impl FromStr for ListenAddress {
         };
         match text.split_once(':') {
             Some(("unix", "")) => invalid("the path is missing"),
+            Some(("unix", path)) if path.len() > LONGEST_UNIX_PATH => Err(Error::new(
+                ErrorKind::InvalidAddress,
+                format!(
+                    "\"{text}\" is no address to listen at: a unix socket's path has at most {LONGEST_UNIX_PATH} bytes, and \
+                     this one has {}; choose a shorter one, such as /run/lifeboot.sock",
+                    path.len()
+                ),
+            )),
             Some(("unix", path)) => Ok(Self::Unix(path.into())),
             Some(("tcp", rest)) => {
                 let (host, port) = if let Some(rest) = rest.strip_prefix('[') {
@@ -141,6 +151,17 @@ mod tests {
             let error = text.parse::<ListenAddress>().unwrap_err();
             assert_eq!(error.kind(), ErrorKind::InvalidAddress);
             assert!(error.to_string().contains(why), "{error}");
+        }
+    }
+
+    #[test]
+    fn a_unix_path_that_the_kernel_cannot_hold_is_refused_with_the_numbers() {
+        let path = |len: usize| format!("unix:/{}", "x".repeat(len - 1));
+        assert!(path(107).parse::<ListenAddress>().is_ok());
+        let error = path(108).parse::<ListenAddress>().unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::InvalidAddress);
+        for word in ["at most 107 bytes", "has 108", "shorter"] {
+            assert!(error.to_string().contains(word), "{error}");
         }
     }
 

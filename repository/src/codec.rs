@@ -51,9 +51,13 @@ impl ChunkEncoder {
     /// # Errors
     /// `InvalidInput` for a level that zstd does not have.
     pub fn new(level: i32) -> Result<Self> {
-        if !zstd::compression_level_range().contains(&level) {
-            return Err(Error::invalid(format!("zstd has no level {level}"))
-                .hint(format!("levels go from {:?}", zstd::compression_level_range())));
+        let levels = zstd::compression_level_range();
+        if !levels.contains(&level) {
+            return Err(Error::invalid(format!("zstd has no level {level}")).hint(format!(
+                "levels go from {} to {}",
+                levels.start(),
+                levels.end()
+            )));
         }
         let zstd =
             zstd::bulk::Compressor::new(level).map_err(|error| Error::io("cannot set up zstd", error))?;

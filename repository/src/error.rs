@@ -125,6 +125,12 @@ impl Error {
         self
     }
 
+    /// Puts `more` behind the message: what else is wrong.
+    pub(crate) fn and(mut self, more: impl fmt::Display) -> Self {
+        self.0.what = format!("{}, and {more}", self.0.what);
+        self
+    }
+
     pub(crate) fn offer(mut self, nearest: Vec<String>) -> Self {
         self.0.nearest = nearest;
         self

@@ -54,6 +54,12 @@ impl Repository {
         // What cannot be is said before anything is made.
         Config::new(options)?;
         match std::fs::create_dir(path) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                let parent = path.parent().unwrap_or(path).display();
+                return Err(Error::io("cannot make the repository's directory", error)
+                    .at(path)
+                    .hint(format!("the directory {parent} does not exist: make it first")));
+            }
             Err(error) if error.kind() != io::ErrorKind::AlreadyExists => {
                 return Err(Error::io("cannot make the repository's directory", error).at(path));
             }
@@ -320,7 +326,16 @@ fn read_config(storage: &dyn Storage) -> Result<Config> {
             return Err(Error::io("cannot open the repository", error).at(storage.describe(config::PATH)));
         }
     };
-    Config::decode(&bytes).map_err(|error| error.at(storage.describe(config::PATH)))
+    Config::decode(&bytes).map_err(|error| {
+        let error = error.at(storage.describe(config::PATH));
+        match error.kind() {
+            ErrorKind::Damaged => error.within("the repository's configuration is damaged").hint(
+                "put a copy of this file back; without one, that of a repository newly made by init does: \
+                 nothing else depends on what it says",
+            ),
+            _ => error,
+        }
+    })
 }
 
 /// `NotFound`, with the nearest of the names that there are.

@@ -4,7 +4,7 @@ use std::io;
 
 use jiff::Timestamp;
 
-use crate::error::{Error, Result};
+use crate::error::{Error, ErrorKind, Result, nearest_names};
 use crate::frame;
 use crate::manifest::{DiskEntry, Manifest, Snapshot};
 use crate::name::{GroupName, SnapshotName, SnapshotSpec, When};
@@ -13,6 +13,10 @@ use crate::storage::read_all;
 
 /// The directory of groups, each a directory of manifests.
 pub(crate) const DIR: &str = "snapshots";
+/// How many of a group's newest snapshots are offered beside its latest.
+const NEWEST_OFFERED: usize = 2;
+/// How many manifests are tried to find one that can be read in the place of one that cannot.
+const READABLE_TRIED: usize = 8;
 
 /// What there is.
 #[derive(Clone, Debug, Default)]
@@ -139,7 +143,7 @@ impl Repository {
         let distance = |time: Timestamp| time.as_second().abs_diff(name.time().as_second());
         names.sort_by_key(|other| distance(other.time()));
         let nearest = names.iter().take(3).map(ToString::to_string).collect();
-        Ok(Error::new(crate::ErrorKind::NotFound, format!("there is no snapshot {name}"))
+        Ok(Error::new(ErrorKind::NotFound, format!("there is no snapshot {name}"))
             .at(self.path())
             .offer(nearest))
     }
@@ -158,17 +162,66 @@ impl Repository {
     /// The snapshot, and the disk if one was named, that somebody means by `web01@latest` or `web01@2026-11-21T00:33:12Z/disk0`.
     ///
     /// # Errors
-    /// `InvalidInput` for what is not such a name; `NotFound`, with the nearest names; `Damaged` for the manifest.
+    /// `InvalidInput` for what is not such a name, `NotFound`, both with the nearest names; `Damaged` for the manifest, with a
+    /// snapshot of the group that can be read.
     pub fn resolve(&self, spec: &str) -> Result<(Snapshot, Option<DiskEntry>)> {
-        let spec: SnapshotSpec = spec.parse()?;
-        let snapshot = match spec.when {
-            When::At(time) => self.snapshot(&SnapshotName::new(spec.group, time))?,
-            When::Latest => match self.latest(&spec.group)? {
-                Some(snapshot) => snapshot,
-                None => return Err(self.no_such_group(&spec.group)?),
+        let SnapshotSpec { group, when, disk } =
+            spec.parse().map_err(|error| self.offer_snapshots(spec, error))?;
+        let name = match when {
+            When::At(time) => SnapshotName::new(group, time),
+            When::Latest => match self.snapshot_names(&group)?.pop() {
+                Some(newest) => newest,
+                None => return Err(self.no_such_group(&group)?),
             },
         };
-        let disk = spec.disk.map(|name| snapshot.disk(&name).cloned()).transpose()?;
+        let snapshot = self.snapshot(&name).map_err(|error| self.offer_readable(&name, error))?;
+        let disk = disk.map(|name| snapshot.disk(&name).cloned()).transpose()?;
         Ok((snapshot, disk))
+    }
+
+    /// `error`, which says that `text` is not a snapshot's name, with the snapshots that may have been meant.
+    fn offer_snapshots(&self, text: &str, error: Error) -> Error {
+        let (snapshot, disk) = text.find('/').map_or((text, ""), |at| text.split_at(at));
+        if snapshot.parse::<SnapshotSpec>().is_ok() {
+            // It is the disk that has no name.
+            return error;
+        }
+        let group = snapshot.split_once('@').map_or(snapshot, |(group, _)| group);
+        let latest = |group: &str| format!("{group}@latest{disk}");
+        // Where the directories cannot be listed, what was typed is wrong all the same.
+        let Ok(groups) = self.groups() else { return error };
+        let nearest = nearest_names(group, groups.iter().map(GroupName::as_str));
+        let nearest = nearest.iter().map(|group| latest(group)).collect();
+        match group.parse().map(|group| self.snapshot_names(&group)) {
+            Ok(Ok(names)) if !names.is_empty() => {
+                let newest = names.iter().rev().take(NEWEST_OFFERED).map(|name| format!("{name}{disk}"));
+                error.offer(std::iter::once(latest(group)).chain(newest).collect())
+            }
+            Ok(Ok(_)) => error
+                .and(format_args!("there is no group {group:?}"))
+                .at(self.path())
+                .offer(nearest)
+                .hint("`lifeboot snapshots` lists what there is"),
+            // It is the group that has no name.
+            Err(_) => error.offer(nearest),
+            Ok(Err(_)) => error,
+        }
+    }
+
+    /// `error`, which says why the snapshot `name` cannot be read, with another one of its group that can.
+    fn offer_readable(&self, name: &SnapshotName, error: Error) -> Error {
+        if error.kind() != ErrorKind::Damaged {
+            return error;
+        }
+        let Ok(names) = self.snapshot_names(name.group()) else { return error };
+        let (older, newer): (Vec<_>, Vec<_>) =
+            names.iter().filter(|other| *other != name).partition(|other| *other < name);
+        let nearest = older.into_iter().rev().chain(newer).take(READABLE_TRIED);
+        let hint = match nearest.into_iter().find(|other| self.snapshot(other).is_ok()) {
+            Some(other) if other < name => format!("the next older one that can be read is {other}"),
+            Some(other) => format!("no older one can be read, but {other} can"),
+            None => format!("no other snapshot of {} near it can be read either", name.group()),
+        };
+        error.hint(hint + "; `lifeboot verify` says what else is damaged")
     }
 }

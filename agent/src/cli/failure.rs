@@ -98,7 +98,11 @@ fn exit_code(error: &anyhow::Error) -> u8 {
             return EXIT_USAGE;
         }
     }
-    EXIT_FAILED
+    // What the repository says of a name that was typed. As the cause of something else it may be about a file.
+    match error.chain().next().and_then(|error| error.downcast_ref::<repository::Error>()) {
+        Some(error) if error.kind() == repository::ErrorKind::InvalidInput => EXIT_USAGE,
+        _ => EXIT_FAILED,
+    }
 }
 
 /// Whether stdout was closed by its reader. Pipes of other kinds never end up in an [`crate::output::StdoutClosed`].
@@ -169,6 +173,12 @@ mod tests {
     #[test]
     fn usage_and_interrupts_have_their_own_exit_codes() {
         assert_eq!(exit_code(&UsageError::new("x").into()), EXIT_USAGE);
+        let typed = || "web01".parse::<repository::SnapshotSpec>().unwrap_err();
+        assert_eq!(exit_code(&typed().into()), EXIT_USAGE);
+        assert_eq!(
+            exit_code(&Failure::new("the session is damaged", "").because(typed()).into()),
+            EXIT_FAILED
+        );
         assert_eq!(exit_code(&anyhow::Error::from(Interrupted::by(2)).context("while reading")), 130);
     }
 }

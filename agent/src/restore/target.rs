@@ -67,6 +67,7 @@ impl Target {
                     )
                     .into());
                 }
+                refuse_missing_dir(path)?;
                 Self::open_file(path.to_owned(), None, size, options)
             }
             Err(error) => Err(error).with_context(|| format!("cannot look at the target {}", path.display())),
@@ -259,6 +260,22 @@ fn remove_abandoned(path: &Path) -> anyhow::Result<()> {
     }
     std::fs::remove_file(path)
         .with_context(|| format!("cannot remove what a killed restore left, {}", path.display()))
+}
+
+/// A file can be made only in a directory that is there.
+fn refuse_missing_dir(path: &Path) -> anyhow::Result<()> {
+    match path.parent() {
+        Some(dir) if !dir.as_os_str().is_empty() && !dir.exists() => Err(Failure::new(
+            format_args!(
+                "cannot make the target {}: the directory {} does not exist",
+                path.display(),
+                dir.display()
+            ),
+            "make the directory, or name a target in another one",
+        )
+        .into()),
+        _ => Ok(()),
+    }
 }
 
 fn with_suffix(path: &Path, suffix: &str) -> PathBuf {

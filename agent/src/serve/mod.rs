@@ -68,6 +68,9 @@ struct ExportLine {
 impl Verb for Args {
     fn run(self, context: &Context) -> anyhow::Result<Outcome> {
         let repository = Repository::open(context.repository_path()?)?;
+        if let Some(dir) = &self.scratch {
+            scratch::check(dir)?;
+        }
         let interrupt = context.interrupt()?;
         let engine = Engine::choose(self.io_engine)?;
         let wanted = exports::wanted(&repository, &self.snapshots)?;

@@ -1,6 +1,7 @@
 //! Writable exports whose writes are forgotten: a live-restore into a file without a name, without a background.
 
 use std::fs::OpenOptions;
+use std::io;
 use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::Path;
 use std::sync::Arc;
@@ -8,6 +9,7 @@ use std::sync::Arc;
 use anyhow::Context as _;
 use block::{DirectIo, Engine, FileDisk, FileOptions, OpenDevice};
 
+use crate::cli::Failure;
 use crate::live::{
     BootId, ChunkSource, Identity, JournalLayout, LiveDisk, LiveWords, Session, SessionId, SessionOptions,
     SessionParts, TokioClock,
@@ -39,6 +41,35 @@ pub(super) fn open(
         anyhow::Ok(Session::create(parts, SessionId(id), true, &*target, &*journal).await?)
     })?;
     Ok(Arc::new(LiveDisk::new(session, Arc::new(target), Arc::new(journal))))
+}
+
+/// Checks that files can be made in `dir`, before anything else is done.
+///
+/// # Errors
+/// What is wrong with it, and what to do.
+pub(super) fn check(dir: &Path) -> anyhow::Result<()> {
+    let shown = dir.display();
+    let metadata = match std::fs::metadata(dir) {
+        Ok(metadata) => metadata,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {
+            return Err(Failure::new(
+                format_args!("the scratch directory {shown} does not exist"),
+                "make it, or name another one; it takes what the clients write",
+            )
+            .into());
+        }
+        Err(error) => {
+            return Err(error).with_context(|| format!("cannot look at the scratch directory {shown}"));
+        }
+    };
+    if !metadata.is_dir() {
+        return Err(Failure::new(
+            format_args!("{shown} cannot be the scratch directory: it is not a directory"),
+            "name a directory; it takes what the clients write",
+        )
+        .into());
+    }
+    Ok(())
 }
 
 fn nameless(dir: &Path, size: u64, engine: Engine) -> anyhow::Result<FileDisk> {

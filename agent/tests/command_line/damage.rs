@@ -4,7 +4,7 @@ use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
-use crate::support::{MIB, Scratch, noise};
+use crate::support::{MIB, Scratch, assert_same, noise};
 
 /// A repository with one disk of noise, one byte in the middle of its pack flipped.
 fn damaged() -> Scratch {
@@ -131,8 +131,47 @@ fn a_manifest_that_is_damaged_is_named_in_the_list() {
     let [file] = &scratch.names("repo/snapshots/web01")[..] else { panic!("one manifest") };
     flip(&scratch.path("repo/snapshots/web01").join(file), 60);
     scratch.run(&["snapshots"]).ends_with(3).tells(&["web01@"]);
-    scratch.run(&["restore", "web01@latest", "out.raw"]).fails(&["web01@"]);
+    scratch.run(&["restore", "web01@latest", "out.raw"]).fails(&["web01@", "no other snapshot of web01"]);
     scratch.run(&["capture", "web01", "d.raw"]).ends_with(0).tells(&["warning", "web01"]);
+}
+
+#[test]
+fn in_the_place_of_a_damaged_manifest_one_that_can_be_read_is_offered() {
+    let scratch = damaged();
+    for _ in 0..2 {
+        scratch.run(&["capture", "web01", "d.raw"]).ends_with(0);
+    }
+    let listed = scratch.json(&["snapshots"]);
+    let name = |index: usize| listed[index]["snapshot"].as_str().unwrap();
+    let files = scratch.names("repo/snapshots/web01");
+    let damage = |index: usize| flip(&scratch.path("repo/snapshots/web01").join(&files[index]), 60);
+    damage(2);
+    let older = format!("the next older one that can be read is {}", name(1));
+    scratch.run(&["restore", "web01@latest", "out.raw"]).fails(&[name(2), &older, "`lifeboot verify`"]);
+    damage(1);
+    let older = format!("the next older one that can be read is {}", name(0));
+    scratch.run(&["show", "web01@latest"]).fails(&[name(2), &older]);
+    scratch.run(&["show", name(1)]).fails(&[name(1), &older]);
+}
+
+#[test]
+fn a_configuration_that_is_cut_short_is_named_and_one_of_a_new_repository_takes_its_place() {
+    let scratch = Scratch::new();
+    let disk = scratch.disk("d.raw", 4 * MIB, &[(0, 2 << 20, 1)]);
+    scratch.run(&["capture", "web01", "d.raw"]).ends_with(0);
+    File::options().write(true).open(scratch.path("repo/lifeboot.config")).unwrap().set_len(20).unwrap();
+    scratch.run(&["restore", "web01@latest", "out.raw"]).fails(&[
+        "the repository's configuration is damaged",
+        "repo/lifeboot.config",
+        "put a copy",
+        "newly made by init",
+    ]);
+    // The advice holds.
+    scratch.run(&["init", "-r", "new"]).ends_with(0);
+    std::fs::copy(scratch.path("new/lifeboot.config"), scratch.path("repo/lifeboot.config")).unwrap();
+    scratch.run(&["restore", "web01@latest", "out.raw"]).ends_with(0);
+    assert_same(&disk, &scratch.path("out.raw"));
+    scratch.run(&["verify"]).ends_with(0);
 }
 
 #[test]

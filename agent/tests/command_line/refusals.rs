@@ -30,12 +30,25 @@ fn wrong_usage_ends_with_2() {
         &["capture", "web01", "nbd://host/disk"],
         &["capture", "web01", "d.raw", "--io-engine", "magic"],
         &["capture", "web01", "d.raw", "--level", "99"],
+        &["capture", "web01", "d.raw", "--attach", "vm.xml", "--attach", "old/vm.xml"],
+        &["capture", "web01", "d.raw", "--attach", "v m.xml"],
+        &["capture", "web01", "d.raw", "--note", &"x".repeat(5000)],
+        &["restore", "web01", "out.raw"],
+        &["restore", "web01@garbage", "out.raw"],
+        &["restore", "web01@latest/a b", "out.raw"],
+        &["show", "web01@lates"],
+        &["show", "web01@latest", "--attachment", "vm.xml", "--json"],
+        &["serve", "web01", "--listen", "unix:s"],
+        &["live-restore", "web01@lates", "out.raw", "--listen", "unix:s"],
+        &["live-restore", "web01@latest", "out.raw", "--listen", &format!("unix:/{}", "x".repeat(107))],
         &["init", "--chunk-size", "1"],
         &["snapshots", "-r", "s3://bucket/prefix"],
         &["snapshots", "-q", "-v"],
     ] {
         scratch.run(args).ends_with(2);
     }
+    scratch.run(&["capture", "web01", "d.raw", "--level", "99"]).tells(&["levels go from -", " to 22"]);
+    assert_eq!(scratch.names("."), ["repo"]);
 }
 
 #[test]
@@ -61,7 +74,7 @@ fn init_spares_what_is_there() {
     write(&scratch.path("full/precious"), b"x");
     scratch.run(&["init", "-r", "full"]).fails(&["precious"]);
     assert_eq!(scratch.names("full"), ["precious"]);
-    scratch.run(&["init", "-r", "no/parent"]).fails(&["no/parent"]);
+    scratch.run(&["init", "-r", "no/parent"]).fails(&["no/parent", "the directory no does not exist"]);
 }
 
 #[test]
@@ -73,8 +86,28 @@ fn names_that_do_not_exist_are_answered_with_the_nearest() {
         .run(&["restore", "web01@2001-01-01T00:00:00Z", "o"])
         .fails(&["2001-01-01T00:00:00Z", "did you mean web01@2"]);
     scratch.run(&["restore", "web01@latest/disk1", "o"]).fails(&["disk1", "disk0"]);
-    scratch.run(&["restore", "web01", "o"]).fails(&["web01@latest"]);
     assert_eq!(scratch.names("."), ["d.raw", "repo"]);
+}
+
+#[test]
+fn what_is_no_snapshots_name_is_answered_with_those_that_may_be_meant() {
+    let scratch = with_snapshot();
+    scratch.run(&["capture", "web01", "d.raw"]).ends_with(0);
+    scratch.run(&["capture", "db", "d.raw"]).ends_with(0);
+    let listed = scratch.json(&["snapshots", "web01"]);
+    let [older, newest] = [0, 1].map(|index: usize| listed[index]["snapshot"].as_str().unwrap().to_owned());
+    let offered = format!("did you mean one of web01@latest, {newest}, {older}?");
+    for args in [&["show", "web01"][..], &["show", "web01@lates"], &["restore", "web01@garbage", "o"]] {
+        let ran = scratch.run(args).ends_with(2).tells(&[&offered]);
+        assert!(!ran.stderr.contains("parse"), "{ran:?}");
+    }
+    scratch.run(&["restore", "web01@newest/disk0", "o"]).ends_with(2).tells(&["web01@latest/disk0"]);
+    for name in ["web02", "web02@lates"] {
+        let ran = scratch.run(&["show", name]).ends_with(2);
+        ran.tells(&["there is no group \"web02\"", "did you mean web01@latest?"]);
+    }
+    let ran = scratch.run(&["show", "nothing-like-it"]).ends_with(2).tells(&["there is no group"]);
+    assert!(!ran.stderr.contains("did you mean"), "{ran:?}");
 }
 
 #[test]
@@ -100,9 +133,18 @@ fn targets_that_cannot_hold_a_disk_are_refused() {
     std::fs::create_dir(scratch.path("dir")).unwrap();
     scratch.run(&["restore", "web01@latest", "dir", "--force"]).fails(&["dir", "a directory"]);
     scratch.run(&["restore", "web01@latest", "/dev/null", "--force"]).fails(&["/dev/null", "neither"]);
-    scratch.run(&["restore", "web01@latest", "no/parent.raw"]).fails(&["no/parent.raw"]);
+    let ran = scratch.run(&["restore", "web01@latest", "no/parent.raw"]);
+    ran.fails(&["no/parent.raw", "the directory no does not exist"]);
     std::fs::create_dir(scratch.path("live.raw.lifeboot")).unwrap();
     scratch.run(&["restore", "web01@latest", "live.raw"]).fails(&["live.raw", "live-restore"]);
+}
+
+#[test]
+fn a_scratch_directory_that_is_none_is_refused() {
+    let scratch = with_snapshot();
+    let serve = |dir| scratch.run(&["serve", "web01@latest", "--listen", "unix:s", "--scratch", dir]);
+    serve("gone").fails(&["the scratch directory gone does not exist", "make it"]);
+    serve("d.raw").fails(&["d.raw", "not a directory"]);
 }
 
 #[test]
