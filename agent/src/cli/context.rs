@@ -75,7 +75,7 @@ impl Context {
     }
 
     /// The interrupt of this run. From the first call on, Ctrl-C, SIGTERM and SIGHUP no longer kill the
-    /// program: its loops must ask [`Interrupt::check`]. A second signal ends it at once.
+    /// program: its loops must ask [`Interrupt::check`]. Another signal a second later or more ends it at once.
     ///
     /// # Errors
     /// Where the signals cannot be watched.

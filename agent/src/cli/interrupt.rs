@@ -3,6 +3,7 @@
 use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, Ordering};
+use std::time::{Duration, Instant};
 
 use tokio::signal::unix::{SignalKind, signal};
 
@@ -33,6 +34,15 @@ impl Interrupted {
     }
 }
 
+/// Signals this close to the first are the same wish: `timeout` and shells send one to the program and one to its
+/// group.
+const SAME: Duration = Duration::from_secs(1);
+
+/// Whether a signal that came now, after the first, says that the end is to come at once.
+fn is_another(first: Instant, now: Instant) -> bool {
+    now.saturating_duration_since(first) >= SAME
+}
+
 /// Whether the program was asked to end. Clones share one answer.
 #[derive(Clone, Debug, Default)]
 pub struct Interrupt {
@@ -40,7 +50,8 @@ pub struct Interrupt {
 }
 
 impl Interrupt {
-    /// Takes SIGINT, SIGTERM and SIGHUP: the first raises the flag, the second ends the program.
+    /// Takes SIGINT, SIGTERM and SIGHUP: the first raises the flag, another one a second later or more
+    /// ends the program, whatever it leaves behind.
     ///
     /// # Errors
     /// Where the operating system refuses the handlers or the thread.
@@ -57,6 +68,7 @@ impl Interrupt {
         drop(entered);
         std::thread::Builder::new().name("signals".into()).spawn(move || {
             runtime.block_on(async {
+                let mut first = None;
                 loop {
                     let [interrupt, terminate, hangup] = &mut sources;
                     let number = tokio::select! {
@@ -64,10 +76,14 @@ impl Interrupt {
                         _ = terminate.recv() => libc::SIGTERM,
                         _ = hangup.recv() => libc::SIGHUP,
                     };
-                    let number = u8::try_from(number).expect("these three signals have small numbers");
-                    if raised.swap(number, Ordering::SeqCst) != 0 {
-                        std::process::exit(128 + i32::from(number));
+                    let now = Instant::now();
+                    let first = *first.get_or_insert(now);
+                    if is_another(first, now) {
+                        std::process::exit(128 + number);
                     }
+                    let number = u8::try_from(number).expect("these three signals have small numbers");
+                    // The exit code tells of the first.
+                    let _ = raised.compare_exchange(0, number, Ordering::SeqCst, Ordering::SeqCst);
                 }
             });
         })?;
@@ -89,5 +105,18 @@ impl Interrupt {
             0 => Ok(()),
             signal => Err(Interrupted::by(signal)),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn signals_close_to_the_first_are_the_same_wish() {
+        let first = Instant::now();
+        assert!(!is_another(first, first));
+        assert!(!is_another(first, first + SAME - Duration::from_millis(1)));
+        assert!(is_another(first, first + SAME));
     }
 }

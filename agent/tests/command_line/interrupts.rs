@@ -71,6 +71,23 @@ fn an_interrupted_restore_leaves_the_target_as_it_was() {
 }
 
 #[test]
+fn two_signals_at_once_are_one_interrupt() {
+    let scratch = Scratch::new();
+    scratch.disk("d.raw", 512 * MIB, &[(0, 400 << 20, 1)]);
+    scratch.run(&["capture", "g", "d.raw"]).ends_with(0);
+    let mut command = scratch.command(&["restore", "g@latest", "out.raw"]);
+    let mut child = command.stderr(Stdio::piped()).spawn().unwrap();
+    wait_for_name(&scratch.path("."), "lifeboot-partial", &mut child);
+    // Both are there when it goes on.
+    for which in [Signal::STOP, Signal::INT, Signal::TERM, Signal::CONT] {
+        signal(&child, which);
+    }
+    let (ended, stderr) = ended(child);
+    assert!(matches!(ended, Some(130 | 143)) && stderr.contains("interrupted by"), "{ended:?} {stderr}");
+    assert_eq!(scratch.names("."), ["d.raw", "repo"]);
+}
+
+#[test]
 fn a_source_that_changes_meanwhile_is_captured_and_marked() {
     let scratch = Scratch::new();
     write(&scratch.path("d.raw"), &slow_to_compress(16 << 20));
