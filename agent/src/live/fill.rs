@@ -242,7 +242,7 @@ impl Session {
         if let Err(wait) = fills.limit.take(now, 0) {
             return Work::Wait(wait.min(IDLE));
         }
-        let piece_bytes = if is_gentle { chunk_size } else { self.options.piece_bytes };
+        let piece_bytes = if is_gentle { chunk_size } else { fills.limit.piece(self.options.piece_bytes) };
         let most_data = (piece_bytes / chunk_size).max(1);
         let most_zero = (ZERO_PIECE_BYTES / chunk_size).max(1);
         let piece = fills.plan.next(most_data, most_zero, |chunk| self.chunk_state(chunk));

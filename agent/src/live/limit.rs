@@ -35,6 +35,12 @@ impl RateLimit {
         self.tokens = self.tokens.max(0.0);
     }
 
+    /// How many bytes to take at once where `most` could be: what the rate gives in a second.
+    #[must_use]
+    pub fn piece(&self, most: u64) -> u64 {
+        if self.rate == 0 { most } else { most.min(self.rate) }
+    }
+
     /// Takes `bytes`, or says how long to wait before asking again.
     ///
     /// A piece larger than the burst is taken in advance, and the next one waits for it.
@@ -87,6 +93,13 @@ mod tests {
             prop_assert!(bytes <= rate * seconds + slack, "{} bytes", bytes);
             prop_assert!(bytes + slack + rate / 500 >= rate * seconds, "{} bytes", bytes);
         }
+    }
+
+    #[test]
+    fn a_piece_is_no_more_than_a_second_gives() {
+        assert_eq!(RateLimit::new(0).piece(1 << 20), 1 << 20);
+        assert_eq!(RateLimit::new(20).piece(1 << 20), 20);
+        assert_eq!(RateLimit::new(1 << 30).piece(1 << 20), 1 << 20);
     }
 
     #[test]

@@ -62,7 +62,8 @@ pub struct Args {
     #[arg(short, long, required = true, value_name = "ADDRESS")]
     listen: Vec<ListenAddress>,
 
-    /// Copy home no faster than this, in bytes a second (like 20MiB); 0 is no limit. Guests are not limited
+    /// Copy home no faster than this, in bytes a second (like 20MiB); 0 is no limit. It is kept over seconds:
+    /// the least that is copied at once is a chunk (128 KiB if not chosen otherwise). Guests are not limited
     #[arg(long, value_name = "RATE", default_value = "0")]
     limit: Rate,
 

@@ -106,6 +106,23 @@ fn the_background_takes_no_more_than_its_rate() {
 }
 
 #[test]
+fn a_background_slower_than_a_chunk_a_second_begins_with_one_chunk() {
+    let mut rig = Rig::new();
+    rig.options.piece_bytes = 4 * CHUNK;
+    rig.options.limit = 20;
+    let device = rig.create();
+    for _ in 0..2 {
+        rig.executor.spawn(device.clone().fill_worker());
+    }
+    let source = std::sync::Arc::clone(&rig.source);
+    assert!(rig.run_until(&device, |_| source.fetched() > 0));
+    rig.executor.run(200);
+    assert_eq!(source.fetched(), 1);
+    let enough_for_another = Duration::from_secs(CHUNK / 20);
+    assert!(rig.clock.now() < enough_for_another);
+}
+
+#[test]
 fn without_a_background_only_what_was_asked_for_comes_home() {
     let mut rig = Rig::new();
     rig.options.background = false;
