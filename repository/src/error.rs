@@ -48,6 +48,8 @@ struct Inner {
     path: Option<PathBuf>,
     hint: Option<String>,
     nearest: Vec<String>,
+    /// Something is not there, or ends too early; nothing was read that is wrong.
+    missing: bool,
     source: Option<Source>,
 }
 
@@ -63,12 +65,20 @@ impl Error {
             path: None,
             hint: None,
             nearest: Vec::new(),
+            missing: false,
             source: None,
         }))
     }
 
     pub(crate) fn damaged(what: impl Into<String>) -> Self {
         Self::new(ErrorKind::Damaged, what)
+    }
+
+    /// Damage that consists in something not being there.
+    pub(crate) fn missing(what: impl Into<String>) -> Self {
+        let mut error = Self::damaged(what);
+        error.0.missing = true;
+        error
     }
 
     pub(crate) fn invalid(what: impl Into<String>) -> Self {
@@ -90,7 +100,9 @@ impl Error {
             _ if source.kind() == io::ErrorKind::UnexpectedEof => (ErrorKind::Damaged, None),
             _ => (ErrorKind::Io, None),
         };
-        let error = Self::new(kind, what).because(source);
+        let missing = matches!(source.kind(), io::ErrorKind::NotFound | io::ErrorKind::UnexpectedEof);
+        let mut error = Self::new(kind, what).because(source);
+        error.0.missing = missing;
         match hint {
             Some(hint) => error.hint(hint),
             None => error,
@@ -160,6 +172,12 @@ impl Error {
     pub fn is_transient(&self) -> bool {
         self.0.kind == ErrorKind::Io
     }
+
+    /// Whether something is not there, or ends too early: a file that may be put back, on a file system that may not be
+    /// mounted. Bytes that were read and are wrong are not missing.
+    pub fn is_missing(&self) -> bool {
+        self.0.missing
+    }
 }
 
 impl fmt::Display for Error {
@@ -216,6 +234,16 @@ mod tests {
             let error = Error::io("cannot write a pack", io::Error::from_raw_os_error(errno));
             assert_eq!(error.kind(), kind);
         }
+    }
+
+    #[test]
+    fn what_is_not_there_is_told_from_what_is_wrong() {
+        let of = |kind: io::ErrorKind| Error::io("cannot open a pack", kind.into());
+        assert!(of(io::ErrorKind::NotFound).kind_is(ErrorKind::Damaged).is_missing());
+        assert!(of(io::ErrorKind::UnexpectedEof).is_missing());
+        assert!(Error::missing("a chunk is in no index").within("restoring").is_missing());
+        assert!(!of(io::ErrorKind::PermissionDenied).is_missing());
+        assert!(!Error::damaged("a chunk does not match its CRC").is_missing());
     }
 
     #[test]

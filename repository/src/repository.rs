@@ -150,6 +150,14 @@ impl Repository {
         self.0.storage.describe("")
     }
 
+    /// Whether its files can be reached: its configuration can be read, and neither its packs nor its index are an
+    /// empty directory, as that of a file system is which is not mounted. Only for one that holds a snapshot.
+    pub fn is_reachable(&self) -> bool {
+        let storage = &*self.0.storage;
+        let holds_files = |dir| storage.is_empty(dir).is_ok_and(|is_empty| !is_empty);
+        read_config(storage).is_ok() && holds_files(pack::DIR) && holds_files(index::DIR)
+    }
+
     /// The map of a disk.
     ///
     /// # Errors
@@ -190,7 +198,7 @@ impl Repository {
     /// `Damaged` if it is nowhere.
     pub fn locate_needed(&self, id: &ChunkId) -> Result<Location> {
         self.locate(id)?.ok_or_else(|| {
-            Error::damaged(format!("chunk {id} is in no index"))
+            Error::missing(format!("chunk {id} is in no index"))
                 .at(self.0.storage.describe(index::DIR))
                 .hint("verify says what else is missing")
         })

@@ -1,5 +1,6 @@
 //! Packs that are open for reading: a bounded number of descriptors, shared by all readers.
 
+use std::io;
 use std::sync::Arc;
 
 use quick_cache::sync::Cache;
@@ -53,7 +54,14 @@ impl OpenPacks {
     /// Fills `buf` with the bytes of a pack from `offset`.
     pub(crate) fn read(&self, id: PackId, offset: u64, buf: &mut [u8]) -> Result<()> {
         self.file(id)?.read_at(buf, offset).map_err(|error| {
-            let what = format!("cannot read {} bytes at {offset} of pack {id}", buf.len());
+            // Another file may stand there by the next time: mounted again, or put back whole.
+            self.open.remove(&id);
+            let what = if error.kind() == io::ErrorKind::UnexpectedEof {
+                // The same for all that the pack lacks.
+                format!("pack {id} is cut short")
+            } else {
+                format!("cannot read {} bytes at {offset} of pack {id}", buf.len())
+            };
             Error::io(what, error).at(self.storage.describe(&super::path(id)))
         })
     }

@@ -74,6 +74,10 @@ impl Storage for Directory {
         Ok(names)
     }
 
+    fn is_empty(&self, dir: &str) -> io::Result<bool> {
+        Ok(fs::read_dir(self.path(dir))?.next().transpose()?.is_none())
+    }
+
     fn remove(&self, path: &str) -> io::Result<()> {
         fs::remove_file(self.path(path))
     }

@@ -44,6 +44,11 @@ pub trait Storage: Send + Sync + fmt::Debug {
     /// The names in a directory, in no order.
     fn list(&self, dir: &str) -> io::Result<Vec<String>>;
 
+    /// Whether nothing is in a directory. Storages that need not list all of it answer sooner.
+    fn is_empty(&self, dir: &str) -> io::Result<bool> {
+        Ok(self.list(dir)?.is_empty())
+    }
+
     /// Removes a file.
     fn remove(&self, path: &str) -> io::Result<()>;
 
