@@ -1,10 +1,14 @@
 //! Getting a chunk that a guest waits for: from what was decoded already, or from the source, with backoff.
+//!
+//! A guest's read waits for a source that is away, and fails at once for a chunk that is damaged or missing: the next
+//! read asks again. What is damaged is kept in `damage`; a reason is logged once, however many chunks it concerns.
 
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use block::{Error, ErrorKind, Result};
 
+use super::damage::Lasting;
 use super::join::first_of;
 use super::session::Session;
 use super::source::{ChunkData, SourceError, SourceErrorKind, Urgency};
@@ -31,9 +35,10 @@ impl Session {
                     let expected = self.map.disk().chunk_range(chunk).len();
                     if data.len() as u64 != expected {
                         let why = format!("chunk {chunk} has {} bytes, not {expected}", data.len());
-                        return Err(self.damaged(chunk, &why));
+                        return Err(self.damaged(chunk, &why, Lasting::ForGood));
                     }
                     self.source_answered();
+                    self.was_had(chunk);
                     Stats::add(&self.stats.fetched, expected);
                     return Ok(data);
                 }
@@ -60,7 +65,8 @@ impl Session {
 
     fn may_retry(&self, chunk: u64, error: &SourceError) -> Result<()> {
         match error.kind() {
-            SourceErrorKind::Damaged => Err(self.damaged(chunk, &error.to_string())),
+            SourceErrorKind::Damaged => Err(self.damaged(chunk, &error.to_string(), Lasting::ForGood)),
+            SourceErrorKind::Missing => Err(self.damaged(chunk, &error.to_string(), Lasting::Missing)),
             SourceErrorKind::Closed => Err(Error::new(ErrorKind::Shutdown, error)),
             SourceErrorKind::Unavailable => {
                 self.source_is_away(error);
@@ -69,12 +75,26 @@ impl Session {
         }
     }
 
-    pub(super) fn damaged(&self, chunk: u64, why: &str) -> Error {
-        if self.stats.found_damaged(chunk, why) {
-            let range = self.map.disk().chunk_range(chunk);
-            tracing::error!(chunk, start = range.start(), end = range.end(), why, "a chunk is damaged");
+    pub(super) fn damaged(&self, chunk: u64, why: &str, lasting: Lasting) -> Error {
+        let is_news = self.stats.damage.lock().found(chunk, why, lasting, self.clock.now());
+        let start = self.map.disk().chunk_range(chunk).start();
+        match lasting {
+            Lasting::ForGood if is_news => tracing::error!(chunk, start, why, "a chunk is damaged"),
+            Lasting::Missing if is_news => {
+                tracing::error!(chunk, start, why, "a chunk is missing; it is asked for again now and then");
+            }
+            _ => tracing::debug!(chunk, start, why, "a chunk is damaged"),
         }
         Error::new(ErrorKind::Damaged, format_args!("chunk {chunk} is damaged: {why}"))
+    }
+
+    /// A chunk came from the source: if it was damaged, it is so no longer, and the others may be back too.
+    pub(super) fn was_had(&self, chunk: u64) {
+        if self.stats.damage.lock().was_had(chunk, self.clock.now()) {
+            tracing::info!(chunk, "a chunk that was damaged or missing can be had again");
+            self.fills.lock().plan.begin_again();
+            self.work.notify_one();
+        }
     }
 
     pub(super) fn source_is_away(&self, why: &SourceError) {

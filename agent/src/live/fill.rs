@@ -2,6 +2,8 @@
 //!
 //! Order of a fill: fetch, decode, verify, with no hold; hold the chunks, alone; write the blocks that
 //! are not home, and no others; `V`; the holds end.
+//!
+//! Chunks that cannot be had are left out; those that are only missing come again (see `damage`).
 
 use std::ops::Range;
 use std::sync::atomic::Ordering;
@@ -9,6 +11,7 @@ use std::time::Duration;
 
 use block::{AlignedBuf, Durability, ErrorKind, Result};
 
+use super::damage::Lasting;
 use super::device::LiveDevice;
 use super::holds::Hold;
 use super::join::first_of;
@@ -82,7 +85,10 @@ impl LiveDevice {
         for (chunk, error) in &failed {
             match error.kind() {
                 SourceErrorKind::Damaged => {
-                    let _ = session.damaged(*chunk, &error.to_string());
+                    drop(session.damaged(*chunk, &error.to_string(), Lasting::ForGood));
+                }
+                SourceErrorKind::Missing => {
+                    drop(session.damaged(*chunk, &error.to_string(), Lasting::Missing));
                 }
                 SourceErrorKind::Unavailable | SourceErrorKind::Closed => {
                     session.source_is_away(error);
@@ -94,14 +100,16 @@ impl LiveDevice {
         let whole = session.map.disk().run_range(chunks);
         if bytes.len() as u64 != whole.len() {
             tracing::error!(?chunks, len = bytes.len(), "the source gave a run of a wrong length");
-            chunks.clone().for_each(|chunk| drop(session.damaged(chunk, "its run has a wrong length")));
+            let wrong = |chunk| drop(session.damaged(chunk, "its run has a wrong length", Lasting::ForGood));
+            chunks.clone().for_each(wrong);
             return false;
         }
+        let is_good = |chunk: u64| failed.iter().all(|(bad, _)| *bad != chunk);
+        chunks.clone().filter(|&chunk| is_good(chunk)).for_each(|chunk| session.was_had(chunk));
         if failed.is_empty() {
             session.source_answered();
             return session.after_fill(self.fill(chunks.clone(), bytes, Urgency::Background).await) || again;
         }
-        let is_good = |chunk: u64| failed.iter().all(|(bad, _)| *bad != chunk);
         for chunk in chunks.clone().filter(|&chunk| is_good(chunk)) {
             let range = session.map.disk().chunk_range(chunk);
             let at = (range.start() - whole.start()) as usize;
@@ -233,6 +241,9 @@ impl Session {
     }
 
     fn next_piece(&self, fills: &mut Fills, now: Duration) -> Work {
+        if self.stats.damage.lock().ask_again(now) {
+            fills.plan.begin_again();
+        }
         let chunk_size = u64::from(self.map.disk().chunk_size);
         let is_gentle = self.waiting.load(Ordering::Relaxed) > 0
             || fills.last_miss.is_some_and(|at| now.saturating_sub(at) < GENTLE);
@@ -260,7 +271,7 @@ impl Session {
             Chunk::Skip
         } else if self.source.is_zero(chunk) {
             Chunk::Zero
-        } else if self.stats.is_damaged(chunk) || self.decoded.lock().contains_key(&chunk) {
+        } else if self.stats.damage.lock().is_left_out(chunk) || self.decoded.lock().contains_key(&chunk) {
             Chunk::Skip
         } else {
             Chunk::Data

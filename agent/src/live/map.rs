@@ -103,6 +103,12 @@ impl BlockMap {
         self.v().all(self.blocks_of_chunks(&(chunk..chunk + 1)))
     }
 
+    /// How many bytes of a chunk are not home.
+    pub(super) fn absent_bytes(&self, chunk: u64) -> u64 {
+        let runs = self.v().runs(self.blocks_of_chunks(&(chunk..chunk + 1)));
+        runs.filter(|(_, is_home)| !is_home).map(|(run, _)| self.bytes(&run).len()).sum()
+    }
+
     pub(super) fn home(&self) -> u64 {
         self.home.load(Ordering::Acquire)
     }

@@ -51,6 +51,7 @@ mod clock;
 mod commit;
 #[cfg(test)]
 mod crash;
+mod damage;
 mod device;
 mod disk;
 mod error;
@@ -77,6 +78,7 @@ mod write;
 mod zero;
 
 pub use clock::{Clock, TokioClock};
+pub use damage::DamagedRun;
 pub use device::LiveDevice;
 pub use disk::LiveDisk;
 pub use error::{Error, ErrorKind, Result};

@@ -184,12 +184,12 @@ impl Session {
         let plan = FillPlan::new(parts.plan, map.disk().chunk_count());
         Arc::new(Self {
             id: journal.header().session,
-            map,
             holds: Holds::new(),
             source: parts.source,
             clock: parts.clock,
             options: parts.options,
-            stats: Stats::new(),
+            stats: Stats::new(map.disk().chunk_count()),
+            map,
             flushes: AtomicU64::new(0),
             committer: tokio::sync::Mutex::new(Committer { journal, covered: 0 }),
             fills: Mutex::new(Fills {
@@ -292,20 +292,20 @@ impl Session {
         self.ending.notify_waiters();
     }
 
+    /// Says that a former agent could not have these chunks: they are damaged until they were asked for once more.
+    pub fn recall_damage(&self, chunks: std::ops::Range<u64>, reason: &str) {
+        self.stats.damage.lock().recall(chunks, reason);
+    }
+
     /// How far the restore is.
     #[must_use]
     pub fn stats(&self) -> StatsSnapshot {
         let (misses, miss_p50_us, miss_p99_us) = self.stats.waits();
         let size = self.map.disk().size;
         let bytes = |blocks: u64| (blocks * BLOCK_SIZE).min(size);
+        let damage = self.stats.damage.lock().summary(|chunk| self.map.absent_bytes(chunk));
         let fills = self.fills.lock();
         let now = self.clock.now();
-        let damaged = self.stats.damaged(|chunk| self.map.is_whole(chunk));
-        let absent = |chunk: u64| {
-            let blocks = self.map.blocks_of_chunks(&(chunk..chunk + 1));
-            let runs = self.map.v().runs(blocks).filter(|(_, home)| !home);
-            runs.map(|(run, _)| self.map.bytes(&run).len()).sum::<u64>()
-        };
         StatsSnapshot {
             phase: self.phase(),
             disk_bytes: size,
@@ -326,8 +326,9 @@ impl Session {
             target_errors: Stats::read(&self.stats.target_errors),
             commits: Stats::read(&self.stats.commits),
             limit: fills.limit.rate(),
-            damaged_bytes: damaged.keys().map(|&chunk| absent(chunk)).sum(),
-            damaged,
+            damaged_bytes: damage.bytes,
+            damaged_due_bytes: damage.due_bytes,
+            damaged: damage.runs,
         }
     }
 

@@ -106,8 +106,10 @@ pub struct RunData {
 /// Whether trying again may help.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum SourceErrorKind {
-    /// This chunk is damaged or missing in the repository: asking again gives the same.
+    /// The bytes of this chunk came and are wrong (CRC, decoding, hash): asking again gives the same.
     Damaged,
+    /// The repository is there, but what holds this chunk is not: it may be put back.
+    Missing,
     /// The repository cannot be reached just now.
     Unavailable,
     /// The source was closed; nothing more comes from it.

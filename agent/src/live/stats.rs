@@ -1,16 +1,15 @@
 //! What a session counts, and the picture of it that `status` and progress lines are made of.
 
-use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use hdrhistogram::Histogram;
 use parking_lot::Mutex;
 
+use super::damage::{Damage, DamagedRun};
+
 /// The longest wait that the histogram tells from longer ones.
 const LONGEST_WAIT: Duration = Duration::from_secs(3600);
-/// Damaged chunks that are listed by number; more are only counted.
-const DAMAGED_LISTED: usize = 10_000;
 
 /// The counters of one session.
 #[derive(Debug)]
@@ -23,7 +22,8 @@ pub(super) struct Stats {
     pub(super) commits: AtomicU64,
     pub(super) target_errors: AtomicU64,
     waits: Mutex<Histogram<u32>>,
-    damaged: Mutex<BTreeMap<u64, String>>,
+    /// Taken after `Session::fills` where both are needed.
+    pub(super) damage: Mutex<Damage>,
 }
 
 /// Where a session stands.
@@ -81,10 +81,12 @@ pub struct StatsSnapshot {
     pub commits: u64,
     /// Bytes a second that the background may take; 0 is no limit.
     pub limit: u64,
-    /// Bytes of damaged chunks that are not home.
+    /// Bytes that are not home because the repository could not give their chunks: all of them.
     pub damaged_bytes: u64,
-    /// Chunks that the repository could not give, with the reason; the first 10,000.
-    pub damaged: BTreeMap<u64, String>,
+    /// Those among them that the background is to ask for once more.
+    pub damaged_due_bytes: u64,
+    /// Where they are and why, up to a thousand runs.
+    pub damaged: Vec<DamagedRun>,
 }
 
 impl StatsSnapshot {
@@ -93,10 +95,18 @@ impl StatsSnapshot {
     pub fn amplification(&self) -> Option<f64> {
         (self.missed_bytes > 0).then(|| self.fetched_bytes as f64 / self.missed_bytes as f64)
     }
+
+    /// Whether nothing is left to bring home but what is damaged, all of which was asked for.
+    #[must_use]
+    pub const fn is_settled(&self) -> bool {
+        self.damaged_bytes > 0
+            && self.damaged_due_bytes == 0
+            && self.home_bytes + self.damaged_bytes >= self.disk_bytes
+    }
 }
 
 impl Stats {
-    pub(super) fn new() -> Self {
+    pub(super) fn new(chunk_count: u64) -> Self {
         let longest = LONGEST_WAIT.as_micros() as u64;
         Self {
             filled_on_demand: AtomicU64::new(0),
@@ -107,7 +117,7 @@ impl Stats {
             commits: AtomicU64::new(0),
             target_errors: AtomicU64::new(0),
             waits: Mutex::new(Histogram::new_with_bounds(1, longest, 2).expect("the bounds are fit")),
-            damaged: Mutex::new(BTreeMap::new()),
+            damage: Mutex::new(Damage::new(chunk_count)),
         }
     }
 
@@ -122,27 +132,6 @@ impl Stats {
     pub(super) fn waited(&self, time: Duration) {
         let time = time.min(LONGEST_WAIT).as_micros() as u64;
         self.waits.lock().saturating_record(time.max(1));
-    }
-
-    /// True where this chunk was not known to be damaged.
-    pub(super) fn found_damaged(&self, chunk: u64, why: &str) -> bool {
-        let mut damaged = self.damaged.lock();
-        let is_new = !damaged.contains_key(&chunk) && damaged.len() < DAMAGED_LISTED;
-        if is_new {
-            damaged.insert(chunk, why.to_owned());
-        }
-        is_new
-    }
-
-    pub(super) fn is_damaged(&self, chunk: u64) -> bool {
-        self.damaged.lock().contains_key(&chunk)
-    }
-
-    /// Forgets damaged chunks that `is_whole`: the guest wrote over them.
-    pub(super) fn damaged(&self, is_whole: impl Fn(u64) -> bool) -> BTreeMap<u64, String> {
-        let mut damaged = self.damaged.lock();
-        damaged.retain(|&chunk, _| !is_whole(chunk));
-        damaged.clone()
     }
 
     /// Misses, and the waits that half and 99 in 100 of them did not exceed, in microseconds.

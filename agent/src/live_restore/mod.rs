@@ -8,10 +8,12 @@
 //! | resumed | a session that was parked or killed | lock, wait for what a killed agent left in flight; then serve |
 //! | ready | the server listens | `ready` on stdout, systemd is told |
 //! | complete | every block is home and synced | `complete`; it goes on serving, unless told to exit |
+//! | settled | every block is home but what is damaged, no client is connected, and it was to exit when done | as parked; exit code 3 |
 //! | parked | SIGTERM, Ctrl-C | nothing more is accepted; what is in flight ends; flush; checkpoint |
 
 mod advice;
 mod control;
+mod damage;
 mod open;
 mod report;
 mod serve;
@@ -32,6 +34,7 @@ use crate::live::SessionOptions;
 use crate::source::{SourceArgs, parse_time};
 
 pub use control::ask;
+pub use damage::{KeptDamage, kept_damage};
 pub use open::stopped_status;
 pub use state_dir::{DEFAULT_STATE_ROOT, SessionRecord, StateDir, absolute};
 

@@ -18,7 +18,7 @@ use crate::live::{
     SessionId, SessionOptions, SessionParts, TokioClock, peek,
 };
 use crate::source::{DiskSource, FetchPool, PoolOptions, RepositoryStore, pack_order, zero_chunks};
-use crate::status::{Misses, Phase, Status};
+use crate::status::{Phase, Status};
 
 const JOURNAL: &str = "journal";
 const LIVE_FILE: &str = "live";
@@ -310,25 +310,7 @@ fn open_journal(path: &Path, engine: Engine) -> anyhow::Result<FileDisk> {
 /// # Errors
 /// Where its journal cannot be read, or is damaged.
 pub fn stopped_status(state: &StateDir, record: &SessionRecord) -> anyhow::Result<Status> {
-    let mut status = Status {
-        phase: Phase::Stopped,
-        session: record.session.clone(),
-        snapshot: record.snapshot.clone(),
-        disk: record.disk.clone(),
-        target: record.target.clone(),
-        pid: None,
-        uri: None,
-        size: record.size,
-        home_bytes: 0,
-        guest_bytes: 0,
-        bytes_per_second: 0,
-        seconds_left: None,
-        fetched_bytes: 0,
-        fetched_plain_bytes: 0,
-        misses: Misses::default(),
-        damaged: Vec::new(),
-        waiting: None,
-    };
+    let mut status = Status::at_rest(record, Phase::Stopped);
     let path = state.file(JOURNAL);
     if !path.exists() || is_unwritten(&path)? {
         // The first start was cut short before anything was served.

@@ -66,12 +66,13 @@ pub(super) fn status(
         fetched_bytes: fetched.stored_bytes,
         fetched_plain_bytes: fetched.plain_bytes,
         misses: Misses { count: stats.misses, p50_us: stats.miss_p50_us, p99_us: stats.miss_p99_us },
+        damaged_bytes: stats.damaged_bytes,
         damaged: stats
             .damaged
             .iter()
-            .map(|(chunk, reason)| {
-                let range = layout.chunk_range(*chunk);
-                DamagedRange { offset: range.start(), len: range.len(), reason: reason.clone() }
+            .map(|run| {
+                let range = layout.run_range(&run.chunks);
+                DamagedRange { offset: range.start(), len: range.len(), reason: run.reason.clone() }
             })
             .collect(),
         waiting: waiting(stats),
@@ -85,7 +86,7 @@ fn waiting(stats: &StatsSnapshot) -> Option<String> {
     stats.target_full.then(|| "the target is full: make room, and it goes on by itself".to_owned())
 }
 
-/// A line of `live-restore --json`.
+/// A line of `live-restore --json`. The last line is `complete`, `settled` or `parked`, unless the command failed.
 #[derive(Serialize)]
 #[serde(tag = "event", rename_all = "lowercase")]
 pub(super) enum Event<'a> {
@@ -102,6 +103,9 @@ pub(super) enum Event<'a> {
     Progress(&'a Status),
     /// Every block is home, and on stable storage.
     Complete(&'a Status),
+    /// It ended because all is home but what is damaged, and it was to exit when done; the same command asks for that
+    /// again.
+    Settled(&'a Status),
     /// It ended in order; the same command goes on.
     Parked(&'a Status),
 }

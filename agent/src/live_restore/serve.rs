@@ -9,6 +9,7 @@ use nbd_server::{Export, LateRequests, ListenAddress, Server, ServerHandle, Serv
 
 use super::advice;
 use super::control::Control;
+use super::damage::{self, DamageKeeper};
 use super::open::Opened;
 use super::report::{Event, RateMeter, status};
 use super::state_dir::{SessionRecord, StateDir};
@@ -45,6 +46,7 @@ pub(super) fn serve(
         Arc::new(opened.target.clone()),
         Arc::new(opened.journal.clone()),
     ));
+    damage::recall(&opened.session, plan.state, &opened.record);
     let shards = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
     let served = bind(&opened.record, &disk, plan.listen)
         .and_then(|server| server.on_shard_start(workers(&disk)).run(shards, plan.engine));
@@ -58,30 +60,33 @@ pub(super) fn serve(
     };
     let Opened { session, record, pool, resumed, .. } = opened;
     let story = Story { context, record: &record, session: &session, pool: &pool, handle: &handle };
-    let told = story.tell(plan, resumed, interrupt);
+    let mut keeper = DamageKeeper::new(plan.state);
+    let told = story.tell(plan, resumed, interrupt, &mut keeper);
     handle.shutdown();
     handle.join()?;
     let parked = plan.engine.run(async { anyhow::Ok(disk.device()?.park().await?) });
     let end = told?;
     let last = session.stats();
-    parked.map_err(|error| poisoned(&record, error))?;
     let status = status(&record, None, &last, pool.stats(), 0);
+    keeper.keep(&status);
+    parked.map_err(|error| poisoned(&record, error))?;
     let output = context.output();
-    if end == End::Parked {
-        output.event(&Event::Parked(&status))?;
-        output.line(format_args!("parked at {:.1} % home; the same command goes on", status.percent()))?;
+    match end {
+        End::Parked => {
+            output.event(&Event::Parked(&status))?;
+            output
+                .line(format_args!("parked at {:.1} % home; the same command goes on", status.percent()))?;
+        }
+        End::Settled => {
+            output.event(&Event::Settled(&status))?;
+            output.line(format_args!(
+                "settled: all is home but {} that cannot be had; the same command asks for that again",
+                human_size(status.damaged_bytes)
+            ))?;
+        }
+        End::Complete | End::Poisoned => {}
     }
-    if status.damaged.is_empty() {
-        return Ok(Outcome::Done);
-    }
-    for range in &status.damaged {
-        let end = range.offset + range.len;
-        output.damaged(format_args!(
-            "bytes {}..{end} of {}/{}: {}",
-            range.offset, record.snapshot, record.disk, range.reason
-        ));
-    }
-    Ok(Outcome::Damaged)
+    Ok(status.conclude(output))
 }
 
 fn bind(
@@ -145,11 +150,6 @@ enum End {
     Poisoned,
 }
 
-/// Whether nothing is left to bring home but what is damaged.
-fn is_settled(stats: &StatsSnapshot) -> bool {
-    !stats.damaged.is_empty() && stats.home_bytes + stats.damaged_bytes >= stats.disk_bytes
-}
-
 /// What is said while the session is served.
 struct Story<'a> {
     context: &'a Context,
@@ -160,7 +160,13 @@ struct Story<'a> {
 }
 
 impl Story<'_> {
-    fn tell(&self, plan: &Plan<'_>, resumed: Option<Resumed>, interrupt: &Interrupt) -> anyhow::Result<End> {
+    fn tell(
+        &self,
+        plan: &Plan<'_>,
+        resumed: Option<Resumed>,
+        interrupt: &Interrupt,
+        keeper: &mut DamageKeeper<'_>,
+    ) -> anyhow::Result<End> {
         self.say(self.say_ready(resumed));
         let runtime = tokio::runtime::Builder::new_current_thread()
             .enable_all()
@@ -170,10 +176,16 @@ impl Story<'_> {
             let _inside = runtime.enter();
             Control::listen(plan.state.path()).context("cannot listen for `lifeboot status`")?
         };
-        runtime.block_on(self.watch(plan, &control, interrupt))
+        runtime.block_on(self.watch(plan, &control, interrupt, keeper))
     }
 
-    async fn watch(&self, plan: &Plan<'_>, control: &Control, interrupt: &Interrupt) -> anyhow::Result<End> {
+    async fn watch(
+        &self,
+        plan: &Plan<'_>,
+        control: &Control,
+        interrupt: &Interrupt,
+        keeper: &mut DamageKeeper<'_>,
+    ) -> anyhow::Result<End> {
         let output = self.context.output();
         let mut meter = RateMeter::default();
         let mut ticks = tokio::time::interval(TICK);
@@ -204,6 +216,7 @@ impl Story<'_> {
                 let stats = self.session.stats();
                 rate = meter.sample(now, stats.home_bytes);
                 let status = self.status(&stats, rate);
+                keeper.keep(&status);
                 self.say(output.event(&Event::Progress(&status)));
                 if !output.is_json() {
                     bar.get_or_insert_with(|| output.progress("copying home", Some(status.size)))
@@ -215,7 +228,7 @@ impl Story<'_> {
                     }
                     told_waiting.clone_from(&status.waiting);
                 }
-                if plan.exit_when_done && is_settled(&stats) && self.handle.stats().connections == 0 {
+                if plan.exit_when_done && stats.is_settled() && self.handle.stats().connections == 0 {
                     return Ok(End::Settled);
                 }
             }
@@ -225,7 +238,9 @@ impl Story<'_> {
                     if !told_complete {
                         told_complete = true;
                         bar = None;
-                        self.say(self.say_complete(plan));
+                        let status = self.status(&self.session.stats(), 0);
+                        keeper.keep(&status);
+                        self.say(self.say_complete(plan, &status));
                     }
                     if plan.exit_when_done && self.handle.stats().connections == 0 {
                         return Ok(End::Complete);
@@ -288,10 +303,9 @@ impl Story<'_> {
         Ok(())
     }
 
-    fn say_complete(&self, plan: &Plan<'_>) -> anyhow::Result<()> {
+    fn say_complete(&self, plan: &Plan<'_>, status: &Status) -> anyhow::Result<()> {
         let output = self.context.output();
-        let status = self.status(&self.session.stats(), 0);
-        output.event(&Event::Complete(&status))?;
+        output.event(&Event::Complete(status))?;
         output.line(format_args!(
             "complete: {} holds the whole disk; {} fetched, {} written by the guest{}",
             self.record.target.display(),

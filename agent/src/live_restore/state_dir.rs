@@ -6,6 +6,7 @@
 //! | `session.json` | what the session is: snapshot, disk, target | once, before anything else; replaced never |
 //! | `journal` | which blocks are known on stable storage | see `agent::live` |
 //! | `live` | the live file, for a restart on the same boot | see `agent::live` |
+//! | `damaged.json` | what could not be brought home | while there is such, by the agent that finds it |
 //! | `status.sock` | answers `lifeboot status` while an agent runs | by each agent |
 
 use std::fs::File;

@@ -57,7 +57,7 @@ impl<S: ChunkStore> SnapshotDevice<S> {
 
 fn failed(error: &SourceError) -> Error {
     let kind = match error.kind() {
-        SourceErrorKind::Damaged => ErrorKind::Damaged,
+        SourceErrorKind::Damaged | SourceErrorKind::Missing => ErrorKind::Damaged,
         SourceErrorKind::Unavailable => ErrorKind::Io,
         SourceErrorKind::Closed => ErrorKind::Shutdown,
     };

@@ -11,7 +11,7 @@ use parking_lot::MutexGuard;
 use super::chunk_store::{ChunkStore, Key, Placed};
 use super::piece::{Piece, Waiter};
 use super::pool::{Shared, State, deliver};
-use crate::live::Urgency;
+use crate::live::{SourceErrorKind, Urgency};
 
 /// The background fetches neighbours together up to so many plain bytes.
 const PIECE_PLAIN_BYTES: usize = 512 << 10;
@@ -131,6 +131,11 @@ impl<S: ChunkStore> Shared<S> {
                 state.arrived[urgency.lane()].push_back(piece);
                 drop(state);
                 self.to_decode.notify_one();
+            }
+            Err(error) if error.kind() == SourceErrorKind::Missing && piece.chunks.len() > 1 => {
+                // A pack that is cut short may hold some of them: each alone.
+                state.located.extend(piece.into_single_chunks().rev());
+                self.wake_fetcher(&state);
             }
             Err(error) => {
                 let waiters: Vec<Waiter> =

@@ -31,6 +31,11 @@ impl<P: Placed> Piece<P> {
         pieces
     }
 
+    /// Its chunks, each as a piece of its own.
+    pub(super) fn into_single_chunks(self) -> impl DoubleEndedIterator<Item = Self> {
+        self.chunks.into_iter().map(|chunk| Self { chunks: vec![chunk], stored: None })
+    }
+
     /// The number of stored bytes of all of its chunks.
     pub(super) fn stored_len(&self) -> u64 {
         self.chunks.iter().map(|(_, place)| place.stored_len()).sum()

@@ -27,6 +27,8 @@ impl Placed for Place {
 struct Memory {
     /// Chunks whose stored bytes are damaged.
     damaged: HashSet<u64>,
+    /// Where what holds the chunks is cut short: reads that reach beyond the chunks before this one fail.
+    cut_at: Option<u64>,
     reads: AtomicUsize,
     /// Reads that begin at these chunks wait until they are let go.
     held: Mutex<HashSet<u64>>,
@@ -53,6 +55,10 @@ impl ChunkStore for Arc<Memory> {
         let mut held = self.held.lock();
         self.let_go.wait_while(&mut held, |held| held.contains(&chunk));
         drop(held);
+        let end = chunk + (stored.len() / CHUNK) as u64;
+        if self.cut_at.is_some_and(|cut_at| end > cut_at) {
+            return Err(SourceError::new(SourceErrorKind::Missing, "cut short"));
+        }
         for (chunk, stored) in (chunk..).zip(stored.chunks_mut(CHUNK)) {
             stored.copy_from_slice(&bytes_of(chunk));
             if self.damaged.contains(&chunk) {
@@ -147,6 +153,17 @@ async fn a_damaged_chunk_fails_alone() {
     assert_eq!(&run.bytes[2 * CHUNK..], (6..8).flat_map(bytes_of).collect::<Vec<u8>>());
     let error = pool.fetch(key(5), Urgency::Demand).await.unwrap_err();
     assert_eq!(error.kind(), SourceErrorKind::Damaged);
+}
+
+#[tokio::test]
+async fn what_a_short_pack_still_holds_arrives() {
+    let memory = Arc::new(Memory { cut_at: Some(6), ..Memory::default() });
+    let pool = pool(&memory, 4);
+    let run = pool.fetch_run(0, 4..8, Urgency::Background).await;
+    let mut failed: Vec<_> = run.failed.iter().map(|(chunk, error)| (*chunk, error.kind())).collect();
+    failed.sort_unstable_by_key(|(chunk, _)| *chunk);
+    assert_eq!(failed, [(6, SourceErrorKind::Missing), (7, SourceErrorKind::Missing)]);
+    assert_eq!(&run.bytes[..2 * CHUNK], (4..6).flat_map(bytes_of).collect::<Vec<u8>>());
 }
 
 #[tokio::test]

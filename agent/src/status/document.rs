@@ -4,6 +4,10 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
+use crate::cli::Outcome;
+use crate::live_restore::SessionRecord;
+use crate::output::Output;
+
 /// What a session is doing.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
@@ -73,13 +77,72 @@ pub struct Status {
     pub fetched_plain_bytes: u64,
     /// How guests' misses went since this agent began.
     pub misses: Misses,
-    /// What could not be brought home.
+    /// Bytes that are not home because the repository could not give them: all of them.
+    pub damaged_bytes: u64,
+    /// Where they are, neighbours of one reason together; of very many ranges the first thousand.
     pub damaged: Vec<DamagedRange>,
     /// Why it does not go on just now: the source is away, the target is full.
     pub waiting: Option<String>,
 }
 
 impl Status {
+    /// The status of a session that no agent serves, of which nothing is known to be home.
+    #[must_use]
+    pub fn at_rest(record: &SessionRecord, phase: Phase) -> Self {
+        Self {
+            phase,
+            session: record.session.clone(),
+            snapshot: record.snapshot.clone(),
+            disk: record.disk.clone(),
+            target: record.target.clone(),
+            pid: None,
+            uri: None,
+            size: record.size,
+            home_bytes: 0,
+            guest_bytes: 0,
+            bytes_per_second: 0,
+            seconds_left: None,
+            fetched_bytes: 0,
+            fetched_plain_bytes: 0,
+            misses: Misses::default(),
+            damaged_bytes: 0,
+            damaged: Vec::new(),
+            waiting: None,
+        }
+    }
+
+    /// Whether something could not be brought home.
+    #[must_use]
+    pub const fn is_damaged(&self) -> bool {
+        self.damaged_bytes > 0
+    }
+
+    /// Whether nothing is left to bring home but what is damaged.
+    #[must_use]
+    pub const fn is_settled(&self) -> bool {
+        self.is_damaged() && self.home_bytes + self.damaged_bytes >= self.size
+    }
+
+    /// Names what is damaged on stderr, and says how the verb ended.
+    pub fn conclude(&self, output: &Output) -> Outcome {
+        if !self.is_damaged() {
+            return Outcome::Done;
+        }
+        let mut listed_bytes = 0;
+        for range in &self.damaged {
+            let end = range.offset + range.len;
+            listed_bytes += range.len;
+            output.damaged(format_args!(
+                "bytes {}..{end} of {}/{}: {}",
+                range.offset, self.snapshot, self.disk, range.reason
+            ));
+        }
+        if self.damaged_bytes > listed_bytes {
+            output.damaged(format_args!("and more: {} bytes in all", self.damaged_bytes));
+        }
+        Outcome::Damaged
+    }
+
     /// How much is home, in percent; 100 only when all of it is.
     #[must_use]
     pub fn percent(&self) -> f64 {

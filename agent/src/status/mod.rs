@@ -12,8 +12,8 @@ use anyhow::Context as _;
 use nbd_server::ListenAddress;
 
 use crate::cli::{Context, Failure, Outcome, Verb};
-use crate::live_restore::{self, StateDir};
-use crate::output::{Align, Table, human_duration, human_size};
+use crate::live_restore::{self, SessionRecord, StateDir};
+use crate::output::{Align, Table, human_count, human_duration, human_size};
 
 pub use document::{DamagedRange, Misses, Phase, Status};
 
@@ -69,16 +69,22 @@ fn show_session(context: &Context, target: &Path, state: Option<&Path>) -> anyho
         .with_context(|| format!("the agent that serves {} does not answer", target.display()))?;
     let status = match asked {
         Some(status) => status,
-        None => live_restore::stopped_status(&state, &record)?,
+        None => at_rest(&state, &record)?,
     };
     let output = context.output();
     output.document(&status)?;
     output.table(&table(&status))?;
-    for range in &status.damaged {
-        let end = range.offset + range.len;
-        output.damaged(format_args!("bytes {}..{end}: {}", range.offset, range.reason));
+    Ok(status.conclude(output))
+}
+
+/// What is known of a session that no agent serves.
+fn at_rest(state: &StateDir, record: &SessionRecord) -> anyhow::Result<Status> {
+    let mut status = live_restore::stopped_status(state, record)?;
+    if status.phase != Phase::Complete {
+        let kept = live_restore::kept_damage(state, record);
+        (status.damaged_bytes, status.damaged) = (kept.damaged_bytes, kept.damaged);
     }
-    Ok(if status.damaged.is_empty() { Outcome::Done } else { Outcome::Damaged })
+    Ok(status)
 }
 
 fn table(status: &Status) -> Table {
@@ -88,6 +94,10 @@ fn table(status: &Status) -> Table {
             Some(_) => "complete, and still served".to_owned(),
             None => "complete".to_owned(),
         },
+        Phase::Stopped if status.is_settled() => {
+            "stopped: all is home but what is damaged; the same live-restore command asks for that again"
+                .to_owned()
+        }
         Phase::Stopped => "stopped: the same live-restore command goes on".to_owned(),
         Phase::Poisoned => "failed: a sync failed; run the same command again".to_owned(),
     };
@@ -137,8 +147,9 @@ fn table(status: &Status) -> Table {
     if let Some(why) = &status.waiting {
         row("waiting", why.clone());
     }
-    if !status.damaged.is_empty() {
-        row("damaged", format!("{} ranges", status.damaged.len()));
+    if status.is_damaged() {
+        let ranges = human_count(status.damaged.len() as u64, "range", "ranges");
+        row("damaged", format!("{} in {ranges}, named below", human_size(status.damaged_bytes)));
     }
     table
 }

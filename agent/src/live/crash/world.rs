@@ -258,7 +258,9 @@ impl ChunkSource for SimSource {
             }
             assert!(!self.is_zero(chunk), "a zero chunk was fetched");
             if is_away {
-                return Err(SourceError::new(SourceErrorKind::Unavailable, "simulated: away"));
+                // Some of it, or all of it.
+                let kinds = [SourceErrorKind::Missing, SourceErrorKind::Unavailable];
+                return Err(SourceError::new(kinds[(polls % 2) as usize], "simulated: away"));
             }
             if is_damaged {
                 return Err(SourceError::new(SourceErrorKind::Damaged, "simulated: damaged"));

@@ -85,10 +85,42 @@ fn a_damaged_chunk_is_left_out_and_everything_else_comes_home() {
     rig.executor.spawn(device.clone().fill_worker());
     let rest = DISK.size - CHUNK;
     assert!(rig.run_until(&device, |device| device.session().stats().home_bytes == rest));
-    assert!(device.session().stats().damaged.contains_key(&6));
+    let stats = device.session().stats();
+    assert_eq!((stats.damaged[0].chunks.clone(), stats.damaged_bytes), (6..7, CHUNK));
+    assert!(stats.is_settled());
     assert_eq!(device.session().phase(), Phase::Filling);
     rig.write(&device, chunk(6), 0x66).unwrap();
     assert!(rig.run_until(&device, |device| device.session().phase() == Phase::Complete));
+}
+
+#[test]
+fn a_missing_chunk_that_is_put_back_comes_home_by_itself() {
+    let mut rig = Rig::new();
+    let device = rig.create();
+    rig.source.state.lock().missing.extend([5, 6, 7]);
+    rig.executor.spawn(device.clone().fill_worker());
+    assert!(rig.run_until(&device, |device| device.session().stats().is_settled()));
+    let stats = device.session().stats();
+    assert_eq!((stats.damaged.len(), stats.damaged[0].chunks.clone()), (1, 5..8), "one run");
+    rig.source.state.lock().missing.clear();
+    assert!(rig.run_until(&device, |device| device.session().phase() == Phase::Complete));
+    assert!(rig.target.view() == rig.source.all());
+    assert_eq!(device.session().stats().damaged_bytes, 0);
+}
+
+#[test]
+fn what_a_former_agent_could_not_have_is_damaged_until_it_comes_home() {
+    let mut rig = Rig::new();
+    let device = rig.create();
+    device.session().recall_damage(5..7, "its pack is gone");
+    let stats = device.session().stats();
+    assert_eq!((stats.damaged[0].chunks.clone(), stats.damaged_bytes), (5..7, 2 * CHUNK));
+    rig.source.state.lock().missing.insert(6);
+    rig.executor.spawn(device.clone().fill_worker());
+    assert!(rig.run_until(&device, |device| device.session().stats().is_settled()));
+    let stats = device.session().stats();
+    assert_eq!((stats.damaged.len(), stats.damaged[0].chunks.clone()), (1, 6..7));
+    assert_eq!(stats.home_bytes, DISK.size - CHUNK, "not before it was asked for again");
 }
 
 #[test]

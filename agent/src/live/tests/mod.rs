@@ -43,6 +43,7 @@ struct TestSource {
 struct SourceState {
     fetched: Vec<u64>,
     damaged: BTreeSet<u64>,
+    missing: BTreeSet<u64>,
     /// So many fetches fail before the source is back.
     away: u64,
 }
@@ -89,6 +90,9 @@ impl ChunkSource for TestSource {
             }
             if state.damaged.contains(&chunk) {
                 return Err(SourceError::new(SourceErrorKind::Damaged, "damaged"));
+            }
+            if state.missing.contains(&chunk) {
+                return Err(SourceError::new(SourceErrorKind::Missing, "missing"));
             }
             state.fetched.push(chunk);
             Ok(ChunkData::new(AlignedBuf::from_slice(&self.bytes(chunk))))

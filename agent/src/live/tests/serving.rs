@@ -107,10 +107,31 @@ fn a_damaged_chunk_is_an_error_for_its_own_range_until_it_is_overwritten() {
     assert_eq!(rig.read(&device, chunk(6)).unwrap(), vec![7; CHUNK as usize]);
     rig.write(&device, range(5 * CHUNK, BLOCK_SIZE), 1).unwrap();
     assert_eq!(rig.read(&device, range(5 * CHUNK, BLOCK_SIZE)).unwrap(), vec![1; BLOCK_SIZE as usize]);
-    assert!(device.session().stats().damaged.contains_key(&5));
+    let stats = device.session().stats();
+    assert_eq!((stats.damaged.len(), stats.damaged[0].chunks.clone()), (1, 5..6));
+    assert_eq!(stats.damaged_bytes, CHUNK - BLOCK_SIZE);
     rig.write(&device, chunk(5), 2).unwrap();
     assert_eq!(rig.read(&device, chunk(5)).unwrap(), vec![2; CHUNK as usize]);
     assert!(device.session().stats().damaged.is_empty());
+}
+
+#[test]
+fn a_missing_chunk_is_an_error_until_it_is_put_back_and_no_longer() {
+    let mut rig = Rig::new();
+    rig.options.background = false;
+    let device = rig.create();
+    rig.source.state.lock().missing.extend([5, 6]);
+    assert_eq!(rig.read(&device, chunk(5)).unwrap_err().kind(), ErrorKind::Damaged);
+    assert_eq!(rig.read(&device, chunk(6)).unwrap_err().kind(), ErrorKind::Damaged);
+    assert_eq!(device.session().stats().damaged_bytes, 2 * CHUNK);
+    rig.source.state.lock().missing.clear();
+    assert_eq!(rig.read(&device, chunk(5)).unwrap(), vec![6; CHUNK as usize]);
+    assert_eq!(device.session().stats().damaged[0].chunks, 6..7);
+    // The background asks for the other at once, since one was put back.
+    device.session().set_background(true);
+    rig.executor.spawn(device.clone().fill_worker());
+    assert!(rig.run_until(&device, |device| device.session().map.is_whole(6)));
+    assert_eq!(device.session().stats().damaged_bytes, 0);
 }
 
 #[test]

@@ -1,0 +1,157 @@
+//! A live restore whose repository is there in part: packs on a file system that is not mounted, a pack that is gone.
+#![allow(clippy::unwrap_used, reason = "what a test calls may panic as the test may")]
+
+use std::fs;
+use std::os::unix::fs::FileExt;
+use std::path::PathBuf;
+use std::thread;
+use std::time::Duration;
+
+use e2e::disk;
+use e2e::lifeboot::{LiveRestore, Repository, lifeboot, status};
+use e2e::nbd::Export;
+use e2e::process::run_any;
+use e2e::work_dir::WorkDir;
+use serde_json::Value;
+
+const DISK_BYTES: u64 = 32 << 20;
+const MIB: usize = 1 << 20;
+/// Where the second snapshot differs from the first.
+const NEW_BYTES: usize = 4 * MIB;
+
+/// A disk, captured twice: what did not change is in the first pack, the rest and the disk's map in the second.
+struct Captured {
+    work: WorkDir,
+    repository: Repository,
+    disk: PathBuf,
+    target: PathBuf,
+    socket: PathBuf,
+}
+
+impl Captured {
+    fn new(name: &str) -> Self {
+        let work = WorkDir::new(name).unwrap();
+        let disk = work.file("disk.raw");
+        disk::make(&disk, DISK_BYTES, 21).unwrap();
+        let repository = Repository::init(work.file("repository")).unwrap();
+        repository.capture("vm", &disk).unwrap();
+        let new = disk::Noise::new(5).bytes(NEW_BYTES);
+        fs::OpenOptions::new().write(true).open(&disk).unwrap().write_all_at(&new, 0).unwrap();
+        repository.capture("vm", &disk).unwrap();
+        let (target, socket) = (work.file("target.raw"), work.socket("live"));
+        Self { work, repository, disk, target, socket }
+    }
+
+    fn start(&self, further: &[&str]) -> LiveRestore {
+        LiveRestore::start(&self.repository, "vm@latest", &self.target, &self.socket, further).unwrap()
+    }
+
+    fn packs(&self) -> PathBuf {
+        self.repository.path().join("packs")
+    }
+
+    /// The pack that the first capture made: names of packs are in the order of their making.
+    fn first_pack(&self) -> PathBuf {
+        let mut packs: Vec<PathBuf> =
+            fs::read_dir(self.packs()).unwrap().map(|entry| entry.unwrap().path()).collect();
+        packs.sort();
+        assert_eq!(packs.len(), 2, "a pack for each capture");
+        packs.remove(0)
+    }
+
+    /// Asks for the status until it is as it should be.
+    fn wait_status(&self, what: &str, is_so: impl Fn(&Value) -> bool) -> Value {
+        for _ in 0..6000 {
+            let said = status(&self.target).unwrap();
+            if is_so(&said) {
+                return said;
+            }
+            thread::sleep(Duration::from_millis(50));
+        }
+        panic!("no status said that {what}: {}", status(&self.target).unwrap());
+    }
+}
+
+fn ranges(status: &Value) -> Vec<(u64, u64, String)> {
+    let range = |range: &Value| {
+        let number = |name: &str| range[name].as_u64().unwrap();
+        (number("offset"), number("len"), range["reason"].as_str().unwrap().to_owned())
+    };
+    status["damaged"].as_array().unwrap().iter().map(range).collect()
+}
+
+#[test]
+fn packs_that_go_away_alone_are_waited_for() {
+    let captured = Captured::new("packs-away");
+    let _live = captured.start(&["--no-background", "--source-timeout", "10m"]);
+    let elsewhere = captured.work.file("elsewhere");
+    fs::rename(captured.packs(), &elsewhere).unwrap();
+    // As a mount point is while nothing is mounted there.
+    fs::create_dir(captured.packs()).unwrap();
+    thread::scope(|scope| {
+        let guest = scope.spawn(|| Export::first(&captured.socket).ensure_same(&captured.disk));
+        captured.wait_status("it waits", |said| !said["waiting"].is_null());
+        fs::remove_dir(captured.packs()).unwrap();
+        fs::rename(&elsewhere, captured.packs()).unwrap();
+        guest.join().unwrap().unwrap();
+    });
+    let said = status(&captured.target).unwrap();
+    assert!(ranges(&said).is_empty() && said["damaged_bytes"] == 0, "{said}");
+}
+
+#[test]
+fn a_lost_pack_is_reported_once_and_comes_home_when_it_is_put_back() {
+    let captured = Captured::new("pack-gone");
+    let (pack, elsewhere) = (captured.first_pack(), captured.work.file("elsewhere"));
+    fs::rename(&pack, &elsewhere).unwrap();
+
+    let mut live = captured.start(&["--exit-when-done"]);
+    let ended = live.process().wait().unwrap();
+    let lines = live.process().lines();
+    assert_eq!(ended.code(), Some(3), "done, but something is damaged: {lines:#?}");
+    let events: Vec<Value> = lines
+        .iter()
+        .filter_map(|line| serde_json::from_str(line).ok())
+        .filter(|event: &Value| !event["phase"].is_null())
+        .collect();
+    let last = events.last().unwrap();
+    assert_eq!(last["event"], "settled", "{last}");
+    let lost = ranges(last);
+    for pair in lost.windows(2) {
+        let joined = pair[0].0 + pair[0].1 == pair[1].0 && pair[0].2 == pair[1].2;
+        assert!(!joined, "{pair:?} could be one range");
+    }
+    assert_eq!(lost.iter().map(|(_, len, _)| len).sum::<u64>(), last["damaged_bytes"].as_u64().unwrap());
+    assert!(lost.len() < 60, "a lost pack is a few ranges: {}", lost.len());
+    let errors = lines.iter().filter(|line| line.contains("\"level\":\"ERROR\"")).count();
+    assert_eq!(errors, 1, "one line for one pack: {lines:#?}");
+
+    // It is known while no agent runs, and after one was killed.
+    let known = |what: &str| {
+        let output = run_any(lifeboot(["status", "--json"]).unwrap().arg(&captured.target)).unwrap();
+        assert_eq!(output.status.code(), Some(3), "{what}");
+        let said: Value = serde_json::from_slice(&output.stdout).unwrap();
+        assert_eq!(ranges(&said), lost, "{what}");
+    };
+    known("after it has ended");
+    let live = captured.start(&[]);
+    let (offset, len, _) = lost[0].clone();
+    let read = format!(
+        "import errno\ntry:\n    h.pread({len}, {offset})\n    assert False\nexcept nbd.Error as error:\n    assert error.errnum == errno.EIO, error\n"
+    );
+    live.export().nbdsh("", &read).unwrap();
+    let stopped = live.kill().unwrap();
+    known("after it was killed");
+
+    // Put back, it is had at once by whoever asks, and all of it comes home.
+    let mut live = stopped.start_again().unwrap();
+    captured.wait_status("it is missing", |said| said["damaged_bytes"] == last["damaged_bytes"]);
+    fs::rename(&elsewhere, &pack).unwrap();
+    live.export().ensure_same(&captured.disk).unwrap();
+    let complete = live.wait_complete().unwrap();
+    assert!(ranges(&complete).is_empty(), "{complete}");
+    live.park().unwrap();
+    assert!(!captured.work.file("target.raw.lifeboot/damaged.json").exists());
+    assert_eq!(status(&captured.target).unwrap()["phase"], "complete");
+    disk::ensure_same(&captured.disk, &captured.target).unwrap();
+}
