@@ -4,6 +4,10 @@
 //! are not home, and no others; `V`; the holds end.
 //!
 //! Chunks that cannot be had are left out; those that are only missing come again (see `damage`).
+//!
+//! A full target is one *episode*, said once: several fills are under way, and on a target that is nearly full some
+//! succeed while others fail. So a success ends it only when none has failed for [`FULL_QUIET`] after the background
+//! went on; until then the background waits longer and longer between its attempts.
 
 use std::ops::Range;
 use std::sync::atomic::Ordering;
@@ -29,6 +33,8 @@ const ASIDE: Duration = Duration::from_millis(2);
 const GENTLE: Duration = Duration::from_millis(50);
 const FIRST_BACKOFF: Duration = Duration::from_millis(200);
 const LONGEST_BACKOFF: Duration = Duration::from_secs(10);
+/// For how long no write may fail for want of room before the target counts as full no longer.
+const FULL_QUIET: Duration = Duration::from_secs(5);
 /// Zero chunks are made zero in pieces of this size.
 const ZERO_PIECE_BYTES: u64 = 256 << 20;
 
@@ -297,34 +303,48 @@ impl Session {
     }
 
     /// Looks at how a fill went; true where it must be tried again.
-    fn after_fill(&self, result: Result<()>) -> bool {
+    pub(super) fn after_fill(&self, result: Result<()>) -> bool {
+        let now = self.clock.now();
         let mut fills = self.fills.lock();
         let Err(error) = result else {
-            fills.backoff = Duration::ZERO;
-            fills.target_full = false;
+            if fills.full_until.is_none_or(|until| now >= until) {
+                fills.full_until = None;
+                fills.backoff = Duration::ZERO;
+            }
             return false;
         };
         match error.kind() {
             ErrorKind::Poisoned | ErrorKind::Shutdown => return true,
-            ErrorKind::NoSpace if fills.target_full => {}
             ErrorKind::NoSpace => {
-                fills.target_full = true;
-                tracing::warn!("the target is full: the background waits for room");
+                fills.back_off(now);
+                let quiet_from = fills.not_before + FULL_QUIET;
+                if fills.full_until.replace(quiet_from).is_none() {
+                    Stats::add(&self.stats.full_episodes, 1);
+                    tracing::warn!("the target is full: the background waits for room");
+                }
             }
             _ => {
+                fills.back_off(now);
                 self.stats.target_failed();
                 tracing::error!(error = &error as &dyn std::error::Error, "writing to the target failed");
             }
         }
-        drop(fills);
-        self.back_off();
         true
     }
 
     fn back_off(&self) {
-        let mut fills = self.fills.lock();
-        fills.backoff = (fills.backoff * 2).clamp(FIRST_BACKOFF, LONGEST_BACKOFF);
-        fills.not_before = self.clock.now() + fills.backoff;
+        let now = self.clock.now();
+        self.fills.lock().back_off(now);
+    }
+}
+
+impl Fills {
+    fn back_off(&mut self, now: Duration) {
+        // Those that were under way together fail together: that is one attempt.
+        if now >= self.not_before {
+            self.backoff = (self.backoff * 2).clamp(FIRST_BACKOFF, LONGEST_BACKOFF);
+        }
+        self.not_before = now + self.backoff;
     }
 }
 

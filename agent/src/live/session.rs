@@ -75,7 +75,8 @@ pub(super) struct Fills {
     pub(super) not_before: Duration,
     pub(super) backoff: Duration,
     pub(super) source_away_since: Option<Duration>,
-    pub(super) target_full: bool,
+    /// The target is full, at least until no write failed for want of room up to then.
+    pub(super) full_until: Option<Duration>,
     pub(super) last_miss: Option<Duration>,
 }
 
@@ -201,7 +202,7 @@ impl Session {
                 not_before: Duration::ZERO,
                 backoff: Duration::ZERO,
                 source_away_since: None,
-                target_full: false,
+                full_until: None,
                 last_miss: None,
             }),
             decoded: Mutex::new(HashMap::new()),
@@ -322,7 +323,8 @@ impl Session {
             miss_p99_us,
             waiting: self.waiting.load(Ordering::Relaxed),
             source_away: fills.source_away_since.map(|since| now.saturating_sub(since)),
-            target_full: fills.target_full,
+            target_full: fills.full_until.is_some() && self.phase() == Phase::Filling,
+            target_full_episodes: Stats::read(&self.stats.full_episodes),
             target_errors: Stats::read(&self.stats.target_errors),
             commits: Stats::read(&self.stats.commits),
             limit: fills.limit.rate(),

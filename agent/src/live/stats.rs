@@ -21,6 +21,7 @@ pub(super) struct Stats {
     pub(super) missed: AtomicU64,
     pub(super) commits: AtomicU64,
     pub(super) target_errors: AtomicU64,
+    pub(super) full_episodes: AtomicU64,
     waits: Mutex<Histogram<u32>>,
     /// Taken after `Session::fills` where both are needed.
     pub(super) damage: Mutex<Damage>,
@@ -73,8 +74,10 @@ pub struct StatsSnapshot {
     pub waiting: u64,
     /// For how long the source has been out of reach.
     pub source_away: Option<Duration>,
-    /// The target was full when the background last wrote to it.
+    /// The target is full, as the background found it.
     pub target_full: bool,
+    /// How often it became so.
+    pub target_full_episodes: u64,
     /// Writes and syncs of the target that failed.
     pub target_errors: u64,
     /// Times that the journal was brought up to date.
@@ -116,6 +119,7 @@ impl Stats {
             missed: AtomicU64::new(0),
             commits: AtomicU64::new(0),
             target_errors: AtomicU64::new(0),
+            full_episodes: AtomicU64::new(0),
             waits: Mutex::new(Histogram::new_with_bounds(1, longest, 2).expect("the bounds are fit")),
             damage: Mutex::new(Damage::new(chunk_count)),
         }

@@ -1,8 +1,9 @@
 //! How chunks come home behind the guest.
 
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
-use block::{BLOCK_SIZE, ErrorKind};
+use block::{BLOCK_SIZE, Error, ErrorKind};
 
 use super::{CHUNK, CHUNKS, DISK, Rig, ZERO, chunk, range};
 use crate::live::clock::Clock;
@@ -62,9 +63,33 @@ fn a_full_target_is_an_error_for_the_guest_and_a_pause_for_the_background() {
     assert_eq!(device.session().phase(), Phase::Filling);
     rig.target.set_full(false);
     assert!(rig.run_until(&device, |device| device.session().phase() == Phase::Complete));
+    assert!(!device.session().stats().target_full);
     let mut expected = rig.source.all();
     expected[..CHUNK as usize].fill(0xaa);
     assert!(rig.target.view() == expected);
+}
+
+#[test]
+fn a_target_on_which_some_writes_find_room_and_others_do_not_is_full_once() {
+    let mut rig = Rig::new();
+    let device = rig.create();
+    let session = device.session();
+    let full = || Err(Error::new(ErrorKind::NoSpace, "no room"));
+    let later = |seconds: u64| rig.clock.0.fetch_add(seconds * 1_000_000, Ordering::Relaxed);
+    for _ in 0..3 {
+        session.after_fill(full());
+        session.after_fill(Ok(()));
+        later(1);
+    }
+    session.after_fill(full());
+    session.after_fill(Ok(()));
+    let stats = session.stats();
+    assert_eq!((stats.target_full, stats.target_full_episodes), (true, 1));
+    later(60);
+    session.after_fill(Ok(()));
+    assert!(!session.stats().target_full, "nothing has found it full for long");
+    session.after_fill(full());
+    assert_eq!(session.stats().target_full_episodes, 2);
 }
 
 #[test]
