@@ -36,6 +36,9 @@ pub(super) enum Mistake {
     JournalUnsynced,
     /// A write to part of an absent block does not bring the block's chunk home first.
     PartialWithoutFill,
+    /// A chunk is given out before its hash was checked. The source makes it, not the engine.
+    #[cfg(test)]
+    ServedUnverified,
 }
 
 #[cfg(test)]

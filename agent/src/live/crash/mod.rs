@@ -131,6 +131,7 @@ mistakes! {
     a_journal_of_another_disk_of_the_same_size_is_caught: ForeignJournal,
     a_read_error_served_as_zeroes_is_caught: ReadErrorAsZeroes,
     a_write_of_part_of_an_absent_block_without_its_fill_is_caught: PartialWithoutFill,
+    a_chunk_served_before_its_hash_was_checked_is_caught: ServedUnverified,
 }
 
 #[test]

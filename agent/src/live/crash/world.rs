@@ -50,6 +50,7 @@ pub(super) struct SimSource {
     salt: u64,
     bytes: Vec<u8>,
     zero: Vec<bool>,
+    verifies: bool,
     state: Mutex<SourceState>,
 }
 
@@ -67,7 +68,9 @@ impl World {
         let mut rng = Rng::new(seed);
         let tail = *rng.pick(&[0, UNIT, 512, BLOCK_SIZE, BLOCK_SIZE + 3 * UNIT]).expect("not empty");
         let disk = DiskLayout { size: CHUNKS * u64::from(CHUNK_SIZE) + tail, chunk_size: CHUNK_SIZE };
-        let source = Arc::new(SimSource::new(disk, &mut rng, 0));
+        let mut source = SimSource::new(disk, &mut rng, 0);
+        source.verifies = mistake != Some(Mistake::ServedUnverified);
+        let source = Arc::new(source);
         let values: Vec<u64> = (0..disk.size / UNIT).map(|unit| source.value(unit)).collect();
         let target_size = disk.size + rng.below(2) * 8192;
         let options = SimOptions {
@@ -212,6 +215,7 @@ impl SimSource {
             salt,
             bytes: Vec::new(),
             zero,
+            verifies: true,
             state: Mutex::new(SourceState { rng: rng.fork(), away_per_mille: 0, damaged: BTreeSet::new() }),
         };
         source.bytes = vec![0; disk.size as usize];
@@ -262,11 +266,17 @@ impl ChunkSource for SimSource {
                 let kinds = [SourceErrorKind::Missing, SourceErrorKind::Unavailable];
                 return Err(SourceError::new(kinds[(polls % 2) as usize], "simulated: away"));
             }
+            let range = self.disk.chunk_range(chunk);
+            let chunk_bytes = self.bytes(range.start()..range.end());
+            let mut decoded = AlignedBuf::from_slice(chunk_bytes);
             if is_damaged {
+                decoded[(polls * 1000) as usize % range.len() as usize] ^= 0x40;
+            }
+            // The bytes stand for their own hash.
+            if self.verifies && decoded[..] != *chunk_bytes {
                 return Err(SourceError::new(SourceErrorKind::Damaged, "simulated: damaged"));
             }
-            let range = self.disk.chunk_range(chunk);
-            Ok(ChunkData::new(AlignedBuf::from_slice(self.bytes(range.start()..range.end()))))
+            Ok(ChunkData::new(decoded))
         })
     }
 }
