@@ -16,6 +16,8 @@ use crate::status::Status;
 const SOCKET: &str = "status.sock";
 /// How long either side waits for the other: a status is a few hundred bytes from memory.
 const PATIENCE: Duration = Duration::from_secs(5);
+/// How long it waits after it could not accept.
+const PAUSE: Duration = Duration::from_millis(50);
 /// A status is refused when it is longer than this.
 const MAX_STATUS_BYTES: u64 = 4 << 20;
 
@@ -50,11 +52,8 @@ impl Control {
     }
 
     /// Waits for the next who asks.
-    ///
-    /// # Errors
-    /// What the operating system says.
-    pub(super) async fn accept(&self) -> io::Result<tokio::net::UnixStream> {
-        self.listener.accept().await.map(|(stream, _)| stream)
+    pub(super) async fn accept(&self) -> tokio::net::UnixStream {
+        patiently(async || self.listener.accept().await.map(|(stream, _)| stream)).await
     }
 
     /// Answers one who asked; whoever does not read is left alone after a while.
@@ -72,6 +71,18 @@ impl Drop for Control {
     fn drop(&mut self) {
         // A successor removes what is left here.
         let _ = std::fs::remove_file(&self.path);
+    }
+}
+
+/// Tries until it succeeds. What fails now (there are too many open files, say) fails at once again, so this waits a
+/// little before it tries again.
+async fn patiently<T>(mut attempt: impl AsyncFnMut() -> io::Result<T>) -> T {
+    loop {
+        match attempt().await {
+            Ok(done) => return done,
+            Err(error) => tracing::debug!(%error, "nobody who asks can be answered just now"),
+        }
+        tokio::time::sleep(PAUSE).await;
     }
 }
 
@@ -103,4 +114,28 @@ pub fn ask(dir: &Path) -> io::Result<Option<Status>> {
         return Ok(None);
     }
     serde_json::from_slice(&text).map(Some).map_err(io::Error::other)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::cell::Cell;
+    use std::time::Instant;
+
+    use super::*;
+
+    #[test]
+    fn what_cannot_be_accepted_is_tried_again_after_a_pause() {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_time().build().unwrap();
+        let left = Cell::new(3);
+        let begun = Instant::now();
+        let accepted = runtime.block_on(patiently(async || match left.get() {
+            0 => Ok("somebody"),
+            more => {
+                left.set(more - 1);
+                Err(io::Error::other("too many open files"))
+            }
+        }));
+        assert_eq!(accepted, "somebody");
+        assert!(begun.elapsed() >= 3 * PAUSE, "it did not wait: {:?}", begun.elapsed());
+    }
 }

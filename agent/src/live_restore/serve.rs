@@ -198,10 +198,8 @@ impl Story<'_> {
         loop {
             tokio::select! {
                 () = self.session.has_left(phase) => {}
-                asked = control.accept() => {
-                    if let Ok(stream) = asked {
-                        tokio::spawn(Control::answer(stream, self.status(&self.session.stats(), rate)));
-                    }
+                stream = control.accept() => {
+                    tokio::spawn(Control::answer(stream, self.status(&self.session.stats(), rate)));
                     continue;
                 }
                 _ = ticks.tick() => {}
