@@ -12,6 +12,7 @@ mod range_lock;
 mod unaligned;
 mod zero;
 
+use std::fs::File;
 use std::future::Future;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
@@ -119,13 +120,23 @@ struct Inner {
 }
 
 impl FileDisk {
-    /// Opens an existing raw file or block device. Its size is taken now and does not change.
+    /// Opens an existing raw file or block device. Its size is taken now and does not change. A block device that
+    /// is set read-only is opened for reading whatever `options` say: its [`FileDisk::geometry`] says so.
     ///
     /// # Errors
     /// `NotPermitted` without the permission; `Unsupported` where it is neither a regular file nor a block
     /// device, or direct I/O was demanded and cannot be had; `Io` otherwise.
     pub fn open(path: impl AsRef<Path>, options: FileOptions) -> Result<Self> {
         open::open(path.as_ref(), options).map(Self::from)
+    }
+
+    /// The disk behind a file that is open for what `options` say: its description, with the lock that it may hold,
+    /// is the disk's. `path` is what it was opened by.
+    ///
+    /// # Errors
+    /// As for [`FileDisk::open`].
+    pub fn from_file(file: File, path: impl AsRef<Path>, options: FileOptions) -> Result<Self> {
+        open::inspect(file, path.as_ref(), options).map(Self::from)
     }
 
     /// Makes a new raw file of `size` bytes, all holes, whose name is on stable storage, and opens it.

@@ -2,7 +2,7 @@
 
 use std::fs::{File, OpenOptions};
 use std::io;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::Path;
 use std::sync::Arc;
@@ -68,7 +68,7 @@ fn sync_parent(path: &Path) -> io::Result<()> {
     File::open(parent)?.sync_all()
 }
 
-fn inspect(file: File, path: &Path, options: FileOptions) -> Result<Inner> {
+pub(super) fn inspect(file: File, path: &Path, options: FileOptions) -> Result<Inner> {
     let failed = |doing: &str, source| Error::io(format_args!("{doing} {}", path.display()), source);
     let metadata = file.metadata().map_err(|source| failed("inspect", source))?;
     let block_device = metadata.file_type().is_block_device();
@@ -84,6 +84,10 @@ fn inspect(file: File, path: &Path, options: FileOptions) -> Result<Inner> {
         metadata.len()
     };
     clear_nonblock(&file).map_err(|source| failed("prepare", source))?;
+    // The kernel lets a device that is set read-only be opened for writing, and fails the writes.
+    let read_only = options.read_only
+        || (block_device
+            && is_read_only_device(&file).map_err(|source| failed("ask for the state of", source))?);
     let unit = direct_unit(&file, block_device, size, options, path)?;
     let hole_unit = if block_device {
         u64::from(rustix::fs::ioctl_blksszget(&file).unwrap_or(ALIGNMENT as u32))
@@ -91,7 +95,7 @@ fn inspect(file: File, path: &Path, options: FileOptions) -> Result<Inner> {
         metadata.blksize().next_power_of_two().clamp(512, 1 << 20)
     };
     let unit_or_byte = unit.unwrap_or(1);
-    let (punches, discards) = if options.read_only {
+    let (punches, discards) = if read_only {
         (false, false)
     } else if block_device {
         (
@@ -105,7 +109,7 @@ fn inspect(file: File, path: &Path, options: FileOptions) -> Result<Inner> {
         size,
         minimum_io: unit_or_byte,
         preferred_io: unit_or_byte.max(ALIGNMENT as u32),
-        read_only: options.read_only,
+        read_only,
         can_trim: punches || discards,
         fast_zero: punches,
         shared_flush: true,
@@ -204,6 +208,16 @@ fn punches_holes(file: &File, size: u64, hole_unit: u64) -> bool {
         return false;
     };
     rustix::fs::fallocate(file, FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE, at, hole_unit).is_ok()
+}
+
+/// Whether a block device refuses writes, whoever opened it: `blockdev --setro`, a medium's switch.
+fn is_read_only_device(file: &File) -> io::Result<bool> {
+    /// `_IO(0x12, 94)` of linux/fs.h.
+    const BLKROGET: libc::Ioctl = 0x125e;
+    let mut flag: libc::c_int = 0;
+    // SAFETY: `flag` is the one `int` that BLKROGET writes; it outlives the call, which keeps no pointer to it.
+    let result = unsafe { libc::ioctl(file.as_raw_fd(), BLKROGET, std::ptr::from_mut(&mut flag)) };
+    if result == 0 { Ok(flag != 0) } else { Err(io::Error::last_os_error()) }
 }
 
 /// Whether a limit of the device's queue says that it has the ability at all.

@@ -211,6 +211,23 @@ fn a_full_file_system_is_no_space_and_serves_on_once_there_is_room() {
     }
 }
 
+#[test]
+fn a_device_that_is_set_read_only_is_opened_for_reading_and_refuses_writes() {
+    let Some(device) = LoopDevice::attach(1 << 20) else { return };
+    let set = |how| {
+        let status = Command::new("blockdev").arg(how).arg(device.path()).status().unwrap();
+        assert!(status.success(), "blockdev {how}");
+    };
+    set("--setro");
+    let disk = FileDisk::open(device.path(), FileOptions::default()).unwrap();
+    assert!(disk.geometry().read_only);
+    let written = disk.write_blocking(0, AlignedBuf::from_slice(&[1; 4096]), Durability::Volatile).0;
+    assert_eq!(written.unwrap_err().kind(), ErrorKind::NotPermitted);
+    drop(disk);
+    set("--setrw");
+    assert!(!FileDisk::open(device.path(), FileOptions::default()).unwrap().geometry().read_only);
+}
+
 /// Which operation hears of the loss first.
 #[derive(Clone, Copy)]
 enum Reporter {
