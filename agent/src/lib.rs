@@ -1,6 +1,7 @@
 //! The `lifeboot` program: captures disks into a repository, restores them, and boots machines from
 //! their backup. Each verb of the command line has a module of its own; [`cli`] puts them together.
 
+mod blank;
 pub mod capture;
 pub mod cli;
 mod in_use;

@@ -45,7 +45,8 @@ pub struct Args {
     /// A file, which need not exist, or a block device
     target: PathBuf,
 
-    /// Replace what is in the target
+    /// Replace what is in the target. Without it a file must hold no data, and of a block device the first
+    /// and last MiB and 256 samples between them must be zeroes
     #[arg(long)]
     force: bool,
 

@@ -8,7 +8,6 @@
 use std::ffi::OsString;
 use std::fs::{File, Metadata, TryLockError};
 use std::io::{self, Read, Seek, SeekFrom};
-use std::os::fd::AsFd;
 use std::os::unix::fs::{FileTypeExt, MetadataExt, fchown};
 use std::path::{Path, PathBuf};
 
@@ -16,6 +15,7 @@ use anyhow::Context as _;
 use block::{FileDisk, FileOptions};
 
 use super::signature;
+use crate::blank;
 use crate::cli::Failure;
 use crate::in_use::{in_use, open_exclusively, refuse_locked};
 use crate::output::human_size;
@@ -98,7 +98,7 @@ impl Target {
         if 0 < existing.len() && existing.len() < size {
             return Err(too_small(&path, existing.len(), size));
         }
-        if !force && has_data(&file).with_context(|| format!("cannot look into {}", path.display()))? {
+        if !force && blank::has_data(&file).with_context(|| format!("cannot look into {}", path.display()))? {
             return Err(Failure::new(
                 format_args!("the target {} is not empty ({})", path.display(), human_size(existing.len())),
                 "name another target, or give --force to replace it (it stays as it is until the restore is complete)",
@@ -130,21 +130,24 @@ impl Target {
         if device_size < size {
             return Err(too_small(&path, device_size, size));
         }
-        if !force {
-            let head = probe(&mut exclusive, 0, device_size).with_context(looked)?;
-            let tail_start = device_size.saturating_sub(signature::PROBE_LEN as u64);
-            let tail = probe(&mut exclusive, tail_start, device_size).with_context(looked)?;
-            if !repository::is_zero(&head) || !repository::is_zero(&tail) {
-                let holds =
-                    signature::name(&head).map_or_else(String::new, |name| format!(": it holds {name}"));
-                return Err(Failure::new(
-                    format_args!("the target {} is not empty{holds}", path.display()),
-                    "name another target, or give --force to overwrite what is on it",
-                )
-                .into());
-            }
+        if !force && let Some(at) = blank::first_data(&exclusive, device_size).with_context(looked)? {
+            let head = probe(&mut exclusive, device_size).with_context(looked)?;
+            let holds = signature::name(&head)
+                .map_or_else(|| format!("there is data at byte {at}"), |name| format!("it holds {name}"));
+            return Err(Failure::new(
+                format_args!("the target {} is not empty: {holds}", path.display()),
+                "name another target, or give --force to overwrite what is on it",
+            )
+            .into());
         }
         let disk = FileDisk::open(&path, options)?;
+        if disk.geometry().read_only {
+            return Err(Failure::new(
+                format_args!("the target {} is a read-only device", path.display()),
+                "make it writable (`blockdev --setrw`), or name another target",
+            )
+            .into());
+        }
         if !disk.try_lock()? {
             return Err(in_use(&path, "locked by another program").into());
         }
@@ -297,20 +300,10 @@ fn too_small(path: &Path, size: u64, needed: u64) -> anyhow::Error {
     .into()
 }
 
-/// Whether anything was ever written to the file: a file of holes alone counts as empty.
-fn has_data(file: &File) -> io::Result<bool> {
-    match rustix::fs::seek(file.as_fd(), rustix::fs::SeekFrom::Data(0)) {
-        Ok(_) => Ok(true),
-        Err(rustix::io::Errno::NXIO) => Ok(false),
-        // A file system that knows no holes: what is long is not empty.
-        Err(rustix::io::Errno::INVAL | rustix::io::Errno::OPNOTSUPP) => Ok(file.metadata()?.len() > 0),
-        Err(error) => Err(error.into()),
-    }
-}
-
-fn probe(device: &mut File, start: u64, size: u64) -> io::Result<Vec<u8>> {
-    device.seek(SeekFrom::Start(start))?;
+/// The first bytes of a device.
+fn probe(device: &mut File, size: u64) -> io::Result<Vec<u8>> {
+    device.seek(SeekFrom::Start(0))?;
     let mut bytes = Vec::new();
-    device.take(size.saturating_sub(start).min(signature::PROBE_LEN as u64)).read_to_end(&mut bytes)?;
+    device.take(size.min(signature::PROBE_LEN as u64)).read_to_end(&mut bytes)?;
     Ok(bytes)
 }
