@@ -103,6 +103,17 @@ impl LoopDevice {
         Ok(Self { path: PathBuf::from(printed.trim()) })
     }
 
+    /// Attaches `file` to the loop device of this number, which must be free: one beyond those that
+    /// [`LoopDevice::attach`] hands out.
+    ///
+    /// # Errors
+    /// It is not free, or this is not root.
+    pub fn attach_to(number: u32, file: &Path) -> Result<Self> {
+        let path = PathBuf::from(format!("/dev/loop{number}"));
+        process::run(Command::new("losetup").arg(&path).arg(file))?;
+        Ok(Self { path })
+    }
+
     /// The device.
     pub fn path(&self) -> &Path {
         &self.path

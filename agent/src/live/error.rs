@@ -15,8 +15,10 @@ pub enum ErrorKind {
     NewerFormat,
     /// The journal is damaged: what it would say about the target may be too little.
     Damaged,
-    /// The journal belongs to another snapshot, disk or target.
+    /// The journal belongs to another session, snapshot or disk.
     Elsewhere,
+    /// The target does not hold what the journal says.
+    WrongTarget,
     /// The target or the journal's device cannot be used for this disk: size, alignment.
     Unsuitable,
     /// A sync failed: the session can no longer promise anything. It recovers when it is resumed.

@@ -20,9 +20,11 @@
 //! sync stores state 2 before anybody hears of the failure. `G` is stored before `V`: a kill between them
 //! leaves too much in `G`, which is harmless. The room is allocated before the file is mapped.
 
+use std::fmt;
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
+use std::str::FromStr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -53,8 +55,22 @@ impl BootId {
     pub fn current() -> std::io::Result<Self> {
         let text = std::fs::read_to_string("/proc/sys/kernel/random/boot_id")?;
         let digits: String = text.chars().filter(char::is_ascii_hexdigit).collect();
-        let id = u128::from_str_radix(&digits, 16).map_err(std::io::Error::other)?;
-        Ok(Self(id.to_be_bytes()))
+        digits.parse().map_err(std::io::Error::other)
+    }
+}
+
+/// 32 hexadecimal digits.
+impl fmt::Display for BootId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:032x}", u128::from_be_bytes(self.0))
+    }
+}
+
+impl FromStr for BootId {
+    type Err = std::num::ParseIntError;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        u128::from_str_radix(text, 16).map(|id| Self(id.to_be_bytes()))
     }
 }
 
@@ -159,13 +175,21 @@ impl LiveFile {
         disk: DiskLayout,
         credulity: Credulity,
     ) -> bool {
-        let expected = header(session, boot, disk);
         let state = self.word(STATE_AT);
-        let header_holds = expected.iter().enumerate().all(|(index, &expected)| {
+        self.is_of(session, boot, disk, credulity.any_boot)
+            && (state == IN_USE || (credulity.poisoned && state == POISONED))
+    }
+
+    /// Whether a sync failed in this boot: the bits are those of the session, but `V` promises too much.
+    pub(super) fn is_poisoned(&self, session: SessionId, boot: BootId, disk: DiskLayout) -> bool {
+        self.is_of(session, boot, disk, false) && self.word(STATE_AT) == POISONED
+    }
+
+    fn is_of(&self, session: SessionId, boot: BootId, disk: DiskLayout, any_boot: bool) -> bool {
+        header(session, boot, disk).iter().enumerate().all(|(index, &expected)| {
             let is_of_the_boot = matches!(index, 3 | 4 | CHECKSUM_AT);
-            self.word(index) == expected || (credulity.any_boot && is_of_the_boot)
-        });
-        header_holds && (state == IN_USE || (credulity.poisoned && state == POISONED))
+            self.word(index) == expected || (any_boot && is_of_the_boot)
+        })
     }
 
     /// Forgets what the file says. Until [`LiveFile::begin`] nobody believes it.
@@ -241,8 +265,11 @@ mod tests {
         assert!(!believed(SessionId([3; 16]), BOOT, DISK));
         assert!(!believed(SESSION, BootId([3; 16]), DISK));
         assert!(!believed(SESSION, BOOT, DiskLayout { chunk_size: 4096, ..DISK }));
+        assert!(!live.is_poisoned(SESSION, BOOT, DISK));
         live.poison();
         assert!(!believed(SESSION, BOOT, DISK));
+        assert!(live.is_poisoned(SESSION, BOOT, DISK));
+        assert!(!live.is_poisoned(SESSION, BootId([3; 16]), DISK), "the host went down since");
     }
 
     #[test]
@@ -281,6 +308,8 @@ mod tests {
 
     #[test]
     fn the_running_kernel_has_a_boot_id() {
-        assert_eq!(BootId::current().unwrap(), BootId::current().unwrap());
+        let boot = BootId::current().unwrap();
+        assert_eq!(BootId::current().unwrap(), boot);
+        assert_eq!(boot.to_string().parse(), Ok(boot));
     }
 }

@@ -41,6 +41,9 @@
 //!   checkpoint that says that nothing is missing, and that `G` is exact.
 //! - **Resuming** from the journal alone makes every block of `P` one of `G` as well: an unflushed write to a
 //!   block that was home may have reached the target, and no record speaks of it. Too much in `G` is harmless.
+//! - **A target is checked before it is believed** (`fingerprint`): chunks that the journal calls home and that the
+//!   guest never wrote must be those of the snapshot. It comes before the first write to the journal, the live file or
+//!   the target, so that a refused target and its session stay as they were.
 //!
 //! Bounds: holds exist for chunks in use alone; decoded chunks wait up to
 //! [`SessionOptions::decoded_bytes`], beyond that a miss writes its own home; a worker has one piece in hand; `V`, `G` and
@@ -58,6 +61,7 @@ mod error;
 mod extents;
 mod fetch;
 mod fill;
+mod fingerprint;
 mod holds;
 mod join;
 mod journal;
@@ -87,7 +91,7 @@ pub use journal::fuzzing;
 pub use journal::{BlockRun, JournalLayout, SessionId};
 pub use limit::RateLimit;
 pub use live_file::{BootId, LiveWords};
-pub use parts::{Identity, Resumed, SessionOptions, SessionParts};
+pub use parts::{ChunkCheck, Identity, Resumed, SessionOptions, SessionParts};
 pub use peek::{Peek, peek};
 pub use session::Session;
 pub use source::{

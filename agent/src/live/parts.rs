@@ -8,13 +8,21 @@ use super::clock::Clock;
 use super::live_file::{BootId, LiveWords};
 use super::source::ChunkSource;
 
-/// What a restore is of and to. A journal that names another is refused.
+/// What a restore is of and to.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Identity {
-    /// The snapshot's disk, by a name that means one content for ever (with its map's root, say).
+    /// The snapshot's disk, by a name that means one content for ever (with its map's root, say). A journal
+    /// that names another is refused.
     pub snapshot: String,
-    /// The target, by a name that lasts across reboots.
+    /// The target as it was called when the session began: for people. Whether a target is the session's
+    /// is for the session's owner to know, and for [`ChunkCheck`] to prove.
     pub target: String,
+}
+
+/// Tells a chunk of the snapshot's disk by its bytes, from the disk map alone: nothing is fetched.
+pub trait ChunkCheck: Send + Sync {
+    /// Whether `bytes` are those of `chunk`, which is not all zeroes. `None` where that cannot be told.
+    fn is_chunk(&self, chunk: u64, bytes: &[u8]) -> Option<bool>;
 }
 
 /// What may be chosen for a session.
@@ -65,6 +73,10 @@ pub struct SessionParts {
     pub live: LiveWords,
     /// The running kernel.
     pub boot: BootId,
+    /// The kernel that the session's last agent served under, where that is known.
+    pub last_boot: Option<BootId>,
+    /// By what a target is checked when a session is resumed; without it nothing is checked.
+    pub check: Option<Arc<dyn ChunkCheck>>,
     /// Chunks in the order in which the background should fetch them, as runs of neighbours. What is
     /// left out comes afterwards.
     pub plan: Vec<Range<u64>>,
@@ -72,14 +84,27 @@ pub struct SessionParts {
     pub options: SessionOptions,
 }
 
-/// From what a session was resumed.
+/// How a session had ended that was resumed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Resumed {
+    /// It had been parked: everything is there.
+    Parked,
     /// The agent had died, the kernel had not: everything acknowledged is there, flushed or not.
-    FromLiveFile,
-    /// The session had been parked: everything is there.
-    FromParked,
-    /// The host or a sync had failed: everything flushed is there. What the guest wrote is known
-    /// only to be among the blocks that are home, so all of these count as written by it.
-    FromJournal,
+    AgentDied,
+    /// The host had gone down: everything flushed is there.
+    HostDied,
+    /// A sync had failed: everything flushed before it is there.
+    SyncFailed,
+    /// The agent had died, the kernel had not, and the live file is missing or damaged: everything flushed is
+    /// there, and what was not may be gone under a guest that lives and does not know it.
+    LiveFileLost,
+}
+
+impl Resumed {
+    /// Whether only what was flushed is known to be there. What the guest wrote is then known only to be among
+    /// the blocks that are home, so all of these count as written by it.
+    #[must_use]
+    pub const fn is_from_journal_alone(self) -> bool {
+        matches!(self, Self::HostDied | Self::SyncFailed | Self::LiveFileLost)
+    }
 }

@@ -14,6 +14,7 @@ use super::bits::{Bits, words_for, zeroed_words};
 use super::clock::Clock;
 use super::device::LiveDevice;
 use super::error::{Error, ErrorKind, Result};
+use super::fingerprint::{Evidence, check_contents};
 use super::holds::Holds;
 use super::journal::{Header, Journal, JournalLayout, SessionId};
 use super::limit::RateLimit;
@@ -113,21 +114,25 @@ impl Session {
 
     /// Goes on with a restore: from the live file where that may be believed, else from the journal.
     ///
-    /// The caller holds the target's lock, so that nothing of a predecessor is in flight any more.
+    /// The caller holds the target's lock, so that nothing of a predecessor is in flight any more. On failure
+    /// nothing was written, unless it is one of `Device`.
     ///
     /// # Errors
-    /// `NotAJournal` where creation was cut short (it may be created again), `Elsewhere` where the
-    /// journal belongs to another snapshot, disk or target, `Damaged` and `NewerFormat`.
+    /// `NotAJournal` where the journal does not begin as one does: its creation was cut short, or it is damaged.
+    /// `Elsewhere` where the journal belongs to another session, snapshot or disk, `WrongTarget` where the
+    /// target does not hold what the journal says; `Damaged` and `NewerFormat`.
     pub async fn resume(
         parts: SessionParts,
+        id: SessionId,
         target: &dyn BlockDevice,
         journal: &dyn BlockDevice,
     ) -> Result<(Arc<Self>, Resumed)> {
-        Self::resume_with(parts, target, journal, None).await
+        Self::resume_with(parts, id, target, journal, None).await
     }
 
     pub(super) async fn resume_with(
         parts: SessionParts,
+        id: SessionId,
         target: &dyn BlockDevice,
         journal_device: &dyn BlockDevice,
         mistake: Option<Mistake>,
@@ -136,9 +141,8 @@ impl Session {
         check_target(target, disk)?;
         let header = Journal::read_header(journal_device).await?;
         if mistake != Some(Mistake::ForeignJournal) {
-            check_identity(&header, &parts.identity, disk)?;
+            check_identity(&header, id, &parts.identity, disk)?;
         }
-        let id = header.session;
         let map = BlockMap::new(disk, LiveFile::new(parts.live.clone(), disk));
         let guest_words = zeroed_words(words_for(map.block_count()));
         let guest = Bits::new(&guest_words, map.block_count());
@@ -147,15 +151,35 @@ impl Session {
             any_boot: mistake == Some(Mistake::LiveFileAfterReboot),
             poisoned: mistake == Some(Mistake::LiveFileAfterFailedSync),
         };
-        let resumed = if map.live().is_believable(id, parts.boot, disk, credulity) {
-            Resumed::FromLiveFile
+        let believes_live_file = map.live().is_believable(id, parts.boot, disk, credulity);
+        let is_poisoned = map.live().is_poisoned(id, parts.boot, disk);
+        let resumed = if replayed.parked {
+            Resumed::Parked
+        } else if believes_live_file {
+            Resumed::AgentDied
+        } else if is_poisoned {
+            Resumed::SyncFailed
+        } else if parts.last_boot == Some(parts.boot) {
+            Resumed::LiveFileLost
         } else {
-            map.live().reset();
-            if replayed.parked { Resumed::FromParked } else { Resumed::FromJournal }
+            Resumed::HostDied
         };
+        if let Some(check) = &parts.check {
+            // On the boot that they were set in, the live file's bits of `G` leave nothing out, poisoned or not.
+            let live_guest = (believes_live_file || is_poisoned).then(|| map.g());
+            let evidence = Evidence {
+                home: map.p(),
+                guest: std::iter::once(guest).chain(live_guest).collect(),
+                is_exact: replayed.parked || live_guest.is_some(),
+            };
+            check_contents(&**check, &*parts.source, target, &evidence).await?;
+        }
+        if !believes_live_file {
+            map.live().reset();
+        }
         let (p, v, g) = (map.p(), map.v(), map.g());
         for word in 0..p.word_count() {
-            let unflushed_writes = if resumed == Resumed::FromJournal { p.word(word) } else { 0 };
+            let unflushed_writes = if resumed.is_from_journal_alone() { p.word(word) } else { 0 };
             g.or_word(word, guest.word(word) | unflushed_writes);
             v.or_word(word, p.word(word));
         }
@@ -163,7 +187,7 @@ impl Session {
             mark_zero_chunks(&map, &*parts.source);
         }
         journal.checkpoint(journal_device, false, &p, &g).await?;
-        if resumed != Resumed::FromLiveFile {
+        if !believes_live_file {
             map.live().begin(id, parts.boot, disk);
         }
         map.recount(&g);
@@ -377,11 +401,14 @@ fn check_target(target: &dyn BlockDevice, disk: DiskLayout) -> Result<()> {
     Err(Error::new(ErrorKind::Unsuitable, problem))
 }
 
-fn check_identity(header: &Header, identity: &Identity, disk: DiskLayout) -> Result<()> {
-    let problem = if header.snapshot != identity.snapshot {
+fn check_identity(header: &Header, id: SessionId, identity: &Identity, disk: DiskLayout) -> Result<()> {
+    let problem = if header.session != id {
+        format!(
+            "the journal here is that of session {}, begun on {}, not of {id}",
+            header.session, header.target
+        )
+    } else if header.snapshot != identity.snapshot {
         format!("the session here restores {}, not {}", header.snapshot, identity.snapshot)
-    } else if header.target != identity.target {
-        format!("the session here belongs to the target {}, not {}", header.target, identity.target)
     } else if header.disk != disk {
         format!("the session here is of a disk of {} bytes, not {}", header.disk.size, disk.size)
     } else {

@@ -1,6 +1,8 @@
-//! What to type next: the QEMU arguments for an export.
+//! What to do next: the QEMU arguments for an export; what to look after where something may be lost.
 
 use nbd_server::ListenAddress;
+
+use crate::live::Resumed;
 
 /// How long QEMU waits for an agent that is started again, in seconds.
 const RECONNECT_SECONDS: u32 = 300;
@@ -27,6 +29,21 @@ pub(super) fn qemu_arguments(address: &ListenAddress, export: &str) -> Vec<Strin
         "-device".to_owned(),
         "virtio-blk-pci,drive=lifeboot".to_owned(),
     ]
+}
+
+/// What a guest that goes on may have lost without knowing it, and what to do.
+pub(super) const fn loss(resumed: Resumed) -> Option<&'static str> {
+    match resumed {
+        Resumed::Parked | Resumed::AgentDied | Resumed::HostDied => None,
+        Resumed::LiveFileLost => Some(
+            "the session's live file is missing or damaged although the host stayed up: what the guest wrote \
+             since its last flush may be lost, and it does not know; restart the guest, and have it check its file systems",
+        ),
+        Resumed::SyncFailed => Some(
+            "a sync had failed: what the guest wrote since its last flush that succeeded may be lost; \
+             look after the target's storage, then restart the guest, and have it check its file systems",
+        ),
+    }
 }
 
 /// In QEMU's option syntax a comma is written twice.

@@ -118,6 +118,7 @@ impl<'a> DamageKeeper<'a> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::live_restore::TargetIdentity;
     use crate::status::Phase;
 
     fn session(dir: &std::path::Path) -> (StateDir, SessionRecord) {
@@ -132,6 +133,8 @@ mod tests {
             chunk_size: 1 << 17,
             map: "none".into(),
             target: "/x/t.raw".into(),
+            identity: TargetIdentity { name: None, size: 1 << 30 },
+            boot: None,
         };
         (state, record)
     }

@@ -4,8 +4,9 @@
 //!
 //! | state | comes from | what is done |
 //! |---|---|---|
-//! | new | no session for the target | target, record, live file, journal, in this order; then serve |
-//! | resumed | a session that was parked or killed | lock, wait for what a killed agent left in flight; then serve |
+//! | found | a session of the target, or none | the addresses are bound: one that cannot be had costs nothing |
+//! | new | no session of the target | what `open` does, in its order; a failure takes back what was made; then serve |
+//! | resumed | a session that was parked or killed | lock, wait for what a killed agent left in flight; check whose target it is; then serve |
 //! | ready | the server listens | `ready` on stdout, systemd is told |
 //! | complete | every block is home and synced | `complete`; it goes on serving, unless told to exit |
 //! | settled | every block is home but what is damaged, no client is connected, and it was to exit when done | as parked; exit code 3 |
@@ -14,14 +15,20 @@
 mod advice;
 mod control;
 mod damage;
+mod identity;
+mod late;
+mod made;
 mod open;
 mod report;
 mod serve;
 mod state_dir;
+mod stopped;
 mod target;
+mod wanted;
 
 use std::num::NonZeroU64;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::Duration;
 
 use block::{Engine, IoEngine};
@@ -32,11 +39,13 @@ use crate::cli::{Context, Outcome, Rate, Verb};
 use crate::in_use::Claim;
 use crate::live::SessionOptions;
 use crate::source::{SourceArgs, parse_time};
+use late::LateDisk;
 
 pub use control::ask;
 pub use damage::{KeptDamage, kept_damage};
-pub use open::stopped_status;
+pub use identity::TargetIdentity;
 pub use state_dir::{DEFAULT_STATE_ROOT, SessionRecord, StateDir, absolute};
+pub use stopped::stopped_status;
 
 /// The name of the bitmap of what the guest wrote: `qemu:dirty-bitmap:lifeboot`.
 pub const DIRTY_BITMAP: &str = "lifeboot";
@@ -78,9 +87,15 @@ pub struct Args {
     #[arg(long, conflicts_with = "exit_when_done")]
     no_background: bool,
 
-    /// Overwrite a target that holds data and has no session
+    /// Overwrite a target that holds data and has no session. Without it a file must hold no data, and of a block
+    /// device the first and last MiB and 256 samples between them must be zeroes
     #[arg(long)]
     force: bool,
+
+    /// The target was copied or moved as a whole, together with its session: go on with it here. What it holds is
+    /// checked all the same
+    #[arg(long)]
+    moved: bool,
 
     /// Keep sessions in this directory rather than beside a file target
     #[arg(long, value_name = "DIR")]
@@ -116,14 +131,17 @@ impl Verb for Args {
             spec: &self.snapshot,
             target: &self.target,
             force: self.force,
+            moved: self.moved,
             engine,
             pool: self.source.pool_options(),
             options,
         };
-        let opened = open::open(&wish, &state, &interrupt)?;
-        let plan =
-            serve::Plan { listen: &self.listen, exit_when_done: self.exit_when_done, engine, state: &state };
-        serve::serve(opened, &plan, context, &interrupt)
+        let found = open::find(&wish, &state)?;
+        let late = Arc::new(LateDisk::default());
+        let server = serve::bind(&found, &late, &self.listen)?;
+        let opened = found.open(&interrupt)?;
+        let plan = serve::Plan { server, late, exit_when_done: self.exit_when_done, engine, state: &state };
+        serve::serve(opened, plan, context, &interrupt)
     }
 }
 

@@ -1,29 +1,43 @@
 //! Makes a session, or finds the one that is there and goes on with it.
+//!
+//! # Order, and why
+//! A first start: the target's lock; the session's directory; `session.json` with no `boot`; the live file; the room
+//! of the journal; the target's emptying; the journal; `session.json` with `boot`; only then is anything served. Each is on stable
+//! storage before the next (but the live file, which never is). So:
+//! - a record without `boot` proves that nothing was ever served, and that start may be made anew, whatever its
+//!   journal is. With `boot`, a journal that is missing or empty was lost: it may have spoken of what a guest wrote, and is
+//!   never made anew, `--force` or not;
+//! - the target is changed only when all that can run out of room or place was had.
+//!
+//! A further start: the target's lock; what the target is against the record; what it holds against the journal
+//! (`live::fingerprint`); the journal and the live file; `session.json` with this boot and with where the target is
+//! now; then it is served. The live file is in use before the record names this boot: so a record of this boot
+//! with no live file to believe means that it was lost, and not that the host went down in between.
 
 use std::fs::{File, OpenOptions};
-use std::io::{self, Read as _};
+use std::io;
 use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use anyhow::Context as _;
 use block::{DirectIo, Engine, FileDisk, FileOptions, OpenDevice};
-use repository::{DiskEntry, Repository, Snapshot};
+use repository::{ChunkId, DiskEntry, DiskMap, MapEntry, Repository, Snapshot};
 
-use super::state_dir::{SessionRecord, StateDir};
+use super::identity::TargetIdentity;
+use super::made::Made;
+use super::state_dir::{JOURNAL, LIVE_FILE, SessionRecord, StateDir};
 use super::target::{self, Contents};
+use super::wanted;
 use crate::cli::{Failure, Interrupt};
 use crate::live::{
-    BootId, ChunkSource, DiskLayout, ErrorKind, Identity, JournalLayout, LiveWords, Resumed, Session,
-    SessionId, SessionOptions, SessionParts, TokioClock, peek,
+    BootId, ChunkCheck, ChunkSource, DiskLayout, ErrorKind, Identity, JournalLayout, LiveWords, Resumed,
+    Session, SessionId, SessionOptions, SessionParts, TokioClock,
 };
 use crate::source::{DiskSource, FetchPool, PoolOptions, RepositoryStore, pack_order, zero_chunks};
-use crate::status::{Phase, Status};
 
-const JOURNAL: &str = "journal";
-const LIVE_FILE: &str = "live";
-/// The first sector of a journal is written last of all when it is made.
-const FIRST_SECTOR_BYTES: u64 = 512;
+/// Of what the target is so much stands in the journal's header, for people.
+const TARGET_NAME_CHARS: usize = 256;
 
 /// A session that is ready to be served.
 pub(super) struct Opened {
@@ -34,24 +48,8 @@ pub(super) struct Opened {
     pub(super) pool: Arc<FetchPool<RepositoryStore>>,
     /// How it was found; `None` where it is new.
     pub(super) resumed: Option<Resumed>,
-    /// Whether the target was made for it.
-    made_target: bool,
-}
-
-impl Opened {
-    /// Takes back a session that was made and never served. One that was resumed stays as it is.
-    pub(super) fn take_back(self, state: &StateDir) {
-        if self.resumed.is_some() {
-            return;
-        }
-        let target = self.made_target.then(|| self.target.path().to_owned());
-        drop(self);
-        // What cannot be removed is found by the next run, which goes on with it.
-        let _ = std::fs::remove_dir_all(state.path());
-        if let Some(target) = target {
-            let _ = std::fs::remove_file(target);
-        }
-    }
+    /// Takes a new session back where it cannot be served.
+    pub(super) made: Option<Made>,
 }
 
 /// What somebody asked for.
@@ -61,205 +59,242 @@ pub(super) struct Wish<'a> {
     pub(super) spec: &'a str,
     pub(super) target: &'a Path,
     pub(super) force: bool,
+    /// The target was copied or moved as a whole, together with its session.
+    pub(super) moved: bool,
     pub(super) engine: Engine,
     pub(super) pool: PoolOptions,
     pub(super) options: SessionOptions,
 }
 
-/// The session of the target: resumed if there is one, new otherwise.
-pub(super) fn open(wish: &Wish<'_>, state: &StateDir, interrupt: &Interrupt) -> anyhow::Result<Opened> {
-    let known = state.record()?;
-    let (snapshot, disk) = match &known {
-        Some(record) => of_record(wish, record)?,
-        None => asked_for(wish)?,
-    };
-    let layout = DiskLayout { size: disk.size, chunk_size: disk.chunk_size };
-    let (pool, source, plan) = open_source(wish, &disk, layout)?;
+/// What there is to be opened: nothing was touched yet.
+pub(super) struct Found<'a> {
+    wish: &'a Wish<'a>,
+    state: &'a StateDir,
+    /// The target's absolute path.
+    path: PathBuf,
+    /// The session that is there.
+    begun: Option<SessionRecord>,
+    pub(super) snapshot: Snapshot,
+    pub(super) disk: DiskEntry,
+}
+
+/// Finds the session of the target, or the disk that a new one is to restore.
+pub(super) fn find<'a>(wish: &'a Wish<'a>, state: &'a StateDir) -> anyhow::Result<Found<'a>> {
     let path = super::state_dir::absolute(wish.target)?;
-    let record = known.clone().unwrap_or_else(|| record_of(&snapshot, &disk, path.clone()));
-    let parts = |live: LiveWords| -> anyhow::Result<SessionParts> {
-        Ok(SessionParts {
-            identity: Identity {
-                snapshot: format!("{}/{} {}", record.snapshot, record.disk, record.map),
-                target: record.target.display().to_string(),
-            },
-            source: source.clone(),
-            clock: Arc::new(TokioClock::new()),
-            live,
-            boot: BootId::current().context("cannot read the kernel's boot id")?,
-            plan: plan.clone(),
-            options: wish.options,
-        })
-    };
-    if known.is_some() && path.exists() && state.file(JOURNAL).exists() {
-        let target = target::reopen(&path, state.path(), wish.engine, interrupt)?;
-        let journal = open_journal(&state.file(JOURNAL), wish.engine)?;
-        let parts = parts(LiveWords::open(&state.file(LIVE_FILE), layout)?)?;
-        let resumed = wish.engine.run(async {
-            let (target, journal) = (target.open()?, journal.open()?);
-            anyhow::Ok(Session::resume(parts, &*target, &*journal).await)
-        })?;
-        match resumed {
-            Ok((session, resumed)) => {
-                if resumed == Resumed::FromJournal {
-                    // A sync may have failed: what the kernel kept of it in memory is not to be served.
-                    target.forget_clean_pages()?;
-                }
-                let resumed = Some(resumed);
-                return Ok(Opened { session, target, journal, record, pool, resumed, made_target: false });
-            }
-            // The first start was cut short before anything was served: begin again.
-            Err(error) if error.kind() == ErrorKind::NotAJournal && is_unwritten(&state.file(JOURNAL))? => {}
-            Err(error) => return Err(cannot_resume(state, error)),
-        }
-    }
-    if known.is_some() && !path.exists() && state.file(JOURNAL).exists() {
+    target::check_unserved(&path, state.path())?;
+    let begun = state.record()?.filter(SessionRecord::was_begun);
+    if wish.moved && begun.is_none() {
         return Err(Failure::new(
-            format!("the target {} of the session in {} is gone", path.display(), state.path().display()),
-            format!(
-                "put it back; or remove {} to give the session up and begin anew",
-                state.path().display()
-            ),
+            format!("no session of {} was found in {}", path.display(), state.path().display()),
+            "copy that directory with its target; or leave out --moved to begin a new session",
         )
         .into());
     }
-    let made_target = known.is_none() && !path.exists();
-    let (target, contents) =
-        target::take(&path, state.path(), layout.size, wish.force, wish.engine, interrupt)?;
-    state.create()?;
-    state.keep(&record)?;
-    let words = LiveWords::open(&state.file(LIVE_FILE), layout)?;
-    let journal = make_journal(&state.file(JOURNAL), layout, wish.engine)?;
-    let id = SessionId(parse_id(&record.session)?);
-    let parts = parts(words)?;
-    let session = wish.engine.run(async {
-        let (target, journal) = (target.open()?, journal.open()?);
-        let zeroes = contents == Contents::Zeroes;
-        anyhow::Ok(Session::create(parts, id, zeroes, &*target, &*journal).await?)
-    })?;
-    Ok(Opened { session, target, journal, record, pool, resumed: None, made_target })
+    let (snapshot, disk) = match &begun {
+        Some(record) => wanted::of_record(wish, record)?,
+        None => wanted::asked_for(wish)?,
+    };
+    Ok(Found { wish, state, path, begun, snapshot, disk })
 }
 
-fn cannot_resume(state: &StateDir, error: crate::live::Error) -> anyhow::Error {
+impl Found<'_> {
+    /// The session: resumed if there is one, new otherwise.
+    pub(super) fn open(self, interrupt: &Interrupt) -> anyhow::Result<Opened> {
+        let parts = Parts::new(self.wish, &self.disk)?;
+        match &self.begun {
+            Some(record) => self.resume(record.clone(), parts, interrupt),
+            None => self.create(parts, interrupt),
+        }
+    }
+
+    fn resume(
+        &self,
+        mut record: SessionRecord,
+        parts: Parts,
+        interrupt: &Interrupt,
+    ) -> anyhow::Result<Opened> {
+        let Self { wish, state, path, .. } = self;
+        if !path.exists() {
+            let dir = state.path().display();
+            return Err(Failure::new(
+                format!("the target {} of the session in {dir} is gone", path.display()),
+                format!("put it back; or remove {dir} to give the session up and begin anew"),
+            )
+            .into());
+        }
+        if !state.file(JOURNAL).exists() {
+            return Err(state
+                .unusable(format!("the journal {} is missing", state.file(JOURNAL).display()))
+                .into());
+        }
+        let target = target::reopen(path, state.path(), wish.engine, interrupt)?;
+        let identity = identity_of(&target)?;
+        if !wish.moved && !identity.is_same(&record.identity) {
+            return Err(self.another_target(&record, &identity));
+        }
+        let journal = open_journal(&state.file(JOURNAL), wish.engine)?;
+        let words = LiveWords::open(&state.file(LIVE_FILE), parts.layout)?;
+        let (parts, pool, boot) = parts.into_session(&record, words);
+        let id = SessionId(parse_id(&record.session)?);
+        let resumed = wish.engine.run(async {
+            let (target, journal) = (target.open()?, journal.open()?);
+            anyhow::Ok(Session::resume(parts, id, &*target, &*journal).await)
+        })?;
+        let (session, resumed) = resumed.map_err(|error| cannot_resume(state, error))?;
+        if resumed.is_from_journal_alone() {
+            // A sync may have failed: what the kernel kept of it in memory is not to be served.
+            target.forget_clean_pages()?;
+        }
+        record.target.clone_from(path);
+        record.identity = identity;
+        record.boot = Some(boot.to_string());
+        state.keep(&record)?;
+        Ok(Opened { session, target, journal, record, pool, resumed: Some(resumed), made: None })
+    }
+
+    fn another_target(&self, record: &SessionRecord, identity: &TargetIdentity) -> anyhow::Error {
+        let (path, dir) = (self.path.display(), self.state.path().display());
+        Failure::new(
+            format!(
+                "the session in {dir} restores to {}, and {path} is another target now: {identity}",
+                record.identity
+            ),
+            format!(
+                "name the target that the session belongs to (it was {}); if {path} is a copy of it as a whole, or it was \
+                 moved there, give --moved; to give the session up, remove {dir}",
+                record.target.display()
+            ),
+        )
+        .into()
+    }
+
+    fn create(&self, parts: Parts, interrupt: &Interrupt) -> anyhow::Result<Opened> {
+        let Self { wish, state, path, .. } = self;
+        let (taken, mut made) =
+            target::take(path, state.path(), self.disk.size, wish.force, wish.engine, interrupt)?;
+        let identity = TargetIdentity::of(taken.file()).context("cannot tell what the target is")?;
+        let id = new_id();
+        let mut record = self.new_record(id, identity);
+        made.create_dir(state)?;
+        state.keep(&record)?;
+        let words = LiveWords::open(&state.file(LIVE_FILE), parts.layout)?;
+        let journal = make_journal(&state.file(JOURNAL), parts.layout, wish.engine)?;
+        let (target, contents) = taken.prepare()?;
+        record.identity = identity_of(&target)?;
+        let (parts, pool, boot) = parts.into_session(&record, words);
+        let session = wish.engine.run(async {
+            let (target, journal) = (target.open()?, journal.open()?);
+            let zeroes = contents == Contents::Zeroes;
+            anyhow::Ok(Session::create(parts, SessionId(id), zeroes, &*target, &*journal).await?)
+        })?;
+        record.boot = Some(boot.to_string());
+        state.keep(&record)?;
+        Ok(Opened { session, target, journal, record, pool, resumed: None, made: Some(made) })
+    }
+
+    fn new_record(&self, id: [u8; 16], identity: TargetIdentity) -> SessionRecord {
+        SessionRecord {
+            version: SessionRecord::version(),
+            session: id.iter().map(|byte| format!("{byte:02x}")).collect(),
+            snapshot: self.snapshot.name().to_string(),
+            disk: self.disk.name.to_string(),
+            size: self.disk.size,
+            chunk_size: self.disk.chunk_size,
+            map: wanted::map_name(&self.disk),
+            target: self.path.clone(),
+            identity,
+            boot: None,
+        }
+    }
+}
+
+fn identity_of(target: &FileDisk) -> anyhow::Result<TargetIdentity> {
+    TargetIdentity::of(target)
+        .with_context(|| format!("cannot tell what the target {} is", target.path().display()))
+}
+
+/// What to say of a session that is there and cannot be gone on with.
+pub(super) fn cannot_resume(state: &StateDir, error: crate::live::Error) -> anyhow::Error {
     let dir = state.path().display();
+    let what = format!("cannot go on with the session in {dir}");
     let advice = match error.kind() {
         ErrorKind::NewerFormat => "use the version of lifeboot that wrote it, or a newer one".to_owned(),
         ErrorKind::Elsewhere => format!(
             "use the target and the snapshot that {dir} belongs to; or remove that directory to give the session up"
         ),
-        ErrorKind::Damaged | ErrorKind::NotAJournal => format!(
-            "the target may hold what a guest wrote: keep a copy of it; to give the session up, remove {dir} and begin anew with --force"
+        ErrorKind::WrongTarget => format!(
+            "name the target that the session belongs to, or put back what it held; if something else was allowed to \
+             write to it (a guest that runs from it without lifeboot), the session is over: remove {dir}"
         ),
+        ErrorKind::Damaged | ErrorKind::NotAJournal => return state.unusable(what).because(error).into(),
         _ => format!("the session is kept in {dir}; the same command tries again"),
     };
-    Failure::new(format!("cannot go on with the session in {dir}"), advice).because(error).into()
+    Failure::new(what, advice).because(error).into()
 }
 
-/// The snapshot and the disk that a session restores, checked against what was asked for.
-fn of_record(wish: &Wish<'_>, record: &SessionRecord) -> anyhow::Result<(Snapshot, DiskEntry)> {
-    let gone = |error: repository::Error| {
-        Failure::new(
-            format!(
-                "the session of {} restores {}, which cannot be had",
-                wish.target.display(),
-                record.snapshot
-            ),
-            "name the repository that the session was begun with",
-        )
-        .because(error)
-    };
-    let name = record.snapshot.parse().map_err(gone)?;
-    let snapshot = wish.repository.snapshot(&name).map_err(gone)?;
-    let disk = snapshot.manifest().disks.iter().find(|disk| {
-        disk.name.as_str() == record.disk && map_name(disk) == record.map && disk.size == record.size
-    });
-    let Some(disk) = disk.cloned() else {
-        return Err(Failure::new(
-            format!(
-                "the session of {} restores disk {} of {}, which is another disk in this repository",
-                wish.target.display(),
-                record.disk,
-                record.snapshot
-            ),
-            "name the repository that the session was begun with",
-        )
-        .into());
-    };
-    let spec: repository::SnapshotSpec = wish.spec.parse()?;
-    let of_group =
-        spec.group == *name.group() && spec.disk.as_ref().is_none_or(|wanted| *wanted == disk.name);
-    let same = match spec.when {
-        // What was the newest when the session began need not be the newest now.
-        repository::When::Latest => of_group,
-        repository::When::At(time) => of_group && time == name.time(),
-    };
-    if !same {
-        return Err(Failure::new(
-            format!(
-                "the target {} belongs to a session that restores {}/{}, not {}",
-                wish.target.display(),
-                record.snapshot,
-                record.disk,
-                wish.spec
-            ),
-            "name that snapshot to go on with it, or another target",
-        )
-        .into());
-    }
-    Ok((snapshot, disk))
+/// What of a session comes from the repository and from this machine.
+struct Parts {
+    layout: DiskLayout,
+    pool: Arc<FetchPool<RepositoryStore>>,
+    source: Arc<dyn ChunkSource>,
+    check: Arc<dyn ChunkCheck>,
+    plan: Vec<std::ops::Range<u64>>,
+    options: SessionOptions,
+    boot: BootId,
 }
 
-fn asked_for(wish: &Wish<'_>) -> anyhow::Result<(Snapshot, DiskEntry)> {
-    let (snapshot, disk) = wish.repository.resolve(wish.spec)?;
-    if let Some(disk) = disk {
-        return Ok((snapshot, disk));
+impl Parts {
+    fn new(wish: &Wish<'_>, disk: &DiskEntry) -> anyhow::Result<Self> {
+        let layout = DiskLayout { size: disk.size, chunk_size: disk.chunk_size };
+        let map = wish.repository.disk_map(disk)?;
+        let zero = zero_chunks(&map).context("cannot read the map of the snapshot's disk")?;
+        let plan = pack_order(wish.repository, &map)?;
+        let store = RepositoryStore::new(wish.repository.clone());
+        let number = store.add(map.clone());
+        let pool = FetchPool::start(store, wish.pool).context("cannot start the fetching threads")?;
+        let pool = Arc::new(pool);
+        let source = Arc::new(DiskSource::new(Arc::clone(&pool), number, layout, zero));
+        let boot = BootId::current().context("cannot read the kernel's boot id")?;
+        Ok(Self { layout, pool, source, check: Arc::new(MapCheck(map)), plan, options: wish.options, boot })
     }
-    match snapshot.manifest().disks.as_slice() {
-        [disk] => {
-            let disk = disk.clone();
-            Ok((snapshot, disk))
-        }
-        disks => {
-            let names: Vec<&str> = disks.iter().map(|disk| disk.name.as_str()).collect();
-            Err(Failure::new(
-                format!("{} has {} disks: {}", wish.spec, disks.len(), names.join(", ")),
-                format!("say which one, as in {}/{}", wish.spec, names.first().unwrap_or(&"disk0")),
-            )
-            .into())
+
+    fn into_session(
+        self,
+        record: &SessionRecord,
+        live: LiveWords,
+    ) -> (SessionParts, Arc<FetchPool<RepositoryStore>>, BootId) {
+        let parts = SessionParts {
+            identity: Identity {
+                snapshot: format!("{}/{} {}", record.snapshot, record.disk, record.map),
+                target: record.identity.to_string().chars().take(TARGET_NAME_CHARS).collect(),
+            },
+            source: self.source,
+            clock: Arc::new(TokioClock::new()),
+            live,
+            boot: self.boot,
+            last_boot: record.boot.as_ref().and_then(|boot| boot.parse().ok()),
+            check: Some(self.check),
+            plan: self.plan,
+            options: self.options,
+        };
+        (parts, self.pool, self.boot)
+    }
+}
+
+/// Tells chunks by their ids in the disk map.
+struct MapCheck(DiskMap);
+
+impl ChunkCheck for MapCheck {
+    fn is_chunk(&self, chunk: u64, bytes: &[u8]) -> Option<bool> {
+        match self.0.entry(chunk) {
+            Ok(MapEntry::Chunk(id)) => Some(ChunkId::of(bytes) == id),
+            Ok(MapEntry::Zero) => Some(repository::is_zero(bytes)),
+            Err(error) => {
+                tracing::warn!(%error, chunk, "part of the disk map cannot be read: a chunk of the target was not checked");
+                None
+            }
         }
     }
-}
-
-type Source = (Arc<FetchPool<RepositoryStore>>, Arc<dyn ChunkSource>, Vec<std::ops::Range<u64>>);
-
-fn open_source(wish: &Wish<'_>, disk: &DiskEntry, layout: DiskLayout) -> anyhow::Result<Source> {
-    let map = wish.repository.disk_map(disk)?;
-    let zero = zero_chunks(&map).context("cannot read the map of the snapshot's disk")?;
-    let plan = pack_order(wish.repository, &map)?;
-    let store = RepositoryStore::new(wish.repository.clone());
-    let number = store.add(map);
-    let pool = FetchPool::start(store, wish.pool).context("cannot start the fetching threads")?;
-    let pool = Arc::new(pool);
-    let source = Arc::new(DiskSource::new(Arc::clone(&pool), number, layout, zero));
-    Ok((pool, source, plan))
-}
-
-fn record_of(snapshot: &Snapshot, disk: &DiskEntry, target: PathBuf) -> SessionRecord {
-    let id: [u8; 16] = new_id();
-    SessionRecord {
-        version: SessionRecord::version(),
-        session: id.iter().map(|byte| format!("{byte:02x}")).collect(),
-        snapshot: snapshot.name().to_string(),
-        disk: disk.name.to_string(),
-        size: disk.size,
-        chunk_size: disk.chunk_size,
-        map: map_name(disk),
-        target,
-    }
-}
-
-fn map_name(disk: &DiskEntry) -> String {
-    disk.map.map_or_else(|| "zeroes".to_owned(), |root| root.to_string())
 }
 
 fn new_id() -> [u8; 16] {
@@ -273,8 +308,9 @@ fn parse_id(text: &str) -> anyhow::Result<[u8; 16]> {
     Ok(number.to_be_bytes())
 }
 
-/// Makes a file whose room is taken beforehand: a full disk is an error now, not in the middle.
-fn make_file(path: &Path, len: u64) -> anyhow::Result<File> {
+/// Makes a journal's file, whose room is taken beforehand: a full disk is an error now, not in the middle.
+fn make_journal(path: &Path, layout: DiskLayout, engine: Engine) -> anyhow::Result<FileDisk> {
+    let len = JournalLayout::for_disk(layout).len_bytes();
     let make = || -> io::Result<File> {
         let mut options = OpenOptions::new();
         let file = options.read(true).write(true).create(true).truncate(true).mode(0o600).open(path)?;
@@ -288,55 +324,10 @@ fn make_file(path: &Path, len: u64) -> anyhow::Result<File> {
             "make room there, or name another directory with --state",
         )
         .because(error)
-        .into()
-    })
-}
-
-/// Whether the journal was made and never written: a first start that was cut short.
-fn is_unwritten(path: &Path) -> anyhow::Result<bool> {
-    let mut sector = Vec::new();
-    File::open(path)
-        .and_then(|file| file.take(FIRST_SECTOR_BYTES).read_to_end(&mut sector))
-        .with_context(|| format!("cannot read {}", path.display()))?;
-    Ok(repository::is_zero(&sector))
+    })?;
+    open_journal(path, engine)
 }
 
 fn open_journal(path: &Path, engine: Engine) -> anyhow::Result<FileDisk> {
     Ok(FileDisk::open(path, FileOptions::new(engine).direct(DirectIo::Off))?)
-}
-
-/// What is known of a session that no agent serves.
-///
-/// # Errors
-/// Where its journal cannot be read, or is damaged.
-pub fn stopped_status(state: &StateDir, record: &SessionRecord) -> anyhow::Result<Status> {
-    let mut status = Status::at_rest(record, Phase::Stopped);
-    let path = state.file(JOURNAL);
-    if !path.exists() || is_unwritten(&path)? {
-        // The first start was cut short before anything was served.
-        return Ok(status);
-    }
-    let layout = DiskLayout { size: record.size, chunk_size: record.chunk_size };
-    let live = state.file(LIVE_FILE);
-    let is_whole = live.metadata().is_ok_and(|live| live.len() == LiveWords::count_for(layout) as u64 * 8);
-    let live = if is_whole { Some(LiveWords::open(&live, layout)?) } else { None };
-    let boot = BootId::current().context("cannot read the kernel's boot id")?;
-    let engine = Engine::THREADS;
-    let options = FileOptions::new(engine).direct(DirectIo::Off).read_only(true);
-    let journal = FileDisk::open(&path, options)?;
-    let peek = engine.run(async {
-        let journal = journal.open()?;
-        anyhow::Ok(peek(&*journal, live, boot).await?)
-    })?;
-    status.home_bytes = peek.home_bytes;
-    status.guest_bytes = peek.guest_bytes;
-    if peek.complete {
-        status.phase = Phase::Complete;
-    }
-    Ok(status)
-}
-
-fn make_journal(path: &Path, layout: DiskLayout, engine: Engine) -> anyhow::Result<FileDisk> {
-    make_file(path, JournalLayout::for_disk(layout).len_bytes())?;
-    open_journal(path, engine)
 }

@@ -10,7 +10,8 @@ use nbd_server::{Export, LateRequests, ListenAddress, Server, ServerHandle, Serv
 use super::advice;
 use super::control::Control;
 use super::damage::{self, DamageKeeper};
-use super::open::Opened;
+use super::late::LateDisk;
+use super::open::{Found, Opened};
 use super::report::{Event, RateMeter, status};
 use super::state_dir::{SessionRecord, StateDir};
 use crate::cli::{Context, Failure, Interrupt, Outcome};
@@ -28,16 +29,25 @@ const FILLS_PER_SHARD: usize = 8;
 
 /// How a session is served.
 pub(super) struct Plan<'a> {
-    pub(super) listen: &'a [ListenAddress],
+    /// The addresses, bound.
+    pub(super) server: Server,
+    /// Its export's disk, still to be put in.
+    pub(super) late: Arc<LateDisk>,
     pub(super) exit_when_done: bool,
     pub(super) engine: Engine,
     pub(super) state: &'a StateDir,
 }
 
+/// What the story of a session depends on.
+struct Watch<'a> {
+    exit_when_done: bool,
+    state: &'a StateDir,
+}
+
 /// Serves until a signal, a failure, or, if that is wanted, completion.
 pub(super) fn serve(
     opened: Opened,
-    plan: &Plan<'_>,
+    plan: Plan<'_>,
     context: &Context,
     interrupt: &Interrupt,
 ) -> anyhow::Result<Outcome> {
@@ -48,23 +58,20 @@ pub(super) fn serve(
     ));
     damage::recall(&opened.session, plan.state, &opened.record);
     let shards = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
-    let served = bind(&opened.record, &disk, plan.listen)
-        .and_then(|server| server.on_shard_start(workers(&disk)).run(shards, plan.engine));
-    let handle = match served {
-        Ok(handle) => handle,
-        Err(error) => {
-            drop(disk);
-            opened.take_back(plan.state);
-            return Err(error.into());
-        }
-    };
-    let Opened { session, record, pool, resumed, .. } = opened;
+    let Plan { server, late, exit_when_done, engine, state } = plan;
+    late.put(Arc::clone(&disk));
+    // Where it fails, a session that is new is taken back.
+    let handle = server.on_shard_start(workers(&disk)).run(shards, engine)?;
+    let Opened { session, record, pool, resumed, made, .. } = opened;
+    if let Some(made) = made {
+        made.keep();
+    }
     let story = Story { context, record: &record, session: &session, pool: &pool, handle: &handle };
-    let mut keeper = DamageKeeper::new(plan.state);
-    let told = story.tell(plan, resumed, interrupt, &mut keeper);
+    let mut keeper = DamageKeeper::new(state);
+    let told = story.tell(&Watch { exit_when_done, state }, resumed, interrupt, &mut keeper);
     handle.shutdown();
     handle.join()?;
-    let parked = plan.engine.run(async { anyhow::Ok(disk.device()?.park().await?) });
+    let parked = engine.run(async { anyhow::Ok(disk.device()?.park().await?) });
     let end = told?;
     let last = session.stats();
     let status = status(&record, None, &last, pool.stats(), 0);
@@ -89,13 +96,15 @@ pub(super) fn serve(
     Ok(status.conclude(output))
 }
 
-fn bind(
-    record: &SessionRecord,
-    disk: &Arc<LiveDisk>,
+/// Listens for a session that is still to be opened: whoever connects waits.
+pub(super) fn bind(
+    found: &Found<'_>,
+    disk: &Arc<LateDisk>,
     listen: &[ListenAddress],
 ) -> nbd_server::Result<Server> {
-    let mut export = Export::new(record.disk.clone(), Arc::clone(disk) as Arc<dyn OpenDevice>);
-    export.description = format!("live restore of {}/{}", record.snapshot, record.disk);
+    let name = found.disk.name.to_string();
+    let mut export = Export::new(name.clone(), Arc::clone(disk) as Arc<dyn OpenDevice>);
+    export.description = format!("live restore of {}/{name}", found.snapshot.name());
     export.dirty_bitmap = Some(super::DIRTY_BITMAP.to_owned());
     // A guest's client reconnects and asks again: it must not hear of our end.
     let options = ServerOptions { late_requests: LateRequests::Leave, ..ServerOptions::default() };
@@ -162,7 +171,7 @@ struct Story<'a> {
 impl Story<'_> {
     fn tell(
         &self,
-        plan: &Plan<'_>,
+        plan: &Watch<'_>,
         resumed: Option<Resumed>,
         interrupt: &Interrupt,
         keeper: &mut DamageKeeper<'_>,
@@ -181,7 +190,7 @@ impl Story<'_> {
 
     async fn watch(
         &self,
-        plan: &Plan<'_>,
+        plan: &Watch<'_>,
         control: &Control,
         interrupt: &Interrupt,
         keeper: &mut DamageKeeper<'_>,
@@ -278,12 +287,19 @@ impl Story<'_> {
         })?;
         let how = match resumed {
             None => "restoring",
-            Some(Resumed::FromLiveFile) => "going on after the agent had died: everything is there:",
-            Some(Resumed::FromParked) => "going on where it was parked:",
-            Some(Resumed::FromJournal) => {
-                "going on after the host had gone down: everything flushed is there:"
+            Some(Resumed::Parked) => "going on where it was parked:",
+            Some(Resumed::AgentDied) => "going on after the agent had died: everything is there:",
+            Some(Resumed::HostDied) => "going on after the host had gone down: everything flushed is there:",
+            Some(Resumed::SyncFailed) => {
+                "going on after a sync had failed: what was flushed before is there:"
+            }
+            Some(Resumed::LiveFileLost) => {
+                "going on after the agent had died and the live file was lost: what was flushed is there:"
             }
         };
+        if let Some(loss) = resumed.and_then(advice::loss) {
+            output.warn(loss);
+        }
         output.line(format_args!(
             "{how} {}/{} ({}, {:.1} % home) to {}",
             self.record.snapshot,
@@ -301,7 +317,7 @@ impl Story<'_> {
         Ok(())
     }
 
-    fn say_complete(&self, plan: &Plan<'_>, status: &Status) -> anyhow::Result<()> {
+    fn say_complete(&self, plan: &Watch<'_>, status: &Status) -> anyhow::Result<()> {
         let output = self.context.output();
         output.event(&Event::Complete(status))?;
         output.line(format_args!(

@@ -1,9 +1,13 @@
 //! Where a session keeps its memory: a directory beside a file target (`TARGET.lifeboot/`), or below
 //! the state directory for a block device, which has no "beside".
 //!
+//! Below a state directory a session is found by what its target is (its [`TargetIdentity`]), whatever its path or
+//! number is today; and where none has that identity, by the target's path, so that whoever names a path that leads
+//! elsewhere now is told so. The directory's own name only keeps them apart.
+//!
 //! | file | what | written |
 //! |---|---|---|
-//! | `session.json` | what the session is: snapshot, disk, target | once, before anything else; replaced never |
+//! | `session.json` | what the session is: snapshot, disk, target | before anything else, and by each start when it is ready |
 //! | `journal` | which blocks are known on stable storage | see `agent::live` |
 //! | `live` | the live file, for a restart on the same boot | see `agent::live` |
 //! | `damaged.json` | what could not be brought home | while there is such, by the agent that finds it |
@@ -17,12 +21,18 @@ use std::path::{Path, PathBuf};
 use anyhow::Context as _;
 use serde::{Deserialize, Serialize};
 
+use super::identity::TargetIdentity;
 use crate::cli::Failure;
 
 /// Where sessions of block devices are kept if nobody says otherwise.
 pub const DEFAULT_STATE_ROOT: &str = "/var/lib/lifeboot";
 
-const RECORD: &str = "session.json";
+pub(super) const RECORD: &str = "session.json";
+pub(super) const RECORD_TEMPORARY: &str = "session.json.new";
+pub(super) const JOURNAL: &str = "journal";
+pub(super) const LIVE_FILE: &str = "live";
+/// The longest part of a target's identity that a directory is named by.
+const LABEL_CHARS: usize = 40;
 const VERSION: u32 = 1;
 
 /// What a session is, in words that a person can read with `cat`.
@@ -43,8 +53,14 @@ pub struct SessionRecord {
     pub chunk_size: u32,
     /// The root of the disk's map, as text: what the snapshot's name stood for when the session began.
     pub map: String,
-    /// The target, as an absolute path.
+    /// The target, as an absolute path: where it was when the session was last started.
     pub target: PathBuf,
+    /// What the target is, wherever it is.
+    pub identity: TargetIdentity,
+    /// The boot id of the kernel that the session was last served under. `None` until its first start has made
+    /// everything: then nothing of it was ever served.
+    #[serde(deserialize_with = "Option::deserialize")]
+    pub boot: Option<String>,
 }
 
 impl SessionRecord {
@@ -52,6 +68,12 @@ impl SessionRecord {
     #[must_use]
     pub const fn version() -> u32 {
         VERSION
+    }
+
+    /// Whether it may have been served. If not, its first start was cut short, and may be made anew.
+    #[must_use]
+    pub const fn was_begun(&self) -> bool {
+        self.boot.is_some()
     }
 }
 
@@ -87,17 +109,21 @@ impl StateDir {
                 let root = root.unwrap_or(Path::new(DEFAULT_STATE_ROOT));
                 let name =
                     absolute.file_name().unwrap_or(absolute.as_os_str()).to_string_lossy().into_owned();
-                match device {
-                    // The same device has many names; its number is one.
-                    Some(device) => {
-                        let number = device.rdev();
-                        root.join(format!("dev-{}-{}", rustix::fs::major(number), rustix::fs::minor(number)))
+                let identity = TargetIdentity::at(&absolute)
+                    .with_context(|| format!("cannot look at the target {}", target.display()))?;
+                let name = match (&device, identity.as_ref().and_then(|identity| identity.name.as_ref())) {
+                    (Some(_), Some(identity)) => {
+                        format!("dev-{}-{:08x}", label(identity), crc32fast::hash(identity.as_bytes()))
                     }
-                    None => root.join(format!(
-                        "{name}-{:08x}",
-                        crc32fast::hash(absolute.as_os_str().as_encoded_bytes())
-                    )),
-                }
+                    (Some(device), None) => {
+                        let number = device.rdev();
+                        format!("dev-{}-{}", rustix::fs::major(number), rustix::fs::minor(number))
+                    }
+                    (None, _) => {
+                        format!("{name}-{:08x}", crc32fast::hash(absolute.as_os_str().as_encoded_bytes()))
+                    }
+                };
+                find(root, &absolute, identity.as_ref(), &name)
             }
         };
         Ok(Self { path })
@@ -128,20 +154,16 @@ impl StateDir {
         let text = match std::fs::read(&path) {
             Ok(text) => text,
             Err(error) if matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory) => {
+                // It is written before the journal is.
+                if self.file(JOURNAL).exists() {
+                    return Err(self.unusable(format!("{} is missing", path.display())).into());
+                }
                 return Ok(None);
             }
             Err(error) => return Err(error).with_context(|| format!("cannot read {}", path.display())),
         };
-        let damaged = |error: serde_json::Error| {
-            Failure::new(
-                format!("{} is damaged", path.display()),
-                format!(
-                    "the target may hold what a guest wrote: keep it; to give the session up, remove {} and restore anew",
-                    self.path.display()
-                ),
-            )
-            .because(error)
-        };
+        let damaged =
+            |error: serde_json::Error| self.unusable(format!("{} is damaged", path.display())).because(error);
         let version: Version = serde_json::from_slice(&text).map_err(damaged)?;
         if version.version > VERSION {
             return Err(Failure::new(
@@ -153,16 +175,34 @@ impl StateDir {
         Ok(Some(serde_json::from_slice(&text).map_err(damaged)?))
     }
 
+    /// What to say where the session is there and cannot be gone on with.
+    pub(super) fn unusable(&self, what: impl std::fmt::Display) -> Failure {
+        Failure::new(
+            what,
+            format!(
+                "the target may hold what a guest wrote: keep a copy of it; to give the session up, remove {}, \
+                 then begin anew with --force",
+                self.path.display()
+            ),
+        )
+    }
+
     /// Makes the directory, for the owner alone. One that is there is taken.
+    ///
+    /// Returns the directories that were made, the outermost first.
     ///
     /// # Errors
     /// What the operating system says.
-    pub fn create(&self) -> anyhow::Result<()> {
-        std::fs::DirBuilder::new()
-            .recursive(true)
-            .mode(0o700)
-            .create(&self.path)
-            .with_context(|| format!("cannot make the session's directory {}", self.path.display()))
+    pub fn create(&self) -> anyhow::Result<Vec<PathBuf>> {
+        let mut missing: Vec<PathBuf> =
+            self.path.ancestors().take_while(|path| !path.exists()).map(Path::to_owned).collect();
+        missing.reverse();
+        let made = std::fs::DirBuilder::new().recursive(true).mode(0o700).create(&self.path);
+        if made.is_err() {
+            remove_dirs(&missing);
+        }
+        made.with_context(|| format!("cannot make the session's directory {}", self.path.display()))?;
+        Ok(missing)
     }
 
     /// Keeps the record: it is there whole, or not at all.
@@ -171,7 +211,7 @@ impl StateDir {
     /// What the operating system says.
     pub fn keep(&self, record: &SessionRecord) -> anyhow::Result<()> {
         let path = self.file(RECORD);
-        let temporary = self.file("session.json.new");
+        let temporary = self.file(RECORD_TEMPORARY);
         let write = || -> io::Result<()> {
             let mut file = File::create(&temporary)?;
             let mut text = serde_json::to_vec_pretty(record).map_err(io::Error::other)?;
@@ -187,6 +227,46 @@ impl StateDir {
         };
         write().with_context(|| format!("cannot write {}", path.display()))
     }
+}
+
+/// Removes those of these directories that are empty, the innermost first.
+pub(super) fn remove_dirs(dirs: &[PathBuf]) {
+    for dir in dirs.iter().rev() {
+        // One that holds something is not ours alone.
+        let _ = std::fs::remove_dir(dir);
+    }
+}
+
+/// The directory below `root` of the session whose target this is; else of one that was begun under its path; else
+/// a free one, called `name`.
+fn find(root: &Path, target: &Path, identity: Option<&TargetIdentity>, name: &str) -> PathBuf {
+    let begun = |path: PathBuf| {
+        let record = StateDir { path: path.clone() }.record().ok().flatten();
+        record.filter(SessionRecord::was_begun).map(|record| (path, record))
+    };
+    let entries = std::fs::read_dir(root).into_iter().flatten().flatten();
+    let mut sessions: Vec<(PathBuf, SessionRecord)> =
+        entries.filter_map(|entry| begun(entry.path())).collect();
+    sessions.sort_by(|(a, _), (b, _)| a.cmp(b));
+    let is_same = |record: &SessionRecord| {
+        identity.is_some_and(|identity| identity.name.is_some() && identity.is_same(&record.identity))
+    };
+    let by_identity = sessions.iter().find(|(_, record)| is_same(record));
+    if let Some((path, _)) =
+        by_identity.or_else(|| sessions.iter().find(|(_, record)| record.target == target))
+    {
+        return path.clone();
+    }
+    let names = std::iter::once(name.to_owned()).chain((2_u64..).map(|number| format!("{name}-{number}")));
+    let mut dirs = names.map(|name| root.join(name));
+    dirs.find(|dir| sessions.iter().all(|(path, _)| path != dir)).expect("the numbers do not end")
+}
+
+/// The end of an identity, as part of a file's name.
+fn label(identity: &str) -> String {
+    let is_plain = |c: char| c.is_ascii_alphanumeric() || "._".contains(c);
+    let plain: String = identity.chars().map(|c| if is_plain(c) { c } else { '-' }).collect();
+    plain[plain.len().saturating_sub(LABEL_CHARS)..].trim_start_matches(['-', '.']).to_owned()
 }
 
 /// An absolute path whose last part need not exist yet.
@@ -222,7 +302,66 @@ mod tests {
             chunk_size: 1 << 17,
             map: "none".into(),
             target: "/x/t.raw".into(),
+            identity: TargetIdentity { name: Some("disk naa.1".into()), size: 1 << 30 },
+            boot: Some("12".repeat(16)),
         }
+    }
+
+    fn keep(root: &Path, name: &str, record: &SessionRecord) -> PathBuf {
+        let state = StateDir { path: root.join(name) };
+        state.create().unwrap();
+        state.keep(record).unwrap();
+        state.path
+    }
+
+    #[test]
+    fn a_session_is_found_by_its_targets_identity_and_else_by_its_path() {
+        let root = tempfile::tempdir().unwrap();
+        let root = root.path();
+        let identity = |name: &str| TargetIdentity { name: Some(name.into()), size: 1 };
+        let of = |name: &str, path: &str| SessionRecord {
+            identity: identity(name),
+            target: path.into(),
+            ..record()
+        };
+        let sdb = keep(root, "one", &of("disk b", "/dev/sdb"));
+        let sdc = keep(root, "two", &of("disk c", "/dev/sdc"));
+        let found = |name: &str, path: &str| find(root, Path::new(path), Some(&identity(name)), "new");
+        // They have changed places.
+        assert_eq!(found("disk b", "/dev/sdc"), sdb);
+        assert_eq!(found("disk c", "/dev/sdb"), sdc);
+        assert_eq!(found("disk d", "/dev/sdb"), sdb, "whose session says that it is another disk");
+        assert_eq!(found("disk d", "/dev/sdd"), root.join("new"));
+        let nameless = TargetIdentity { name: None, size: 1 };
+        assert_eq!(find(root, Path::new("/dev/sdc"), Some(&nameless), "new"), sdc);
+        assert_eq!(find(root, Path::new("/dev/sde"), None, "one"), root.join("one-2"), "that is another's");
+        // What was never served holds no path.
+        keep(root, "three", &SessionRecord { boot: None, ..of("disk e", "/dev/sde") });
+        assert_eq!(found("disk f", "/dev/sde"), root.join("new"));
+        assert_eq!(find(&root.join("nowhere"), Path::new("/dev/sde"), None, "new"), root.join("nowhere/new"));
+    }
+
+    #[test]
+    fn a_label_is_the_end_of_an_identity_in_plain_letters() {
+        assert_eq!(label("loop device on /x/d 1.img"), "loop-device-on--x-d-1.img");
+        assert_eq!(label(&format!("disk {}", "é".repeat(60))).len(), 0);
+    }
+
+    #[test]
+    fn a_journal_without_a_record_and_a_record_that_does_not_tell_whether_it_was_served_are_refused() {
+        let dir = tempfile::tempdir().unwrap();
+        let state = StateDir::of(&dir.path().join("t.raw"), None).unwrap();
+        state.create().unwrap();
+        state.keep(&SessionRecord { boot: None, ..record() }).unwrap();
+        assert!(!state.record().unwrap().unwrap().was_begun());
+        let text = std::fs::read_to_string(state.file(RECORD)).unwrap();
+        assert!(text.contains(",\n  \"boot\": null"), "{text}");
+        std::fs::write(state.file(RECORD), text.replace(",\n  \"boot\": null", "")).unwrap();
+        assert!(state.record().unwrap_err().to_string().contains("damaged"));
+        std::fs::remove_file(state.file(RECORD)).unwrap();
+        assert_eq!(state.record().unwrap(), None);
+        std::fs::write(state.file(JOURNAL), "x").unwrap();
+        assert!(state.record().unwrap_err().to_string().contains("session.json is missing"));
     }
 
     #[test]

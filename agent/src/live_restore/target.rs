@@ -1,16 +1,23 @@
 //! The target of a session: found or made, locked, and what is known of it.
+//!
+//! One open file description carries the lock from the first look at a target until the session's end. A new
+//! session's target is *taken* first: looked at, and locked. It is changed only when everything else that the session
+//! needs was made ([`Taken::prepare`]).
 
 use std::fs::{File, OpenOptions};
 use std::io;
-use std::os::unix::fs::FileTypeExt as _;
-use std::path::Path;
+use std::os::fd::AsFd;
+use std::os::unix::fs::{FileTypeExt as _, OpenOptionsExt as _};
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
-use block::{ByteRange, Engine, FileDisk, FileOptions};
+use block::{Engine, FileDisk, FileOptions};
 use rustix::fs::FlockOperation;
 
 use super::control;
+use super::made::{Made, Undo};
+use crate::blank;
 use crate::cli::{Failure, Interrupt};
 
 /// How long a successor waits for the operations that a killed agent left in flight.
@@ -34,11 +41,23 @@ pub(super) fn reopen(
     interrupt: &Interrupt,
 ) -> anyhow::Result<FileDisk> {
     let disk = FileDisk::open(path, FileOptions::new(engine))?;
-    lock(&disk, state, interrupt)?;
+    lock(&disk, path, state, LOCK_PATIENCE, interrupt)?;
+    check_writable(&disk)?;
     Ok(disk)
 }
 
-/// Makes or takes the target of a new session, and locks it. One that holds anything is refused without `force`.
+/// The locked target of a session that is to be made, as it was found.
+#[derive(Debug)]
+pub(super) struct Taken {
+    file: File,
+    path: PathBuf,
+    size: u64,
+    is_device: bool,
+    engine: Engine,
+}
+
+/// Makes or finds the target of a new session of a disk of `size` bytes, and locks it. One that holds anything is
+/// refused without `force`. The guard takes back what was made.
 pub(super) fn take(
     path: &Path,
     state: &Path,
@@ -46,34 +65,75 @@ pub(super) fn take(
     force: bool,
     engine: Engine,
     interrupt: &Interrupt,
-) -> anyhow::Result<(FileDisk, Contents)> {
-    let options = FileOptions::new(engine);
-    let Some(metadata) = metadata(path)? else {
-        let disk = FileDisk::create(path, size, options)?;
-        lock(&disk, state, interrupt)?;
-        return Ok((disk, Contents::Zeroes));
-    };
-    if metadata.file_type().is_block_device() {
-        let disk = FileDisk::open(path, options)?;
-        lock(&disk, state, interrupt)?;
-        check_size(&disk, path, size)?;
-        if !force && !is_blank(&disk)? {
-            return Err(holds_data(path));
-        }
-        return Ok((disk, Contents::Unknown));
-    }
-    if !metadata.is_file() {
+) -> anyhow::Result<(Taken, Made)> {
+    let metadata = metadata(path)?;
+    let is_device = metadata.as_ref().is_some_and(|metadata| metadata.file_type().is_block_device());
+    if metadata.as_ref().is_some_and(|metadata| !metadata.is_file() && !is_device) {
         return Err(Failure::new(
             format!("the target {} is neither a file nor a block device", path.display()),
             "name a raw file that may be made, or a block device",
         )
         .into());
     }
-    make_room(path, state, size, force)?;
-    let disk = FileDisk::open(path, options)?;
-    lock(&disk, state, interrupt)?;
-    let contents = if has_data(&disk)? { Contents::Unknown } else { Contents::Zeroes };
-    Ok((disk, contents))
+    let mut options = OpenOptions::new();
+    // A FIFO that takes its place must not block us.
+    options.read(true).write(true).create_new(metadata.is_none()).custom_flags(libc::O_NONBLOCK);
+    let cannot = || {
+        let doing = if metadata.is_none() { "make" } else { "open" };
+        format!("cannot {doing} the target {}", path.display())
+    };
+    let file = options.open(path).with_context(cannot)?;
+    // Nobody of ours can have left operations in flight. Whoever locks a file that was just made has found it, and
+    // it is not ours any more.
+    lock(&file, path, state, Duration::ZERO, interrupt)?;
+    let undo = match &metadata {
+        None => Undo::Remove,
+        Some(metadata) if metadata.is_file() && !blank::has_data(&file).with_context(cannot)? => {
+            Undo::Shorten(metadata.len())
+        }
+        Some(_) => Undo::Nothing,
+    };
+    let made = Made::new(&file, path, undo).with_context(cannot)?;
+    if is_device {
+        let disk =
+            FileDisk::from_file(file.try_clone().with_context(cannot)?, path, FileOptions::new(engine))?;
+        check_writable(&disk)?;
+        check_size(&disk, size)?;
+        if !force {
+            // Through the page cache, and another description: no alignment, and no lock.
+            let seen = File::open(path).and_then(|device| blank::first_data(&device, disk.size()));
+            if let Some(at) = seen.with_context(|| format!("cannot read the target {}", path.display()))? {
+                return Err(holds_data(path, &format!(" (at byte {at})")));
+            }
+        }
+    } else if undo == Undo::Nothing && !force {
+        return Err(holds_data(path, ""));
+    }
+    Ok((Taken { file, path: path.to_owned(), size, is_device, engine }, made))
+}
+
+impl Taken {
+    /// What was taken.
+    pub(super) const fn file(&self) -> &File {
+        &self.file
+    }
+
+    /// Makes a file as long as the disk, and empty; its name is on stable storage then. A device stays as it is.
+    pub(super) fn prepare(self) -> anyhow::Result<(FileDisk, Contents)> {
+        let Self { file, path, size, is_device, engine } = self;
+        let prepare = || -> io::Result<()> {
+            if blank::has_data(&file)? {
+                file.set_len(0)?;
+            }
+            file.set_len(size)?;
+            File::open(path.parent().unwrap_or(Path::new("/")))?.sync_all()
+        };
+        if !is_device {
+            prepare().with_context(|| format!("cannot prepare the target {}", path.display()))?;
+        }
+        let disk = FileDisk::from_file(file, path, FileOptions::new(engine))?;
+        Ok((disk, if is_device { Contents::Unknown } else { Contents::Zeroes }))
+    }
 }
 
 fn metadata(path: &Path) -> anyhow::Result<Option<std::fs::Metadata>> {
@@ -84,72 +144,43 @@ fn metadata(path: &Path) -> anyhow::Result<Option<std::fs::Metadata>> {
     }
 }
 
-/// Makes an existing file as long as the disk. It is emptied only where `force` allows, and only under the
-/// lock: somebody may be serving it.
-fn make_room(path: &Path, state: &Path, size: u64, force: bool) -> anyhow::Result<()> {
-    let cannot = || format!("cannot prepare the target {}", path.display());
-    let file = OpenOptions::new().read(true).write(true).open(path).with_context(cannot)?;
-    match rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive) {
-        Ok(()) => {}
-        Err(rustix::io::Errno::WOULDBLOCK) => return Err(in_use(path, state)),
-        Err(errno) => return Err(io::Error::from(errno)).with_context(cannot),
+/// Refuses a device that is set read-only.
+fn check_writable(disk: &FileDisk) -> anyhow::Result<()> {
+    if !disk.geometry().read_only {
+        return Ok(());
     }
-    if is_all_holes(&file).with_context(cannot)? {
-        return file.set_len(size).with_context(cannot);
-    }
-    if !force {
-        return Err(holds_data(path));
-    }
-    file.set_len(0).and_then(|()| file.set_len(size)).with_context(cannot)
+    Err(Failure::new(
+        format!("the target {} is a read-only device", disk.path().display()),
+        "make it writable (`blockdev --setrw`), or name another target",
+    )
+    .into())
 }
 
-fn is_all_holes(file: &File) -> io::Result<bool> {
-    match rustix::fs::seek(file, rustix::fs::SeekFrom::Data(0)) {
-        Ok(_) => Ok(false),
-        Err(rustix::io::Errno::NXIO) => Ok(true),
-        // A file system without holes: only an empty file holds nothing.
-        Err(rustix::io::Errno::INVAL) => Ok(file.metadata()?.len() == 0),
-        Err(errno) => Err(errno.into()),
-    }
-}
-
-fn has_data(disk: &FileDisk) -> anyhow::Result<bool> {
-    let whole = ByteRange::from_bounds(0, disk.size());
-    Ok(!disk.data_ranges(whole)?.is_empty())
-}
-
-/// Whether the start and the end of a device, where partition tables and signatures stand, are zeroes.
-fn is_blank(disk: &FileDisk) -> anyhow::Result<bool> {
-    const LOOKED_AT: u64 = 1 << 20;
-    let len = LOOKED_AT.min(disk.size());
-    for offset in [0, disk.size() - len] {
-        let buf = block::AlignedBuf::zeroed(usize::try_from(len).expect("one MiB"));
-        let (result, buf) = disk.read_blocking(offset, buf);
-        result?;
-        if !repository::is_zero(&buf) {
-            return Ok(false);
-        }
-    }
-    Ok(true)
-}
-
-fn check_size(disk: &FileDisk, path: &Path, size: u64) -> anyhow::Result<()> {
+fn check_size(disk: &FileDisk, size: u64) -> anyhow::Result<()> {
     if disk.size() >= size {
         return Ok(());
     }
     Err(Failure::new(
-        format!("the target {} has {} bytes, the disk {size}", path.display(), disk.size()),
+        format!("the target {} has {} bytes, the disk {size}", disk.path().display(), disk.size()),
         "name a device that is at least as large",
     )
     .into())
 }
 
-fn holds_data(path: &Path) -> anyhow::Error {
+fn holds_data(path: &Path, place: &str) -> anyhow::Error {
     Failure::new(
-        format!("the target {} holds data already, and no session of it was found", path.display()),
+        format!("the target {} holds data already{place}, and no session of it was found", path.display()),
         "name another target, or give --force to overwrite what it holds",
     )
     .into()
+}
+
+/// Refuses where an agent serves this session: there is no need to try anything then.
+pub(super) fn check_unserved(path: &Path, state: &Path) -> anyhow::Result<()> {
+    match control::ask(state) {
+        Ok(Some(_)) => Err(in_use(path, state)),
+        _ => Ok(()),
+    }
 }
 
 pub(super) fn in_use(path: &Path, state: &Path) -> anyhow::Error {
@@ -169,22 +200,35 @@ pub(super) fn in_use(path: &Path, state: &Path) -> anyhow::Error {
 }
 
 /// Takes the lock. An agent that is alive is told of at once; what a dead one left in flight is waited for.
-fn lock(disk: &FileDisk, state: &Path, interrupt: &Interrupt) -> anyhow::Result<()> {
+fn lock(
+    target: impl AsFd,
+    path: &Path,
+    state: &Path,
+    patience: Duration,
+    interrupt: &Interrupt,
+) -> anyhow::Result<()> {
     let begun = Instant::now();
     let mut said = false;
-    while !disk.try_lock()? {
+    loop {
+        match rustix::fs::flock(&target, FlockOperation::NonBlockingLockExclusive) {
+            Ok(()) => return Ok(()),
+            Err(rustix::io::Errno::WOULDBLOCK) => {}
+            Err(errno) => {
+                return Err(io::Error::from(errno))
+                    .with_context(|| format!("cannot lock the target {}", path.display()));
+            }
+        }
         let alive = matches!(control::ask(state), Ok(Some(_)));
-        if alive || begun.elapsed() > LOCK_PATIENCE {
-            return Err(in_use(disk.path(), state));
+        if alive || begun.elapsed() >= patience {
+            return Err(in_use(path, state));
         }
         if !said {
             said = true;
-            tracing::info!(target = %disk.path().display(), "waiting for the target's lock: operations of an agent that ended are still in flight");
+            tracing::info!(target = %path.display(), "waiting for the target's lock: operations of an agent that ended are still in flight");
         }
         interrupt.check()?;
         std::thread::sleep(LOCK_RETRY);
     }
-    Ok(())
 }
 
 #[cfg(test)]
@@ -194,7 +238,10 @@ mod tests {
     const SIZE: u64 = 1 << 20;
 
     fn take_file(path: &Path, force: bool) -> anyhow::Result<(FileDisk, Contents)> {
-        take(path, path, SIZE, force, Engine::THREADS, &Interrupt::default())
+        let (taken, made) = take(path, path, SIZE, force, Engine::THREADS, &Interrupt::default())?;
+        let prepared = taken.prepare()?;
+        made.keep();
+        Ok(prepared)
     }
 
     #[test]
@@ -206,6 +253,25 @@ mod tests {
         drop(disk);
         let (disk, contents) = take_file(&path, false).unwrap();
         assert_eq!((disk.size(), contents), (SIZE, Contents::Zeroes));
+    }
+
+    #[test]
+    fn taking_changes_nothing_before_it_is_prepared_and_is_undone() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("t.raw");
+        let try_take = |force| take(&path, &path, SIZE, force, Engine::THREADS, &Interrupt::default());
+        drop(try_take(false).unwrap());
+        assert!(!path.exists());
+        std::fs::write(&path, b"precious").unwrap();
+        drop(try_take(true).unwrap());
+        assert_eq!(std::fs::read(&path).unwrap(), b"precious");
+        File::create(&path).unwrap();
+        let (taken, made) = try_take(false).unwrap();
+        let (disk, _) = taken.prepare().unwrap();
+        assert_eq!(disk.size(), SIZE);
+        drop(disk);
+        drop(made);
+        assert_eq!(path.metadata().unwrap().len(), 0, "the length that it had");
     }
 
     #[test]

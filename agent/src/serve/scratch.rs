@@ -31,6 +31,8 @@ pub(super) fn open(
         clock: Arc::new(TokioClock::new()),
         live: LiveWords::in_memory(layout),
         boot: BootId::current().context("cannot read the kernel's boot id")?,
+        last_boot: None,
+        check: None,
         plan: Vec::new(),
         options: SessionOptions { background: false, ..SessionOptions::default() },
     };

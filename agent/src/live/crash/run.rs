@@ -225,11 +225,11 @@ impl Story {
             (world.parts(), world.parts())
         };
         let started = executor.spawn(async move {
-            match Session::resume_with(resume, &target, &journal, mistake).await {
+            let id = SessionId([7; 16]);
+            match Session::resume_with(resume, id, &target, &journal, mistake).await {
                 Err(error) if error.kind() == ErrorKind::NotAJournal => {
-                    let id = SessionId([7; 16]);
                     let session = Session::create(create, id, target_is_zero, &target, &journal).await?;
-                    Ok((session.making(mistake), Resumed::FromParked))
+                    Ok((session.making(mistake), Resumed::Parked))
                 }
                 result => result,
             }
@@ -238,9 +238,10 @@ impl Story {
             if let Some(result) = started.take() {
                 let (session, resumed) =
                     result.map_err(|error: error::Error| format!("no start: {error}"))?;
-                if self.expects_everything && resumed == Resumed::FromJournal {
+                if self.expects_everything && resumed.is_from_journal_alone() {
                     return Err("the live file was not believed after a kill".to_owned());
                 }
+                self.world.borrow_mut().host_died = false;
                 return Ok(Some(session));
             }
             if !executor.step() {
@@ -433,7 +434,7 @@ impl Story {
         drop(world);
         let resume = executor.block_on(STEP_LIMIT, {
             let (target, journal) = (target.clone(), journal.clone());
-            async move { Session::resume_with(parts, &target, &journal, mistake).await }
+            async move { Session::resume_with(parts, SessionId([7; 16]), &target, &journal, mistake).await }
         });
         let (session, _) = match resume {
             Err(error) if matches!(error.kind(), ErrorKind::Elsewhere | ErrorKind::NotAJournal) => {

@@ -16,7 +16,7 @@ use super::model::{Model, UNIT, bytes_of};
 use crate::live::journal::JournalLayout;
 use crate::live::live_file::{BootId, LiveWords};
 use crate::live::mistakes::Mistake;
-use crate::live::parts::{Identity, SessionOptions, SessionParts};
+use crate::live::parts::{ChunkCheck, Identity, SessionOptions, SessionParts};
 use crate::live::source::{
     ChunkData, ChunkSource, DiskLayout, FetchFuture, SourceError, SourceErrorKind, Urgency,
 };
@@ -39,6 +39,8 @@ pub(super) struct World {
     pub(super) mistake: Option<Mistake>,
     pub(super) target_is_zero: bool,
     boot: u8,
+    /// Nobody has started since the host went down.
+    pub(super) host_died: bool,
     /// What the live file's pages held at some times before.
     old_pages: Vec<Vec<u64>>,
     log_pages: u32,
@@ -98,6 +100,7 @@ impl World {
             mistake,
             target_is_zero,
             boot: 1,
+            host_died: false,
             old_pages: Vec::new(),
             log_pages,
         }
@@ -121,6 +124,9 @@ impl World {
             clock: Arc::new(SimClock(AtomicU64::new(0))),
             live: self.live.clone(),
             boot: BootId([self.boot; 16]),
+            last_boot: None,
+            // After the loss of the host what a guest wrote and did not flush cannot be told from another disk.
+            check: (!self.host_died).then(|| Arc::clone(&self.source) as _),
             plan: plan(&mut self.rng, self.disk.chunk_count()),
             options,
         }
@@ -131,6 +137,7 @@ impl World {
         self.target.power_cut(&mut self.rng);
         self.journal.power_cut(&mut self.rng);
         self.boot += 1;
+        self.host_died = true;
         self.remember_live_file();
         let words: Vec<AtomicU64> = self
             .live
@@ -238,6 +245,13 @@ impl SimSource {
 
     pub(super) fn is_damaged(&self, chunk: u64) -> bool {
         self.state.lock().damaged.contains(&chunk)
+    }
+}
+
+impl ChunkCheck for SimSource {
+    fn is_chunk(&self, chunk: u64, bytes: &[u8]) -> Option<bool> {
+        let range = self.disk.chunk_range(chunk);
+        Some(self.bytes(range.start()..range.end()) == bytes)
     }
 }
 

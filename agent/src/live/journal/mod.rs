@@ -27,7 +27,7 @@
 //! | 44 | 4 | `s`, pages of one checkpoint place |
 //! | 48 | 4 | `l`, pages of the log |
 //! | 52 | 2 | length of the snapshot's name |
-//! | 54 | 2 | length of the target's name |
+//! | 54 | 2 | length of the target's name, which is for people |
 //! | 56 | | the snapshot's name, then the target's, UTF-8; zeroes to the end |
 //! | 4092 | 4 | CRC-32 of the 4092 bytes before |
 //!
@@ -66,7 +66,8 @@
 //!
 //! # Order of writes, and why
 //! - A new journal is zeroed, and synced; then its first checkpoint; then the header but for its first 512 bytes; then these;
-//!   each is synced before the next. So a journal whose first 512 bytes are zero was never begun, and may be made anew.
+//!   each is synced before the next. So a journal whose first 512 bytes are zero was never finished. Whether it may
+//!   be made anew, its owner knows: see `live_restore::open`.
 //! - A record is synced before the next one is begun. So only the last can be torn by a crash. Where a
 //!   record does not hold, and a later one of that generation does, the journal is *damaged*, not torn, and is
 //!   refused: its missing runs may be flushed writes.

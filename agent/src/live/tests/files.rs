@@ -31,6 +31,8 @@ fn parts(dir: &Path, source: &Arc<TestSource>) -> SessionParts {
         clock: Arc::new(TokioClock::new()),
         live: LiveWords::open(&dir.join("live"), DISK).unwrap(),
         boot: BootId::current().unwrap(),
+        last_boot: None,
+        check: Some(Arc::clone(source) as _),
         plan: Vec::new(),
         options: SessionOptions::default(),
     }
@@ -103,10 +105,10 @@ fn guests_on_two_shards_write_while_everything_comes_home_to_a_file() {
         let (session, resumed) = engine
             .run(async {
                 let (target, journal) = (target.open().unwrap(), journal.open().unwrap());
-                Session::resume(parts(dir.path(), &source), &*target, &*journal).await
+                Session::resume(parts(dir.path(), &source), SessionId([3; 16]), &*target, &*journal).await
             })
             .unwrap();
-        assert_eq!((resumed, session.phase()), (Resumed::FromLiveFile, Phase::Complete));
+        assert_eq!((resumed, session.phase()), (Resumed::AgentDied, Phase::Complete));
         let bytes = std::fs::read(dir.path().join("disk")).unwrap();
         for (number, block) in bytes.chunks(BLOCK_SIZE as usize).enumerate() {
             let number = number as u64;

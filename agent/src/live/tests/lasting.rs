@@ -3,8 +3,10 @@
 use block::sim::{Faults, Rng, SimDisk, SimOptions};
 use block::{BLOCK_SIZE, BlockDevice, ErrorKind};
 
-use super::{CHUNK, DISK, Rig, STEPS, chunk, range};
+use super::{CHUNK, CHUNKS, DISK, Rig, STEPS, chunk, range};
 use crate::live::error;
+use crate::live::journal::SessionId;
+use crate::live::live_file::LiveWords;
 use crate::live::parts::Resumed;
 use crate::live::stats::Phase;
 
@@ -56,7 +58,7 @@ fn a_failed_sync_is_never_tried_again_and_everything_fails_after_it() {
     assert_eq!(device.session().phase(), Phase::Poisoned);
     rig.target.drop_clean_cache();
     let (device, resumed) = rig.resume();
-    assert_eq!(resumed, Resumed::FromJournal);
+    assert_eq!(resumed, Resumed::SyncFailed);
     assert_eq!(rig.read(&device, chunk(0)).unwrap(), vec![1; CHUNK as usize]);
     assert_eq!(rig.read(&device, chunk(1)).unwrap(), vec![2; CHUNK as usize], "the backup's");
 }
@@ -68,7 +70,7 @@ fn a_killed_agents_successor_has_everything_acknowledged() {
     rig.write(&device, chunk(2), 0x77).unwrap();
     drop(device);
     let (device, resumed) = rig.resume();
-    assert_eq!(resumed, Resumed::FromLiveFile);
+    assert_eq!(resumed, Resumed::AgentDied);
     assert_eq!(rig.read(&device, chunk(2)).unwrap(), vec![0x77; CHUNK as usize]);
     assert_eq!(device.session().stats().guest_bytes, CHUNK);
     rig.flush(&device).unwrap();
@@ -76,7 +78,7 @@ fn a_killed_agents_successor_has_everything_acknowledged() {
     rig.target.power_cut(&mut Rng::new(0));
     rig.journal.power_cut(&mut Rng::new(0));
     let (device, resumed) = rig.resume();
-    assert_eq!(resumed, Resumed::FromJournal);
+    assert_eq!(resumed, Resumed::HostDied);
     assert_eq!(rig.read(&device, chunk(2)).unwrap(), vec![0x77; CHUNK as usize]);
 }
 
@@ -95,13 +97,13 @@ fn a_parked_session_knows_everything_exactly_after_a_reboot() {
     rig.target.power_cut(&mut Rng::new(7));
     rig.journal.power_cut(&mut Rng::new(7));
     let (device, resumed) = rig.resume();
-    assert_eq!(resumed, Resumed::FromParked);
+    assert_eq!(resumed, Resumed::Parked);
     let stats = device.session().stats();
     assert_eq!((stats.home_bytes, stats.guest_bytes), (home, BLOCK_SIZE));
     // It is not parked any more: the next crash must not be taken for a parking.
     drop(device);
     rig.reboot();
-    assert_eq!(rig.resume().1, Resumed::FromJournal);
+    assert_eq!(rig.resume().1, Resumed::HostDied);
 }
 
 #[test]
@@ -120,7 +122,7 @@ fn a_commit_that_waits_while_the_session_is_parked_writes_nothing_after_it() {
         rig.executor.run(STEPS);
         parked.take().expect("parking ends").unwrap();
         rig.reboot();
-        assert_eq!(rig.resume().1, Resumed::FromParked, "seed {seed}");
+        assert_eq!(rig.resume().1, Resumed::Parked, "seed {seed}");
     }
 }
 
@@ -151,6 +153,93 @@ fn a_complete_session_stays_complete_and_goes_on_to_note_what_the_guest_writes()
 }
 
 #[test]
+fn a_parked_session_says_so_on_the_same_boot_with_or_without_its_live_file() {
+    for keeps_live_file in [true, false] {
+        let mut rig = Rig::new();
+        let device = rig.create();
+        rig.write(&device, chunk(2), 0x77).unwrap();
+        rig.run(async move { device.park().await.unwrap() });
+        if !keeps_live_file {
+            rig.live = LiveWords::in_memory(DISK);
+        }
+        let (device, resumed) = rig.resume();
+        assert_eq!(resumed, Resumed::Parked);
+        assert_eq!(rig.read(&device, chunk(2)).unwrap(), vec![0x77; CHUNK as usize]);
+        assert_eq!(device.session().stats().guest_bytes, CHUNK);
+        rig.write(&device, chunk(1), 0x78).unwrap();
+        drop(device);
+        let (device, resumed) = rig.resume();
+        assert_eq!(resumed, Resumed::AgentDied, "it is not parked any more");
+        assert_eq!(rig.read(&device, chunk(1)).unwrap(), vec![0x78; CHUNK as usize]);
+    }
+}
+
+#[test]
+fn a_live_file_that_is_lost_on_the_same_boot_is_told_from_a_host_that_went_down() {
+    let mut rig = Rig::new();
+    let device = rig.create();
+    rig.write(&device, chunk(0), 1).unwrap();
+    rig.flush(&device).unwrap();
+    rig.write(&device, chunk(1), 2).unwrap();
+    drop(device);
+    rig.live = LiveWords::in_memory(DISK);
+    let (device, resumed) = rig.resume();
+    assert_eq!(resumed, Resumed::LiveFileLost);
+    assert_eq!(rig.read(&device, chunk(0)).unwrap(), vec![1; CHUNK as usize]);
+    assert_eq!(rig.read(&device, chunk(1)).unwrap(), vec![2; CHUNK as usize], "the backup's");
+    drop(device);
+    rig.live = LiveWords::in_memory(DISK);
+    rig.reboot();
+    assert_eq!(rig.resume().1, Resumed::HostDied);
+}
+
+#[test]
+fn a_target_that_does_not_hold_what_was_filled_is_refused_and_nothing_is_written() {
+    let mut rig = Rig::new();
+    let device = rig.create();
+    rig.read(&device, chunk(0)).unwrap();
+    rig.read(&device, chunk(1)).unwrap();
+    rig.write(&device, chunk(5), 0x55).unwrap();
+    rig.executor.spawn(device.clone().fill_worker());
+    assert!(rig.run_until(&device, |device| device.session().phase() == Phase::Complete));
+    rig.flush(&device).unwrap();
+    drop(device);
+    let right = std::mem::replace(
+        &mut rig.target,
+        SimDisk::holding(&vec![0x55; DISK.size as usize], SimOptions::new(DISK.size, 9)),
+    );
+    let (journal, target) = (rig.journal.stats(), rig.target.stats());
+    for is_rebooted in [false, true] {
+        if is_rebooted {
+            rig.reboot();
+        }
+        assert_eq!(rig.try_resume().unwrap_err().kind(), error::ErrorKind::WrongTarget);
+        assert_eq!((rig.journal.stats().writes, rig.target.stats().writes), (journal.writes, target.writes));
+    }
+    rig.target = right;
+    let (device, _) = rig.resume();
+    assert_eq!(rig.read(&device, chunk(5)).unwrap(), vec![0x55; CHUNK as usize]);
+}
+
+#[test]
+fn a_power_cut_after_writes_that_were_never_flushed_does_not_make_the_target_a_wrong_one() {
+    let mut rig = Rig::new();
+    let device = rig.create();
+    for number in [0, 1, 2] {
+        rig.read(&device, chunk(number)).unwrap();
+    }
+    rig.executor.spawn(device.clone().fill_worker());
+    assert!(rig.run_until(&device, |device| device.session().phase() == Phase::Complete));
+    // They reach the target, and no record speaks of them.
+    for number in (0..CHUNKS - 1).filter(|number| !super::ZERO.contains(number)) {
+        rig.write(&device, chunk(number), 0xee).unwrap();
+    }
+    drop(device);
+    rig.reboot();
+    assert_eq!(rig.resume().1, Resumed::HostDied);
+}
+
+#[test]
 fn a_journal_that_belongs_elsewhere_or_is_none_is_refused() {
     let mut rig = Rig::new();
     assert_eq!(rig.try_resume().unwrap_err().kind(), error::ErrorKind::NotAJournal);
@@ -158,7 +247,7 @@ fn a_journal_that_belongs_elsewhere_or_is_none_is_refused() {
     rig.identity.snapshot = "vm@earlier".into();
     assert_eq!(rig.try_resume().unwrap_err().kind(), error::ErrorKind::Elsewhere);
     rig.identity.snapshot = "vm@now".into();
-    rig.identity.target = "other.raw".into();
+    rig.id = SessionId([6; 16]);
     assert_eq!(rig.try_resume().unwrap_err().kind(), error::ErrorKind::Elsewhere);
 }
 

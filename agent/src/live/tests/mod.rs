@@ -22,7 +22,7 @@ use super::device::LiveDevice;
 use super::error::Result;
 use super::journal::{JournalLayout, SessionId};
 use super::live_file::{BootId, LiveWords};
-use super::parts::{Identity, Resumed, SessionOptions, SessionParts};
+use super::parts::{ChunkCheck, Identity, Resumed, SessionOptions, SessionParts};
 use super::session::Session;
 use super::source::{ChunkData, ChunkSource, DiskLayout, FetchFuture, SourceError, SourceErrorKind, Urgency};
 
@@ -64,6 +64,12 @@ impl TestSource {
 
     fn fetched(&self) -> usize {
         self.state.lock().fetched.len()
+    }
+}
+
+impl ChunkCheck for TestSource {
+    fn is_chunk(&self, chunk: u64, bytes: &[u8]) -> Option<bool> {
+        Some(self.bytes(chunk) == bytes)
     }
 }
 
@@ -124,6 +130,8 @@ struct Rig {
     clock: Arc<TestClock>,
     live: LiveWords,
     boot: BootId,
+    last_boot: Option<BootId>,
+    id: SessionId,
     identity: Identity,
     options: SessionOptions,
     target_is_zero: bool,
@@ -141,6 +149,8 @@ impl Rig {
             clock: Arc::default(),
             live: LiveWords::in_memory(DISK),
             boot: BootId([1; 16]),
+            last_boot: None,
+            id: SessionId([5; 16]),
             identity: Identity { snapshot: "vm@now".into(), target: "disk.raw".into() },
             options: SessionOptions { log_pages: Some(16), ..SessionOptions::default() },
             target_is_zero: true,
@@ -154,6 +164,8 @@ impl Rig {
             clock: Arc::clone(&self.clock) as Arc<dyn Clock>,
             live: self.live.clone(),
             boot: self.boot,
+            last_boot: self.last_boot,
+            check: Some(Arc::clone(&self.source) as _),
             plan: Vec::new(),
             options: self.options,
         }
@@ -161,10 +173,10 @@ impl Rig {
 
     fn try_create(&mut self) -> Result<LiveDevice> {
         let (parts, target, journal) = (self.parts(), self.target.clone(), self.journal.clone());
-        let is_zero = self.target_is_zero;
-        let create =
-            async move { Session::create(parts, SessionId([5; 16]), is_zero, &target, &journal).await };
+        let (id, is_zero) = (self.id, self.target_is_zero);
+        let create = async move { Session::create(parts, id, is_zero, &target, &journal).await };
         let session = self.executor.block_on(STEPS, create)?;
+        self.last_boot = Some(self.boot);
         session.device(Rc::new(self.target.clone()), Rc::new(self.journal.clone()))
     }
 
@@ -174,8 +186,10 @@ impl Rig {
 
     fn try_resume(&mut self) -> Result<(LiveDevice, Resumed)> {
         let (parts, target, journal) = (self.parts(), self.target.clone(), self.journal.clone());
-        let resume = async move { Session::resume(parts, &target, &journal).await };
+        let id = self.id;
+        let resume = async move { Session::resume(parts, id, &target, &journal).await };
         let (session, resumed) = self.executor.block_on(STEPS, resume)?;
+        self.last_boot = Some(self.boot);
         let device = session.device(Rc::new(self.target.clone()), Rc::new(self.journal.clone()))?;
         Ok((device, resumed))
     }

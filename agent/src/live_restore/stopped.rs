@@ -1,0 +1,43 @@
+//! What is known of a session that no agent serves.
+
+use anyhow::Context as _;
+use block::{DirectIo, Engine, FileDisk, FileOptions, OpenDevice as _};
+
+use super::open::cannot_resume;
+use super::state_dir::{JOURNAL, LIVE_FILE, SessionRecord, StateDir};
+use crate::live::{BootId, DiskLayout, LiveWords, peek};
+use crate::status::{Phase, Status};
+
+/// What is known of a session that no agent serves.
+///
+/// # Errors
+/// Where its journal is missing, cannot be read, or is damaged.
+pub fn stopped_status(state: &StateDir, record: &SessionRecord) -> anyhow::Result<Status> {
+    let mut status = Status::at_rest(record, Phase::Stopped);
+    if !record.was_begun() {
+        return Ok(status);
+    }
+    let path = state.file(JOURNAL);
+    if !path.exists() {
+        return Err(state.unusable(format!("the journal {} is missing", path.display())).into());
+    }
+    let layout = DiskLayout { size: record.size, chunk_size: record.chunk_size };
+    let live = state.file(LIVE_FILE);
+    let is_whole = live.metadata().is_ok_and(|live| live.len() == LiveWords::count_for(layout) as u64 * 8);
+    let live = if is_whole { Some(LiveWords::open(&live, layout)?) } else { None };
+    let boot = BootId::current().context("cannot read the kernel's boot id")?;
+    let engine = Engine::THREADS;
+    let options = FileOptions::new(engine).direct(DirectIo::Off).read_only(true);
+    let journal = FileDisk::open(&path, options)?;
+    let peeked = engine.run(async {
+        let journal = journal.open()?;
+        anyhow::Ok(peek(&*journal, live, boot).await)
+    })?;
+    let peek = peeked.map_err(|error| cannot_resume(state, error))?;
+    status.home_bytes = peek.home_bytes;
+    status.guest_bytes = peek.guest_bytes;
+    if peek.complete {
+        status.phase = Phase::Complete;
+    }
+    Ok(status)
+}

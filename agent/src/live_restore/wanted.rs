@@ -1,0 +1,88 @@
+//! Which disk of which snapshot: what somebody asked for, or what the session has been restoring.
+
+use repository::{DiskEntry, Snapshot};
+
+use super::open::Wish;
+use super::state_dir::SessionRecord;
+use crate::cli::Failure;
+
+/// The snapshot and the disk that a session restores, checked against what was asked for.
+pub(super) fn of_record(wish: &Wish<'_>, record: &SessionRecord) -> anyhow::Result<(Snapshot, DiskEntry)> {
+    let gone = |error: repository::Error| {
+        Failure::new(
+            format!(
+                "the session of {} restores {}, which cannot be had",
+                wish.target.display(),
+                record.snapshot
+            ),
+            "name the repository that the session was begun with",
+        )
+        .because(error)
+    };
+    let name = record.snapshot.parse().map_err(gone)?;
+    let snapshot = wish.repository.snapshot(&name).map_err(gone)?;
+    let disk = snapshot.manifest().disks.iter().find(|disk| {
+        disk.name.as_str() == record.disk && map_name(disk) == record.map && disk.size == record.size
+    });
+    let Some(disk) = disk.cloned() else {
+        return Err(Failure::new(
+            format!(
+                "the session of {} restores disk {} of {}, which is another disk in this repository",
+                wish.target.display(),
+                record.disk,
+                record.snapshot
+            ),
+            "name the repository that the session was begun with",
+        )
+        .into());
+    };
+    let spec: repository::SnapshotSpec = wish.spec.parse()?;
+    let of_group =
+        spec.group == *name.group() && spec.disk.as_ref().is_none_or(|wanted| *wanted == disk.name);
+    let same = match spec.when {
+        // What was the newest when the session began need not be the newest now.
+        repository::When::Latest => of_group,
+        repository::When::At(time) => of_group && time == name.time(),
+    };
+    if !same {
+        return Err(Failure::new(
+            format!(
+                "the target {} belongs to a session that restores {}/{}, not {}",
+                wish.target.display(),
+                record.snapshot,
+                record.disk,
+                wish.spec
+            ),
+            "name that snapshot to go on with it, or another target",
+        )
+        .into());
+    }
+    Ok((snapshot, disk))
+}
+
+/// The snapshot and the disk of it that a new session is to restore.
+pub(super) fn asked_for(wish: &Wish<'_>) -> anyhow::Result<(Snapshot, DiskEntry)> {
+    let (snapshot, disk) = wish.repository.resolve(wish.spec)?;
+    if let Some(disk) = disk {
+        return Ok((snapshot, disk));
+    }
+    match snapshot.manifest().disks.as_slice() {
+        [disk] => {
+            let disk = disk.clone();
+            Ok((snapshot, disk))
+        }
+        disks => {
+            let names: Vec<&str> = disks.iter().map(|disk| disk.name.as_str()).collect();
+            Err(Failure::new(
+                format!("{} has {} disks: {}", wish.spec, disks.len(), names.join(", ")),
+                format!("say which one, as in {}/{}", wish.spec, names.first().unwrap_or(&"disk0")),
+            )
+            .into())
+        }
+    }
+}
+
+/// The root of a disk's map, as a record has it.
+pub(super) fn map_name(disk: &DiskEntry) -> String {
+    disk.map.map_or_else(|| "zeroes".to_owned(), |root| root.to_string())
+}
