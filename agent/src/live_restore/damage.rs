@@ -69,13 +69,16 @@ pub(super) fn recall(session: &Session, state: &StateDir, record: &SessionRecord
 #[derive(Debug)]
 pub(super) struct DamageKeeper<'a> {
     state: &'a StateDir,
+    /// What the file holds, as far as that is known.
     kept: Option<KeptDamage>,
+    /// The latest attempt failed, and that was said.
+    failed: bool,
 }
 
 impl<'a> DamageKeeper<'a> {
     /// Nothing is known of what is kept in `state`.
     pub(super) const fn new(state: &'a StateDir) -> Self {
-        Self { state, kept: None }
+        Self { state, kept: None, failed: false }
     }
 
     /// Keeps the damage that `status` tells of, where it has changed.
@@ -90,11 +93,16 @@ impl<'a> DamageKeeper<'a> {
             return;
         }
         let result = if status.is_damaged() { self.write(&damage) } else { self.remove() };
-        if let Err(error) = result {
-            let path = self.state.file(FILE);
-            tracing::warn!(path = %path.display(), %error, "what is damaged cannot be kept for later");
+        match result {
+            Ok(()) => (self.kept, self.failed) = (Some(damage), false),
+            Err(error) => {
+                if !self.failed {
+                    let path = self.state.file(FILE);
+                    tracing::warn!(path = %path.display(), %error, "what is damaged cannot be kept for later");
+                }
+                self.failed = true;
+            }
         }
-        self.kept = Some(damage);
     }
 
     fn write(&self, damage: &KeptDamage) -> io::Result<()> {
@@ -158,6 +166,19 @@ mod tests {
         keeper.keep(&status(&record, &[]));
         assert_eq!(kept_damage(&state, &record), KeptDamage::default());
         assert!(!state.file(FILE).exists());
+    }
+
+    #[test]
+    fn what_could_not_be_kept_is_kept_the_next_time() {
+        let dir = tempfile::tempdir().unwrap();
+        let (state, record) = session(dir.path());
+        let ranges = [DamagedRange { offset: 0, len: 1 << 17, reason: "its CRC".into() }];
+        let mut keeper = DamageKeeper::new(&state);
+        std::fs::remove_dir(state.path()).unwrap();
+        keeper.keep(&status(&record, &ranges));
+        state.create().unwrap();
+        keeper.keep(&status(&record, &ranges));
+        assert_eq!(kept_damage(&state, &record).damaged, ranges);
     }
 
     #[test]
