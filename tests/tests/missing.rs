@@ -155,3 +155,51 @@ fn a_lost_pack_is_reported_once_and_comes_home_when_it_is_put_back() {
     assert_eq!(status(&captured.target).unwrap()["phase"], "complete");
     disk::ensure_same(&captured.disk, &captured.target).unwrap();
 }
+
+#[test]
+fn a_disk_that_is_wholly_home_is_served_without_its_repository() {
+    let captured = Captured::new("no-repository");
+    let mut live = captured.start(&[]);
+    live.wait_complete().unwrap();
+    live.export().qemu_io(&["write -P 0xa1 1M 64k"]).unwrap();
+    let stopped = live.kill().unwrap();
+    let elsewhere = captured.work.file("elsewhere");
+    fs::rename(captured.repository.path(), &elsewhere).unwrap();
+
+    let live = stopped.start_again().unwrap();
+    live.export().qemu_io(&["read -P 0xa1 1M 64k", "write -P 0xa2 2M 64k", "flush"]).unwrap();
+    assert_eq!(status(&captured.target).unwrap()["phase"], "complete");
+    let (stopped, parked) = live.park().unwrap();
+    assert!(parked.success(), "parking ended with {parked}");
+
+    // So it is where only what holds the disk's map is away.
+    fs::rename(&elsewhere, captured.repository.path()).unwrap();
+    fs::rename(captured.packs(), &elsewhere).unwrap();
+    let live = stopped.start_again().unwrap();
+    live.export().qemu_io(&["read -P 0xa1 1M 64k", "read -P 0xa2 2M 64k"]).unwrap();
+    live.park().unwrap();
+
+    // What is served is still what was asked for.
+    let mut other = captured.repository.verb("live-restore", &["other@latest"]).unwrap();
+    let other = run_any(
+        other.arg(&captured.target).arg("--listen").arg(format!("unix:{}", captured.socket.display())),
+    )
+    .unwrap();
+    let said = String::from_utf8_lossy(&other.stderr);
+    assert!(other.status.code() == Some(1) && said.contains("belongs to a session"), "{said}");
+}
+
+#[test]
+fn a_disk_that_is_not_home_is_refused_without_its_repository() {
+    let captured = Captured::new("needs-repository");
+    let live = captured.start(&["--no-background"]);
+    live.park().unwrap();
+    fs::rename(captured.repository.path(), captured.work.file("elsewhere")).unwrap();
+    let mut again = captured.repository.verb("live-restore", &["vm@latest"]).unwrap();
+    let again = run_any(
+        again.arg(&captured.target).arg("--listen").arg(format!("unix:{}", captured.socket.display())),
+    )
+    .unwrap();
+    let said = String::from_utf8_lossy(&again.stderr);
+    assert!(again.status.code() == Some(1) && said.contains("there is no such repository"), "{said}");
+}

@@ -10,6 +10,7 @@
 //! | ready | the server listens | `ready` on stdout, systemd is told |
 //! | complete | every block is home and synced | `complete`; it goes on serving, unless told to exit |
 //! | settled | every block is home but what is damaged, no client is connected, and it was to exit when done | as parked; exit code 3 |
+//! | complete, and the repository cannot be had | as resumed | served from the target alone, which is not checked against the disk map |
 //! | parked | SIGTERM, Ctrl-C | nothing more is accepted; what is in flight ends; flush; checkpoint |
 
 mod advice;
@@ -115,7 +116,8 @@ pub struct Args {
 
 impl Verb for Args {
     fn run(self, context: &Context) -> anyhow::Result<Outcome> {
-        let repository = Repository::open(context.repository_path()?)?;
+        // A session that is wholly home does without it.
+        let repository = Repository::open(context.repository_path()?);
         let interrupt = context.interrupt()?;
         let engine = Engine::choose(self.io_engine)?;
         let state = StateDir::of(&self.target, self.state.as_deref())?;

@@ -27,14 +27,16 @@ use repository::{ChunkId, DiskEntry, DiskMap, MapEntry, Repository, Snapshot};
 use super::identity::TargetIdentity;
 use super::made::Made;
 use super::state_dir::{JOURNAL, LIVE_FILE, SessionRecord, StateDir};
+use super::stopped::stopped_status;
 use super::target::{self, Contents};
 use super::wanted;
 use crate::cli::{Failure, Interrupt};
 use crate::live::{
-    BootId, ChunkCheck, ChunkSource, DiskLayout, ErrorKind, Identity, JournalLayout, LiveWords, Resumed,
-    Session, SessionId, SessionOptions, SessionParts, TokioClock,
+    BootId, ChunkCheck, ChunkSource, DiskLayout, ErrorKind, Identity, JournalLayout, LiveWords, Phase,
+    Resumed, Session, SessionId, SessionOptions, SessionParts, TokioClock,
 };
-use crate::source::{DiskSource, FetchPool, PoolOptions, RepositoryStore, pack_order, zero_chunks};
+use crate::source::{DiskSource, FetchPool, NoSource, PoolOptions, RepositoryStore, pack_order, zero_chunks};
+use crate::status;
 
 /// Of what the target is so much stands in the journal's header, for people.
 const TARGET_NAME_CHARS: usize = 256;
@@ -45,7 +47,8 @@ pub(super) struct Opened {
     pub(super) target: FileDisk,
     pub(super) journal: FileDisk,
     pub(super) record: SessionRecord,
-    pub(super) pool: Arc<FetchPool<RepositoryStore>>,
+    /// What fetches; nothing does for a session that does without its repository.
+    pub(super) pool: Option<Arc<FetchPool<RepositoryStore>>>,
     /// How it was found; `None` where it is new.
     pub(super) resumed: Option<Resumed>,
     /// Takes a new session back where it cannot be served.
@@ -54,7 +57,8 @@ pub(super) struct Opened {
 
 /// What somebody asked for.
 pub(super) struct Wish<'a> {
-    pub(super) repository: &'a Repository,
+    /// The repository, or why it cannot be had.
+    pub(super) repository: &'a repository::Result<Repository>,
     /// `GROUP@TIME[/DISK]`
     pub(super) spec: &'a str,
     pub(super) target: &'a Path,
@@ -66,16 +70,28 @@ pub(super) struct Wish<'a> {
     pub(super) options: SessionOptions,
 }
 
+impl Wish<'_> {
+    pub(super) fn repository(&self) -> repository::Result<&Repository> {
+        self.repository.as_ref().map_err(Clone::clone)
+    }
+}
+
 /// What there is to be opened: nothing was touched yet.
 pub(super) struct Found<'a> {
     wish: &'a Wish<'a>,
     state: &'a StateDir,
     /// The target's absolute path.
     path: PathBuf,
-    /// The session that is there.
-    begun: Option<SessionRecord>,
-    pub(super) snapshot: Snapshot,
-    pub(super) disk: DiskEntry,
+    restored: Restored,
+}
+
+/// What is restored.
+enum Restored {
+    /// This disk, by a session that is new.
+    New(Snapshot, DiskEntry),
+    /// What the session that is there was begun with. Without its disk in the repository where that cannot be had and
+    /// the session is wholly home.
+    Begun(SessionRecord, Option<DiskEntry>),
 }
 
 /// Finds the session of the target, or the disk that a new one is to restore.
@@ -90,20 +106,66 @@ pub(super) fn find<'a>(wish: &'a Wish<'a>, state: &'a StateDir) -> anyhow::Resul
         )
         .into());
     }
-    let (snapshot, disk) = match &begun {
-        Some(record) => wanted::of_record(wish, record)?,
-        None => wanted::asked_for(wish)?,
+    let restored = match begun {
+        Some(record) => {
+            wanted::check_asked(wish, &record)?;
+            let disk = needed(wanted::of_record(wish, &record), state, &record)?;
+            Restored::Begun(record, disk)
+        }
+        None => {
+            let (snapshot, disk) = wanted::asked_for(wish)?;
+            Restored::New(snapshot, disk)
+        }
     };
-    Ok(Found { wish, state, path, begun, snapshot, disk })
+    Ok(Found { wish, state, path, restored })
+}
+
+/// What comes from the repository; `None` where that cannot be had, and the session is wholly home and needs none of it.
+fn needed<T>(had: anyhow::Result<T>, state: &StateDir, record: &SessionRecord) -> anyhow::Result<Option<T>> {
+    let error = match had {
+        Ok(had) => return Ok(Some(had)),
+        Err(error) => error,
+    };
+    let is_of_repository = error.chain().any(|cause| cause.is::<repository::Error>());
+    let is_complete =
+        || stopped_status(state, record).is_ok_and(|status| status.phase == status::Phase::Complete);
+    if !is_of_repository || !is_complete() {
+        return Err(error);
+    }
+    tracing::info!(
+        error = format_args!("{error:#}"),
+        "the repository cannot be had, and is not needed: the disk is wholly home"
+    );
+    Ok(None)
 }
 
 impl Found<'_> {
     /// The session: resumed if there is one, new otherwise.
     pub(super) fn open(self, interrupt: &Interrupt) -> anyhow::Result<Opened> {
-        let parts = Parts::new(self.wish, &self.disk)?;
-        match &self.begun {
-            Some(record) => self.resume(record.clone(), parts, interrupt),
-            None => self.create(parts, interrupt),
+        match &self.restored {
+            Restored::Begun(record, disk) => {
+                let parts = match disk {
+                    Some(disk) => needed(Parts::new(self.wish, disk), self.state, record)?,
+                    None => None,
+                };
+                let parts = match parts {
+                    Some(parts) => parts,
+                    None => Parts::without_repository(self.wish, record)?,
+                };
+                self.resume(record.clone(), parts, interrupt)
+            }
+            Restored::New(snapshot, disk) => {
+                let parts = Parts::new(self.wish, disk)?;
+                self.create(snapshot, disk, parts, interrupt)
+            }
+        }
+    }
+
+    /// The full name of the snapshot, and the name of its disk.
+    pub(super) fn names(&self) -> (String, String) {
+        match &self.restored {
+            Restored::Begun(record, _) => (record.snapshot.clone(), record.disk.clone()),
+            Restored::New(snapshot, disk) => (snapshot.name().to_string(), disk.name.to_string()),
         }
     }
 
@@ -141,6 +203,11 @@ impl Found<'_> {
             anyhow::Ok(Session::resume(parts, id, &*target, &*journal).await)
         })?;
         let (session, resumed) = resumed.map_err(|error| cannot_resume(state, error))?;
+        anyhow::ensure!(
+            pool.is_some() || session.phase() == Phase::Complete,
+            "the session in {} was taken for complete, and is not",
+            state.path().display()
+        );
         if resumed.is_from_journal_alone() {
             // A sync may have failed: what the kernel kept of it in memory is not to be served.
             target.forget_clean_pages()?;
@@ -168,13 +235,30 @@ impl Found<'_> {
         .into()
     }
 
-    fn create(&self, parts: Parts, interrupt: &Interrupt) -> anyhow::Result<Opened> {
+    fn create(
+        &self,
+        snapshot: &Snapshot,
+        disk: &DiskEntry,
+        parts: Parts,
+        interrupt: &Interrupt,
+    ) -> anyhow::Result<Opened> {
         let Self { wish, state, path, .. } = self;
         let (taken, mut made) =
-            target::take(path, state.path(), self.disk.size, wish.force, wish.engine, interrupt)?;
+            target::take(path, state.path(), disk.size, wish.force, wish.engine, interrupt)?;
         let identity = TargetIdentity::of(taken.file()).context("cannot tell what the target is")?;
         let id = new_id();
-        let mut record = self.new_record(id, identity);
+        let mut record = SessionRecord {
+            version: SessionRecord::version(),
+            session: id.iter().map(|byte| format!("{byte:02x}")).collect(),
+            snapshot: snapshot.name().to_string(),
+            disk: disk.name.to_string(),
+            size: disk.size,
+            chunk_size: disk.chunk_size,
+            map: wanted::map_name(disk),
+            target: path.clone(),
+            identity,
+            boot: None,
+        };
         made.create_dir(state)?;
         state.keep(&record)?;
         let words = LiveWords::open(&state.file(LIVE_FILE), parts.layout)?;
@@ -190,21 +274,6 @@ impl Found<'_> {
         record.boot = Some(boot.to_string());
         state.keep(&record)?;
         Ok(Opened { session, target, journal, record, pool, resumed: None, made: Some(made) })
-    }
-
-    fn new_record(&self, id: [u8; 16], identity: TargetIdentity) -> SessionRecord {
-        SessionRecord {
-            version: SessionRecord::version(),
-            session: id.iter().map(|byte| format!("{byte:02x}")).collect(),
-            snapshot: self.snapshot.name().to_string(),
-            disk: self.disk.name.to_string(),
-            size: self.disk.size,
-            chunk_size: self.disk.chunk_size,
-            map: wanted::map_name(&self.disk),
-            target: self.path.clone(),
-            identity,
-            boot: None,
-        }
     }
 }
 
@@ -235,9 +304,9 @@ pub(super) fn cannot_resume(state: &StateDir, error: crate::live::Error) -> anyh
 /// What of a session comes from the repository and from this machine.
 struct Parts {
     layout: DiskLayout,
-    pool: Arc<FetchPool<RepositoryStore>>,
+    pool: Option<Arc<FetchPool<RepositoryStore>>>,
     source: Arc<dyn ChunkSource>,
-    check: Arc<dyn ChunkCheck>,
+    check: Option<Arc<dyn ChunkCheck>>,
     plan: Vec<std::ops::Range<u64>>,
     options: SessionOptions,
     boot: BootId,
@@ -246,23 +315,35 @@ struct Parts {
 impl Parts {
     fn new(wish: &Wish<'_>, disk: &DiskEntry) -> anyhow::Result<Self> {
         let layout = DiskLayout { size: disk.size, chunk_size: disk.chunk_size };
-        let map = wish.repository.disk_map(disk)?;
+        let repository = wish.repository()?;
+        let map = repository.disk_map(disk)?;
         let zero = zero_chunks(&map).context("cannot read the map of the snapshot's disk")?;
-        let plan = pack_order(wish.repository, &map)?;
-        let store = RepositoryStore::new(wish.repository.clone());
+        let plan = pack_order(repository, &map)?;
+        let store = RepositoryStore::new(repository.clone());
         let number = store.add(map.clone());
         let pool = FetchPool::start(store, wish.pool).context("cannot start the fetching threads")?;
         let pool = Arc::new(pool);
+        let check: Arc<dyn ChunkCheck> = Arc::new(MapCheck(map));
         let source = Arc::new(DiskSource::new(Arc::clone(&pool), number, layout, zero));
         let boot = BootId::current().context("cannot read the kernel's boot id")?;
-        Ok(Self { layout, pool, source, check: Arc::new(MapCheck(map)), plan, options: wish.options, boot })
+        let (pool, check) = (Some(pool), Some(check));
+        Ok(Self { layout, pool, source, check, plan, options: wish.options, boot })
+    }
+
+    /// For a session that is wholly home.
+    fn without_repository(wish: &Wish<'_>, record: &SessionRecord) -> anyhow::Result<Self> {
+        let layout = DiskLayout { size: record.size, chunk_size: record.chunk_size };
+        let source = Arc::new(NoSource::new(layout));
+        let boot = BootId::current().context("cannot read the kernel's boot id")?;
+        let plan = Vec::new();
+        Ok(Self { layout, pool: None, source, check: None, plan, options: wish.options, boot })
     }
 
     fn into_session(
         self,
         record: &SessionRecord,
         live: LiveWords,
-    ) -> (SessionParts, Arc<FetchPool<RepositoryStore>>, BootId) {
+    ) -> (SessionParts, Option<Arc<FetchPool<RepositoryStore>>>, BootId) {
         let parts = SessionParts {
             identity: Identity {
                 snapshot: format!("{}/{} {}", record.snapshot, record.disk, record.map),
@@ -273,7 +354,7 @@ impl Parts {
             live,
             boot: self.boot,
             last_boot: record.boot.as_ref().and_then(|boot| boot.parse().ok()),
-            check: Some(self.check),
+            check: self.check,
             plan: self.plan,
             options: self.options,
         };

@@ -17,7 +17,7 @@ use super::state_dir::{SessionRecord, StateDir};
 use crate::cli::{Context, Failure, Interrupt, Outcome};
 use crate::live::{LiveDisk, Phase, Resumed, Session, StatsSnapshot};
 use crate::output::{Progress, human_size};
-use crate::source::{FetchPool, RepositoryStore};
+use crate::source::{FetchPool, FetchStats, RepositoryStore};
 use crate::status::Status;
 
 /// How often signals and connections are looked at.
@@ -66,7 +66,7 @@ pub(super) fn serve(
     if let Some(made) = made {
         made.keep();
     }
-    let story = Story { context, record: &record, session: &session, pool: &pool, handle: &handle };
+    let story = Story { context, record: &record, session: &session, pool: pool.as_deref(), handle: &handle };
     let mut keeper = DamageKeeper::new(state);
     let told = story.tell(&Watch { exit_when_done, state }, resumed, interrupt, &mut keeper);
     handle.shutdown();
@@ -74,7 +74,7 @@ pub(super) fn serve(
     let parked = engine.run(async { anyhow::Ok(disk.device()?.park().await?) });
     let end = told?;
     let last = session.stats();
-    let status = status(&record, None, &last, pool.stats(), 0);
+    let status = status(&record, None, &last, fetched(pool.as_deref()), 0);
     keeper.keep(&status);
     parked.map_err(|error| poisoned(&record, error))?;
     let output = context.output();
@@ -102,13 +102,17 @@ pub(super) fn bind(
     disk: &Arc<LateDisk>,
     listen: &[ListenAddress],
 ) -> nbd_server::Result<Server> {
-    let name = found.disk.name.to_string();
+    let (snapshot, name) = found.names();
     let mut export = Export::new(name.clone(), Arc::clone(disk) as Arc<dyn OpenDevice>);
-    export.description = format!("live restore of {}/{name}", found.snapshot.name());
+    export.description = format!("live restore of {snapshot}/{name}");
     export.dirty_bitmap = Some(super::DIRTY_BITMAP.to_owned());
     // A guest's client reconnects and asks again: it must not hear of our end.
     let options = ServerOptions { late_requests: LateRequests::Leave, ..ServerOptions::default() };
     Server::bind(listen, vec![export], options)
+}
+
+fn fetched(pool: Option<&FetchPool<RepositoryStore>>) -> FetchStats {
+    pool.map(FetchPool::stats).unwrap_or_default()
 }
 
 fn poisoned(record: &SessionRecord, error: anyhow::Error) -> Failure {
@@ -164,7 +168,7 @@ struct Story<'a> {
     context: &'a Context,
     record: &'a SessionRecord,
     session: &'a Session,
-    pool: &'a FetchPool<RepositoryStore>,
+    pool: Option<&'a FetchPool<RepositoryStore>>,
     handle: &'a ServerHandle,
 }
 
@@ -267,7 +271,7 @@ impl Story<'_> {
 
     fn status(&self, stats: &StatsSnapshot, rate: u64) -> Status {
         let uri = self.handle.addresses().first().map(|address| address.uri(&self.record.disk));
-        status(self.record, uri, stats, self.pool.stats(), rate)
+        status(self.record, uri, stats, fetched(self.pool), rate)
     }
 
     fn say_ready(&self, resumed: Option<Resumed>) -> anyhow::Result<()> {

@@ -1,13 +1,42 @@
 //! Which disk of which snapshot: what somebody asked for, or what the session has been restoring.
+//!
+//! Whether both are one is told by names alone, so that it can be told without the repository.
 
-use repository::{DiskEntry, Snapshot};
+use repository::{DiskEntry, Snapshot, SnapshotName};
 
 use super::open::Wish;
 use super::state_dir::SessionRecord;
 use crate::cli::Failure;
 
-/// The snapshot and the disk that a session restores, checked against what was asked for.
-pub(super) fn of_record(wish: &Wish<'_>, record: &SessionRecord) -> anyhow::Result<(Snapshot, DiskEntry)> {
+/// Fails where what was asked for is not what the session restores.
+pub(super) fn check_asked(wish: &Wish<'_>, record: &SessionRecord) -> anyhow::Result<()> {
+    let name: SnapshotName = record.snapshot.parse()?;
+    let spec: repository::SnapshotSpec = wish.spec.parse()?;
+    let of_group = spec.group == *name.group()
+        && spec.disk.as_ref().is_none_or(|wanted| wanted.as_str() == record.disk.as_str());
+    let same = match spec.when {
+        // What was the newest when the session began need not be the newest now.
+        repository::When::Latest => of_group,
+        repository::When::At(time) => of_group && time == name.time(),
+    };
+    if same {
+        return Ok(());
+    }
+    Err(Failure::new(
+        format!(
+            "the target {} belongs to a session that restores {}/{}, not {}",
+            wish.target.display(),
+            record.snapshot,
+            record.disk,
+            wish.spec
+        ),
+        "name that snapshot to go on with it, or another target",
+    )
+    .into())
+}
+
+/// The disk that a session restores.
+pub(super) fn of_record(wish: &Wish<'_>, record: &SessionRecord) -> anyhow::Result<DiskEntry> {
     let gone = |error: repository::Error| {
         Failure::new(
             format!(
@@ -20,7 +49,7 @@ pub(super) fn of_record(wish: &Wish<'_>, record: &SessionRecord) -> anyhow::Resu
         .because(error)
     };
     let name = record.snapshot.parse().map_err(gone)?;
-    let snapshot = wish.repository.snapshot(&name).map_err(gone)?;
+    let snapshot = wish.repository().and_then(|repository| repository.snapshot(&name)).map_err(gone)?;
     let disk = snapshot.manifest().disks.iter().find(|disk| {
         disk.name.as_str() == record.disk && map_name(disk) == record.map && disk.size == record.size
     });
@@ -36,33 +65,12 @@ pub(super) fn of_record(wish: &Wish<'_>, record: &SessionRecord) -> anyhow::Resu
         )
         .into());
     };
-    let spec: repository::SnapshotSpec = wish.spec.parse()?;
-    let of_group =
-        spec.group == *name.group() && spec.disk.as_ref().is_none_or(|wanted| *wanted == disk.name);
-    let same = match spec.when {
-        // What was the newest when the session began need not be the newest now.
-        repository::When::Latest => of_group,
-        repository::When::At(time) => of_group && time == name.time(),
-    };
-    if !same {
-        return Err(Failure::new(
-            format!(
-                "the target {} belongs to a session that restores {}/{}, not {}",
-                wish.target.display(),
-                record.snapshot,
-                record.disk,
-                wish.spec
-            ),
-            "name that snapshot to go on with it, or another target",
-        )
-        .into());
-    }
-    Ok((snapshot, disk))
+    Ok(disk)
 }
 
 /// The snapshot and the disk of it that a new session is to restore.
 pub(super) fn asked_for(wish: &Wish<'_>) -> anyhow::Result<(Snapshot, DiskEntry)> {
-    let (snapshot, disk) = wish.repository.resolve(wish.spec)?;
+    let (snapshot, disk) = wish.repository()?.resolve(wish.spec)?;
     if let Some(disk) = disk {
         return Ok((snapshot, disk));
     }
