@@ -118,10 +118,21 @@ impl LoopDevice {
     pub fn path(&self) -> &Path {
         &self.path
     }
+
+    /// Sets it read-only, or not.
+    ///
+    /// # Errors
+    /// The kernel refuses.
+    pub fn set_read_only(&self, read_only: bool) -> Result<()> {
+        let how = if read_only { "--setro" } else { "--setrw" };
+        process::run(Command::new("blockdev").arg(how).arg(&self.path)).map(|_| ())
+    }
 }
 
 impl Drop for LoopDevice {
     fn drop(&mut self) {
+        // The number would keep it, for whatever is attached to it next.
+        let _ = self.set_read_only(false);
         // Nothing to be done where it fails: the device stays attached until somebody detaches it.
         let _ = process::run(Command::new("losetup").arg("--detach").arg(&self.path));
     }

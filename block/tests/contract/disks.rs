@@ -134,6 +134,8 @@ impl LoopDevice {
 
 impl Drop for LoopDevice {
     fn drop(&mut self) {
+        // The number would stay read-only, for whatever is attached to it next.
+        let _ = Command::new("blockdev").arg("--setrw").arg(&self.path).status();
         let detached = Command::new("losetup").arg("--detach").arg(&self.path).status();
         if !detached.is_ok_and(|status| status.success()) {
             eprintln!("{} is left behind", self.path.display());
