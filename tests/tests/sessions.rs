@@ -179,6 +179,22 @@ fn a_target_that_is_renamed_goes_on_and_a_copy_does_when_it_is_said_to_be_one() 
 }
 
 #[test]
+fn what_is_said_to_be_a_copy_is_not_taken_while_there_is_no_repository_to_check_it_by() {
+    let captured = Captured::new("unchecked-copy");
+    let (a, b) = (captured.file("a.raw"), captured.file("b.raw"));
+    captured.complete(&a, &[]);
+    let theirs = full_of(0x5f, &b);
+    copy(&state_of(&a), &state_of(&b));
+    let elsewhere = captured.file("elsewhere");
+    fs::rename(captured.repository.path(), &elsewhere).unwrap();
+    captured.refused(&b, &["--moved"], &["b.raw", "cannot be checked"]);
+    captured.complete(&a, &[]);
+    fs::rename(&elsewhere, captured.repository.path()).unwrap();
+    captured.refused(&b, &["--moved"], &["does not hold what the session says"]);
+    assert!(fs::read(&b).unwrap() == theirs, "it is as it was");
+}
+
+#[test]
 fn a_target_that_was_made_anew_or_overwritten_is_refused() {
     let captured = Captured::new("made-anew");
     let target = captured.file("c.raw");

@@ -194,6 +194,19 @@ impl Found<'_> {
         if !wish.moved && !identity.is_same(&record.identity) {
             return Err(self.another_target(&record, &identity));
         }
+        let is_named = identity.name.is_some() && identity.is_same(&record.identity);
+        if parts.check.is_none() && !is_named {
+            // Complete or not: nothing tells that this is the session's target.
+            return Err(Failure::new(
+                format!(
+                    "the target {} has another name than the session's, or none, and without the repository its contents \
+                     cannot be checked",
+                    path.display()
+                ),
+                "run the same command when the repository can be reached",
+            )
+            .into());
+        }
         let journal = open_journal(&state.file(JOURNAL), wish.engine)?;
         let words = LiveWords::open(&state.file(LIVE_FILE), parts.layout)?;
         let (parts, pool, boot) = parts.into_session(&record, words);
