@@ -80,7 +80,7 @@ pub struct Args {
     #[arg(long, value_name = "RATE", default_value = "0")]
     limit: Rate,
 
-    /// End when the whole disk is home and no client is connected
+    /// End when the whole disk is home, or all of it but what is damaged, and no client is connected
     #[arg(long)]
     exit_when_done: bool,
 
