@@ -79,10 +79,20 @@ impl Session {
         let is_news = self.stats.damage.lock().found(chunk, why, lasting, self.clock.now());
         let start = self.map.disk().chunk_range(chunk).start();
         match lasting {
-            Lasting::ForGood if is_news => tracing::error!(chunk, start, why, "a chunk is damaged"),
-            Lasting::Missing if is_news => {
-                tracing::error!(chunk, start, why, "a chunk is missing; it is asked for again now and then");
+            Lasting::ForGood if is_news => {
+                tracing::error!(
+                    chunk,
+                    start,
+                    why,
+                    "a chunk is damaged; status lists all for the same reason"
+                );
             }
+            Lasting::Missing if is_news => tracing::error!(
+                chunk,
+                start,
+                why,
+                "a chunk is missing, and asked for again now and then; status lists all for the same reason"
+            ),
             _ => tracing::debug!(chunk, start, why, "a chunk is damaged"),
         }
         Error::new(ErrorKind::Damaged, format_args!("chunk {chunk} is damaged: {why}"))
