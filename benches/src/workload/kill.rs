@@ -168,6 +168,8 @@ fn fio(socket: &Path, size: u64, seconds: f64, round: u32, under_way: &Path) -> 
     fio.arg(format!("--randseed={}", round + 1));
     // fio takes a while to set up its maps; a kill before it writes would show nothing.
     fio.arg(format!("--exec_prerun=touch {}", under_way.display()));
+    // It leaves a file of what that command says.
+    fio.current_dir(under_way.parent().expect("it is in the scratch directory"));
     fio
 }
 

@@ -56,7 +56,7 @@ impl Common {
         let mut builder = tempfile::Builder::new();
         builder.prefix("lifeboot-bench-");
         match &self.scratch {
-            Some(dir) => builder.tempdir_in(dir),
+            Some(dir) => std::path::absolute(dir).and_then(|dir| builder.tempdir_in(dir)),
             None => builder.tempdir(),
         }
         .context("cannot make a scratch directory")
