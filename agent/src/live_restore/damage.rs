@@ -10,8 +10,7 @@
 //!
 //! It is a report and nothing else: no byte is served or left out because of it, so one that cannot be read is passed over.
 
-use std::fs::File;
-use std::io::{self, Write as _};
+use std::io;
 
 use serde::{Deserialize, Serialize};
 
@@ -20,7 +19,6 @@ use crate::live::Session;
 use crate::status::{DamagedRange, Status};
 
 const FILE: &str = "damaged.json";
-const TEMPORARY: &str = "damaged.json.new";
 const VERSION: u32 = 1;
 
 /// What could not be brought home.
@@ -92,7 +90,7 @@ impl<'a> DamageKeeper<'a> {
         if self.kept.as_ref() == Some(&damage) {
             return;
         }
-        let result = if status.is_damaged() { self.write(&damage) } else { self.remove() };
+        let result = if status.is_damaged() { self.state.replace(FILE, &damage) } else { self.remove() };
         match result {
             Ok(()) => (self.kept, self.failed) = (Some(damage), false),
             Err(error) => {
@@ -103,16 +101,6 @@ impl<'a> DamageKeeper<'a> {
                 self.failed = true;
             }
         }
-    }
-
-    fn write(&self, damage: &KeptDamage) -> io::Result<()> {
-        let temporary = self.state.file(TEMPORARY);
-        let mut text = serde_json::to_vec_pretty(damage).map_err(io::Error::other)?;
-        text.push(b'\n');
-        let mut file = File::create(&temporary)?;
-        file.write_all(&text)?;
-        file.sync_all()?;
-        std::fs::rename(&temporary, self.state.file(FILE))
     }
 
     fn remove(&self) -> io::Result<()> {

@@ -8,7 +8,7 @@ use std::io;
 use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 
-use super::state_dir::{JOURNAL, LIVE_FILE, RECORD, RECORD_TEMPORARY, StateDir, remove_dirs};
+use super::state_dir::{JOURNAL, LIVE_FILE, RECORD, StateDir, remove_dirs};
 
 /// What is to be done to the target.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -56,7 +56,8 @@ impl Made {
     pub(super) fn create_dir(&mut self, state: &StateDir) -> anyhow::Result<()> {
         self.dirs = state.create()?;
         // Without its record a session is none; the record goes last, so that what is left says that it never began.
-        self.files = [JOURNAL, LIVE_FILE, RECORD_TEMPORARY, RECORD].map(|name| state.file(name)).into();
+        self.files =
+            vec![state.file(JOURNAL), state.file(LIVE_FILE), state.temporary(RECORD), state.file(RECORD)];
         Ok(())
     }
 

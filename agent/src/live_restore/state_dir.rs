@@ -28,7 +28,6 @@ use crate::cli::Failure;
 pub const DEFAULT_STATE_ROOT: &str = "/var/lib/lifeboot";
 
 pub(super) const RECORD: &str = "session.json";
-pub(super) const RECORD_TEMPORARY: &str = "session.json.new";
 pub(super) const JOURNAL: &str = "journal";
 pub(super) const LIVE_FILE: &str = "live";
 /// The longest part of a target's identity that a directory is named by.
@@ -210,22 +209,32 @@ impl StateDir {
     /// # Errors
     /// What the operating system says.
     pub fn keep(&self, record: &SessionRecord) -> anyhow::Result<()> {
-        let path = self.file(RECORD);
-        let temporary = self.file(RECORD_TEMPORARY);
         let write = || -> io::Result<()> {
-            let mut file = File::create(&temporary)?;
-            let mut text = serde_json::to_vec_pretty(record).map_err(io::Error::other)?;
-            text.push(b'\n');
-            file.write_all(&text)?;
-            file.sync_all()?;
-            std::fs::rename(&temporary, &path)?;
+            self.replace(RECORD, record)?;
             File::open(&self.path)?.sync_all()?;
             if let Some(parent) = self.path.parent() {
                 File::open(parent)?.sync_all()?;
             }
             Ok(())
         };
-        write().with_context(|| format!("cannot write {}", path.display()))
+        write().with_context(|| format!("cannot write {}", self.file(RECORD).display()))
+    }
+
+    /// Replaces a file by `value` as JSON: whoever reads it finds the old one or the new one, whole. That the new one
+    /// has taken the name is not on stable storage yet.
+    pub(super) fn replace(&self, name: &str, value: &impl Serialize) -> io::Result<()> {
+        let temporary = self.temporary(name);
+        let mut text = serde_json::to_vec_pretty(value).map_err(io::Error::other)?;
+        text.push(b'\n');
+        let mut file = File::create(&temporary)?;
+        file.write_all(&text)?;
+        file.sync_all()?;
+        std::fs::rename(&temporary, self.file(name))
+    }
+
+    /// Where the next contents of a file are written.
+    pub(super) fn temporary(&self, name: &str) -> PathBuf {
+        self.file(&format!("{name}.new"))
     }
 }
 
