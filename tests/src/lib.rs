@@ -3,6 +3,7 @@
 //! Nothing of the project's code is linked in here. What the tests and the demo know of Lifeboot is its command
 //! line, its JSON and its bytes on a socket; see `tests/` beside this directory for what they ask of them.
 
+pub mod captured;
 pub mod disk;
 pub mod guest;
 pub mod lifeboot;

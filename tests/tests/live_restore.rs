@@ -6,54 +6,34 @@ use std::fs;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
+use e2e::captured::Captured;
 use e2e::disk;
-use e2e::lifeboot::{LiveRestore, Repository, status};
+use e2e::lifeboot::{LiveRestore, status};
 use e2e::process::run_any;
-use e2e::work_dir::{LoopDevice, SmallFileSystem, WorkDir};
+use e2e::work_dir::{LoopDevice, SmallFileSystem};
 
 const DISK_BYTES: u64 = 64 << 20;
 /// Holds the background back, so that what a client asks for is still in the backup.
 const SLOW: &[&str] = &["--limit", "4KiB"];
 
-/// A disk, captured as the group `vm`, and where to bring it home to.
-struct Captured {
-    work: WorkDir,
-    repository: Repository,
-    disk: PathBuf,
-    target: PathBuf,
-    socket: PathBuf,
+fn captured(name: &str) -> Captured {
+    Captured::new(name, DISK_BYTES, 11).unwrap()
 }
 
-impl Captured {
-    fn new(name: &str) -> Self {
-        let work = WorkDir::new(name).unwrap();
-        let disk = work.file("disk.raw");
-        disk::make(&disk, DISK_BYTES, 11).unwrap();
-        let repository = Repository::init(work.file("repository")).unwrap();
-        repository.capture("vm", &disk).unwrap();
-        let (target, socket) = (work.file("target.raw"), work.socket("live"));
-        Self { work, repository, disk, target, socket }
-    }
-
-    fn start(&self, further: &[&str]) -> LiveRestore {
-        LiveRestore::start(&self.repository, "vm@latest", &self.target, &self.socket, further).unwrap()
-    }
-
-    /// Starts it where that must fail; returns what it said on stderr.
-    fn start_refused(&self, snapshot: &str, target: &Path, socket: &Path) -> String {
-        let mut command = self.repository.verb("live-restore", &[snapshot]).unwrap();
-        let output =
-            run_any(command.arg(target).arg("--listen").arg(format!("unix:{}", socket.display()))).unwrap();
-        let said = String::from_utf8_lossy(&output.stderr).into_owned();
-        assert_eq!(output.status.code(), Some(1), "{said}");
-        said
-    }
+/// Starts it where that must fail; returns what it said on stderr.
+fn start_refused(captured: &Captured, snapshot: &str, target: &Path, socket: &Path) -> String {
+    let mut command = captured.repository.verb("live-restore", &[snapshot]).unwrap();
+    let output =
+        run_any(command.arg(target).arg("--listen").arg(format!("unix:{}", socket.display()))).unwrap();
+    let said = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert_eq!(output.status.code(), Some(1), "{said}");
+    said
 }
 
 #[test]
 fn the_disk_comes_home_with_no_client_connected() {
-    let captured = Captured::new("no-client");
-    let mut live = captured.start(&["--exit-when-done"]);
+    let captured = captured("no-client");
+    let mut live = captured.start(&["--exit-when-done"]).unwrap();
     live.wait_complete().unwrap();
     live.process().wait_success().unwrap();
     disk::ensure_same(&captured.disk, &captured.target).unwrap();
@@ -64,8 +44,8 @@ fn the_disk_comes_home_with_no_client_connected() {
 
 #[test]
 fn a_client_reads_the_whole_disk_before_it_is_home() {
-    let captured = Captured::new("read-absent");
-    let live = captured.start(SLOW);
+    let captured = captured("read-absent");
+    let live = captured.start(SLOW).unwrap();
     live.export().ensure_same(&captured.disk).unwrap();
     let copy = captured.work.file("copy.raw");
     live.export().convert_to(&copy).unwrap();
@@ -74,8 +54,8 @@ fn a_client_reads_the_whole_disk_before_it_is_home() {
 
 #[test]
 fn writes_of_every_kind_to_absent_blocks_are_read_back_and_kept() {
-    let captured = Captured::new("write-absent");
-    let live = captured.start(SLOW);
+    let captured = captured("write-absent");
+    let live = captured.start(SLOW).unwrap();
     // The same commands on a copy of the disk say what must come out.
     let expected = captured.work.file("expected.raw");
     fs::copy(&captured.disk, &expected).unwrap();
@@ -109,7 +89,7 @@ fn writes_of_every_kind_to_absent_blocks_are_read_back_and_kept() {
     // The same command without the limit goes on, and finishes.
     let (_, parked) = live.park().unwrap();
     assert!(parked.success(), "parking ended with {parked}");
-    let mut live = captured.start(&["--exit-when-done"]);
+    let mut live = captured.start(&["--exit-when-done"]).unwrap();
     live.wait_complete().unwrap();
     live.process().wait_success().unwrap();
     disk::ensure_same(&expected, &captured.target).unwrap();
@@ -117,8 +97,8 @@ fn writes_of_every_kind_to_absent_blocks_are_read_back_and_kept() {
 
 #[test]
 fn maps_tell_what_is_home_and_what_the_guest_wrote() {
-    let captured = Captured::new("maps");
-    let mut live = captured.start(SLOW);
+    let captured = captured("maps");
+    let mut live = captured.start(SLOW).unwrap();
     live.export().qemu_io(&["write -P 0xe1 2M 12k", "write -P 0xe2 9439744 512", "write -z 33M 1M"]).unwrap();
     let dirty = dirty_context(&live);
     let written: BTreeSet<u64> = dirty_blocks(&live, &dirty);
@@ -139,7 +119,7 @@ fn maps_tell_what_is_home_and_what_the_guest_wrote() {
 
     let (_, parked) = live.park().unwrap();
     assert!(parked.success(), "parking ended with {parked}");
-    live = captured.start(&[]);
+    live = captured.start(&[]).unwrap();
     live.wait_complete().unwrap();
     let map = live.export().map("qemu:allocation-depth").unwrap();
     assert!(map.iter().all(|extent| extent.flags == 1), "everything is home: {map:?}");
@@ -151,8 +131,8 @@ fn maps_tell_what_is_home_and_what_the_guest_wrote() {
 
 #[test]
 fn what_a_killed_agent_acknowledged_is_there_flushed_or_not() {
-    let captured = Captured::new("kill");
-    let mut live = captured.start(SLOW);
+    let captured = captured("kill");
+    let mut live = captured.start(SLOW).unwrap();
     for round in 0..4 {
         let offset = round * 3;
         let byte = 0xa0 + round;
@@ -168,8 +148,8 @@ fn what_a_killed_agent_acknowledged_is_there_flushed_or_not() {
 
 #[test]
 fn what_was_flushed_outlives_the_loss_of_the_live_file() {
-    let captured = Captured::new("power-cut");
-    let live = captured.start(SLOW);
+    let captured = captured("power-cut");
+    let live = captured.start(SLOW).unwrap();
     live.export().qemu_io(&["write -P 0xb1 1M 2M", "write -P 0xb2 10240 1536", "flush"]).unwrap();
     live.export().qemu_io(&["write -f -P 0xb3 33M 64k"]).unwrap();
     let stopped = live.kill().unwrap();
@@ -184,41 +164,41 @@ fn what_was_flushed_outlives_the_loss_of_the_live_file() {
 
 #[test]
 fn a_second_agent_is_refused_and_the_first_goes_on() {
-    let captured = Captured::new("second");
-    let live = captured.start(SLOW);
-    let said = captured.start_refused("vm@latest", &captured.target, &captured.work.socket("second"));
+    let captured = captured("second");
+    let live = captured.start(SLOW).unwrap();
+    let said = start_refused(&captured, "vm@latest", &captured.target, &captured.work.socket("second"));
     assert!(said.contains("target.raw"), "it names the target: {said}");
     live.export().qemu_io(&["write -P 0xc1 0 4k", "read -P 0xc1 0 4k"]).unwrap();
     // Nor may another session take the socket of one that lives.
-    let said = captured.start_refused("vm@latest", &captured.work.file("other.raw"), &captured.socket);
+    let said = start_refused(&captured, "vm@latest", &captured.work.file("other.raw"), &captured.socket);
     assert!(said.contains("live"), "it names the address: {said}");
     live.export().qemu_io(&["read -P 0xc1 0 4k"]).unwrap();
 }
 
 #[test]
 fn a_target_of_another_session_or_size_is_refused_untouched() {
-    let captured = Captured::new("refused");
-    let live = captured.start(SLOW);
+    let captured = captured("refused");
+    let live = captured.start(SLOW).unwrap();
     live.export().qemu_io(&["write -P 0xc2 0 64k"]).unwrap();
     live.park().unwrap();
     disk::make(&captured.disk, DISK_BYTES, 12).unwrap();
     captured.repository.capture("other", &captured.disk).unwrap();
-    let said = captured.start_refused("other@latest", &captured.target, &captured.socket);
+    let said = start_refused(&captured, "other@latest", &captured.target, &captured.socket);
     assert!(said.contains("vm@"), "it names the snapshot that the target belongs to: {said}");
 
     let small = captured.work.file("small.raw");
     fs::write(&small, vec![7; 1 << 20]).unwrap();
-    captured.start_refused("vm@latest", &small, &captured.socket);
+    start_refused(&captured, "vm@latest", &small, &captured.socket);
     assert_eq!(fs::read(&small).unwrap(), vec![7; 1 << 20], "a target that is too small is left alone");
 
     // The session itself goes on.
-    let live = captured.start(SLOW);
+    let live = captured.start(SLOW).unwrap();
     live.export().qemu_io(&["read -P 0xc2 0 64k"]).unwrap();
 }
 
 #[test]
 fn a_block_device_comes_home_with_its_state_kept_elsewhere() {
-    let captured = Captured::new("device");
+    let captured = captured("device");
     // Full of what must not shine through, where the snapshot has zeroes least of all.
     fs::write(&captured.target, vec![0x5a; usize::try_from(DISK_BYTES).unwrap()]).unwrap();
     let device = LoopDevice::attach(&captured.target).unwrap();
@@ -247,14 +227,14 @@ fn a_block_device_comes_home_with_its_state_kept_elsewhere() {
 
 #[test]
 fn the_thread_pool_engine_does_the_same_job_over_tcp() {
-    let captured = Captured::new("threads");
+    let captured = captured("threads");
     let arguments = ["--io-engine", "threads", "--listen", "tcp:127.0.0.1:0", "--limit", "4KiB"];
-    let live = captured.start(&arguments);
+    let live = captured.start(&arguments).unwrap();
     live.export().qemu_io(&["write -P 0xf2 3584 1M", "flush"]).unwrap();
     let live = live.kill_and_restart().unwrap();
     live.export().qemu_io(&["read -P 0xf2 3584 1M"]).unwrap();
     live.park().unwrap();
-    let mut live = captured.start(&["--io-engine", "threads"]);
+    let mut live = captured.start(&["--io-engine", "threads"]).unwrap();
     live.wait_complete().unwrap();
     let differing = disk::differing_blocks(&captured.disk, &captured.target).unwrap();
     assert!(differing.iter().all(|block| (0..258).contains(block)), "a block that nobody wrote differs");
@@ -262,7 +242,7 @@ fn the_thread_pool_engine_does_the_same_job_over_tcp() {
 
 #[test]
 fn a_full_target_fails_that_write_alone_and_goes_on_when_there_is_room() {
-    let captured = Captured::new("full");
+    let captured = captured("full");
     let room = SmallFileSystem::mount(captured.work.file("room"), 24 << 20).unwrap();
     let target = room.path().join("target.raw");
     let mut live =
@@ -302,7 +282,7 @@ print(acknowledged)
 
 #[test]
 fn a_damaged_chunk_fails_its_own_range_alone_and_is_reported() {
-    let captured = Captured::new("damage");
+    let captured = captured("damage");
     let pack = largest_file(captured.repository.path());
     let file = fs::OpenOptions::new().read(true).write(true).open(&pack).unwrap();
     let middle = file.metadata().unwrap().len() / 2;
@@ -310,11 +290,11 @@ fn a_damaged_chunk_fails_its_own_range_alone_and_is_reported() {
     file.read_exact_at(&mut byte, middle).unwrap();
     file.write_all_at(&[!byte[0]], middle).unwrap();
 
-    let mut live = captured.start(&["--exit-when-done"]);
+    let mut live = captured.start(&["--exit-when-done"]).unwrap();
     let ended = live.process().wait().unwrap();
     assert_eq!(ended.code(), Some(3), "done, but something is damaged: {:#?}", live.process().lines());
 
-    let live = captured.start(&[]);
+    let live = captured.start(&[]).unwrap();
     let script = r#"
 import errno
 failed = 0

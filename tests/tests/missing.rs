@@ -7,11 +7,11 @@ use std::path::PathBuf;
 use std::thread;
 use std::time::Duration;
 
+use e2e::captured::Captured;
 use e2e::disk;
-use e2e::lifeboot::{LiveRestore, Repository, lifeboot, status};
+use e2e::lifeboot::{lifeboot, status};
 use e2e::nbd::Export;
 use e2e::process::run_any;
-use e2e::work_dir::WorkDir;
 use serde_json::Value;
 
 const DISK_BYTES: u64 = 32 << 20;
@@ -20,56 +20,37 @@ const MIB: usize = 1 << 20;
 const NEW_BYTES: usize = 4 * MIB;
 
 /// A disk, captured twice: what did not change is in the first pack, the rest and the disk's map in the second.
-struct Captured {
-    work: WorkDir,
-    repository: Repository,
-    disk: PathBuf,
-    target: PathBuf,
-    socket: PathBuf,
+fn captured_twice(name: &str) -> Captured {
+    let captured = Captured::new(name, DISK_BYTES, 21).unwrap();
+    let new = disk::Noise::new(5).bytes(NEW_BYTES);
+    fs::OpenOptions::new().write(true).open(&captured.disk).unwrap().write_all_at(&new, 0).unwrap();
+    captured.repository.capture("vm", &captured.disk).unwrap();
+    captured
 }
 
-impl Captured {
-    fn new(name: &str) -> Self {
-        let work = WorkDir::new(name).unwrap();
-        let disk = work.file("disk.raw");
-        disk::make(&disk, DISK_BYTES, 21).unwrap();
-        let repository = Repository::init(work.file("repository")).unwrap();
-        repository.capture("vm", &disk).unwrap();
-        let new = disk::Noise::new(5).bytes(NEW_BYTES);
-        fs::OpenOptions::new().write(true).open(&disk).unwrap().write_all_at(&new, 0).unwrap();
-        repository.capture("vm", &disk).unwrap();
-        let (target, socket) = (work.file("target.raw"), work.socket("live"));
-        Self { work, repository, disk, target, socket }
-    }
+fn packs(captured: &Captured) -> PathBuf {
+    captured.repository.path().join("packs")
+}
 
-    fn start(&self, further: &[&str]) -> LiveRestore {
-        LiveRestore::start(&self.repository, "vm@latest", &self.target, &self.socket, further).unwrap()
-    }
+/// The pack that the first capture made: names of packs are in the order of their making.
+fn first_pack(captured: &Captured) -> PathBuf {
+    let mut packs: Vec<PathBuf> =
+        fs::read_dir(packs(captured)).unwrap().map(|entry| entry.unwrap().path()).collect();
+    packs.sort();
+    assert_eq!(packs.len(), 2, "a pack for each capture");
+    packs.remove(0)
+}
 
-    fn packs(&self) -> PathBuf {
-        self.repository.path().join("packs")
-    }
-
-    /// The pack that the first capture made: names of packs are in the order of their making.
-    fn first_pack(&self) -> PathBuf {
-        let mut packs: Vec<PathBuf> =
-            fs::read_dir(self.packs()).unwrap().map(|entry| entry.unwrap().path()).collect();
-        packs.sort();
-        assert_eq!(packs.len(), 2, "a pack for each capture");
-        packs.remove(0)
-    }
-
-    /// Asks for the status until it is as it should be.
-    fn wait_status(&self, what: &str, is_so: impl Fn(&Value) -> bool) -> Value {
-        for _ in 0..6000 {
-            let said = status(&self.target).unwrap();
-            if is_so(&said) {
-                return said;
-            }
-            thread::sleep(Duration::from_millis(50));
+/// Asks for the status until it is as it should be.
+fn wait_status(captured: &Captured, what: &str, is_so: impl Fn(&Value) -> bool) -> Value {
+    for _ in 0..6000 {
+        let said = status(&captured.target).unwrap();
+        if is_so(&said) {
+            return said;
         }
-        panic!("no status said that {what}: {}", status(&self.target).unwrap());
+        thread::sleep(Duration::from_millis(50));
     }
+    panic!("no status said that {what}: {}", status(&captured.target).unwrap());
 }
 
 fn ranges(status: &Value) -> Vec<(u64, u64, String)> {
@@ -82,17 +63,17 @@ fn ranges(status: &Value) -> Vec<(u64, u64, String)> {
 
 #[test]
 fn packs_that_go_away_alone_are_waited_for() {
-    let captured = Captured::new("packs-away");
-    let _live = captured.start(&["--no-background", "--source-timeout", "10m"]);
+    let captured = captured_twice("packs-away");
+    let _live = captured.start(&["--no-background", "--source-timeout", "10m"]).unwrap();
     let elsewhere = captured.work.file("elsewhere");
-    fs::rename(captured.packs(), &elsewhere).unwrap();
+    fs::rename(packs(&captured), &elsewhere).unwrap();
     // As a mount point is while nothing is mounted there.
-    fs::create_dir(captured.packs()).unwrap();
+    fs::create_dir(packs(&captured)).unwrap();
     thread::scope(|scope| {
         let guest = scope.spawn(|| Export::first(&captured.socket).ensure_same(&captured.disk));
-        captured.wait_status("it waits", |said| !said["waiting"].is_null());
-        fs::remove_dir(captured.packs()).unwrap();
-        fs::rename(&elsewhere, captured.packs()).unwrap();
+        wait_status(&captured, "it waits", |said| !said["waiting"].is_null());
+        fs::remove_dir(packs(&captured)).unwrap();
+        fs::rename(&elsewhere, packs(&captured)).unwrap();
         guest.join().unwrap().unwrap();
     });
     let said = status(&captured.target).unwrap();
@@ -101,11 +82,11 @@ fn packs_that_go_away_alone_are_waited_for() {
 
 #[test]
 fn a_lost_pack_is_reported_once_and_comes_home_when_it_is_put_back() {
-    let captured = Captured::new("pack-gone");
-    let (pack, elsewhere) = (captured.first_pack(), captured.work.file("elsewhere"));
+    let captured = captured_twice("pack-gone");
+    let (pack, elsewhere) = (first_pack(&captured), captured.work.file("elsewhere"));
     fs::rename(&pack, &elsewhere).unwrap();
 
-    let mut live = captured.start(&["--exit-when-done"]);
+    let mut live = captured.start(&["--exit-when-done"]).unwrap();
     let ended = live.process().wait().unwrap();
     let lines = live.process().lines();
     assert_eq!(ended.code(), Some(3), "done, but something is damaged: {lines:#?}");
@@ -134,7 +115,7 @@ fn a_lost_pack_is_reported_once_and_comes_home_when_it_is_put_back() {
         assert_eq!(ranges(&said), lost, "{what}");
     };
     known("after it has ended");
-    let live = captured.start(&[]);
+    let live = captured.start(&[]).unwrap();
     let (offset, len, _) = lost[0].clone();
     let read = format!(
         "import errno\ntry:\n    h.pread({len}, {offset})\n    assert False\nexcept nbd.Error as error:\n    assert error.errnum == errno.EIO, error\n"
@@ -145,7 +126,7 @@ fn a_lost_pack_is_reported_once_and_comes_home_when_it_is_put_back() {
 
     // Put back, it is had at once by whoever asks, and all of it comes home.
     let mut live = stopped.start_again().unwrap();
-    captured.wait_status("it is missing", |said| said["damaged_bytes"] == last["damaged_bytes"]);
+    wait_status(&captured, "it is missing", |said| said["damaged_bytes"] == last["damaged_bytes"]);
     fs::rename(&elsewhere, &pack).unwrap();
     live.export().ensure_same(&captured.disk).unwrap();
     let complete = live.wait_complete().unwrap();
@@ -158,8 +139,8 @@ fn a_lost_pack_is_reported_once_and_comes_home_when_it_is_put_back() {
 
 #[test]
 fn a_disk_that_is_wholly_home_is_served_without_its_repository() {
-    let captured = Captured::new("no-repository");
-    let mut live = captured.start(&[]);
+    let captured = captured_twice("no-repository");
+    let mut live = captured.start(&[]).unwrap();
     live.wait_complete().unwrap();
     live.export().qemu_io(&["write -P 0xa1 1M 64k"]).unwrap();
     let stopped = live.kill().unwrap();
@@ -174,7 +155,7 @@ fn a_disk_that_is_wholly_home_is_served_without_its_repository() {
 
     // So it is where only what holds the disk's map is away.
     fs::rename(&elsewhere, captured.repository.path()).unwrap();
-    fs::rename(captured.packs(), &elsewhere).unwrap();
+    fs::rename(packs(&captured), &elsewhere).unwrap();
     let live = stopped.start_again().unwrap();
     live.export().qemu_io(&["read -P 0xa1 1M 64k", "read -P 0xa2 2M 64k"]).unwrap();
     live.park().unwrap();
@@ -191,8 +172,8 @@ fn a_disk_that_is_wholly_home_is_served_without_its_repository() {
 
 #[test]
 fn a_disk_that_is_not_home_is_refused_without_its_repository() {
-    let captured = Captured::new("needs-repository");
-    let live = captured.start(&["--no-background"]);
+    let captured = captured_twice("needs-repository");
+    let live = captured.start(&["--no-background"]).unwrap();
     live.park().unwrap();
     fs::rename(captured.repository.path(), captured.work.file("elsewhere")).unwrap();
     let mut again = captured.repository.verb("live-restore", &["vm@latest"]).unwrap();
