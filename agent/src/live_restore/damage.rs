@@ -14,7 +14,8 @@ use std::io;
 
 use serde::{Deserialize, Serialize};
 
-use super::state_dir::{SessionRecord, StateDir};
+use super::record::SessionRecord;
+use super::state_dir::StateDir;
 use crate::live::Session;
 use crate::status::{DamagedRange, Status};
 
@@ -114,24 +115,13 @@ impl<'a> DamageKeeper<'a> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::live_restore::TargetIdentity;
+    use crate::live_restore::record::tests::record;
     use crate::status::Phase;
 
     fn session(dir: &std::path::Path) -> (StateDir, SessionRecord) {
         let state = StateDir::of(&dir.join("t.raw"), None).unwrap();
         state.create().unwrap();
-        let record = SessionRecord {
-            version: SessionRecord::version(),
-            session: "ab".repeat(16),
-            snapshot: "web01@2026-11-21T00:33:12Z".into(),
-            disk: "disk0".into(),
-            size: 1 << 30,
-            chunk_size: 1 << 17,
-            map: "none".into(),
-            target: "/x/t.raw".into(),
-            identity: TargetIdentity { name: None, size: 1 << 30 },
-            boot: None,
-        };
+        let record = SessionRecord { boot: None, ..record() };
         (state, record)
     }
 

@@ -20,6 +20,7 @@ mod identity;
 mod late;
 mod made;
 mod open;
+mod record;
 mod report;
 mod serve;
 mod state_dir;
@@ -45,7 +46,8 @@ use late::LateDisk;
 pub use control::ask;
 pub use damage::{KeptDamage, kept_damage};
 pub use identity::TargetIdentity;
-pub use state_dir::{DEFAULT_STATE_ROOT, SessionRecord, StateDir, absolute};
+pub use record::SessionRecord;
+pub use state_dir::{DEFAULT_STATE_ROOT, StateDir, absolute};
 pub use stopped::stopped_status;
 
 /// The name of the bitmap of what the guest wrote: `qemu:dirty-bitmap:lifeboot`.

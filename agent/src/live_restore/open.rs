@@ -26,7 +26,8 @@ use repository::{ChunkId, DiskEntry, DiskMap, MapEntry, Repository, Snapshot};
 
 use super::identity::TargetIdentity;
 use super::made::Made;
-use super::state_dir::{JOURNAL, LIVE_FILE, SessionRecord, StateDir};
+use super::record::SessionRecord;
+use super::state_dir::{JOURNAL, LIVE_FILE, StateDir};
 use super::stopped::stopped_status;
 use super::target::{self, Contents};
 use super::wanted;
@@ -108,6 +109,7 @@ pub(super) fn find<'a>(wish: &'a Wish<'a>, state: &'a StateDir) -> anyhow::Resul
     }
     let restored = match begun {
         Some(record) => {
+            record.check_not_handed_over(state.path())?;
             wanted::check_asked(wish, &record)?;
             let disk = needed(wanted::of_record(wish, &record), state, &record)?;
             Restored::Begun(record, disk)
@@ -271,6 +273,8 @@ impl Found<'_> {
             target: path.clone(),
             identity,
             boot: None,
+            epoch: 1,
+            handed_over: false,
         };
         made.create_dir(state)?;
         state.keep(&record)?;

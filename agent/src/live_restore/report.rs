@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use serde::Serialize;
 
-use super::state_dir::SessionRecord;
+use super::record::SessionRecord;
 use crate::live::{self, DiskLayout, StatsSnapshot};
 use crate::source::FetchStats;
 use crate::status::{DamagedRange, Misses, Phase, Status};

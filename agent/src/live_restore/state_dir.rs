@@ -19,9 +19,10 @@ use std::os::unix::fs::{DirBuilderExt as _, FileTypeExt as _, MetadataExt as _};
 use std::path::{Path, PathBuf};
 
 use anyhow::Context as _;
-use serde::{Deserialize, Serialize};
+use serde::Serialize;
 
 use super::identity::TargetIdentity;
+use super::record::{RecordError, SessionRecord};
 use crate::cli::Failure;
 
 /// Where sessions of block devices are kept if nobody says otherwise.
@@ -32,49 +33,6 @@ pub(super) const JOURNAL: &str = "journal";
 pub(super) const LIVE_FILE: &str = "live";
 /// The longest part of a target's identity that a directory is named by.
 const LABEL_CHARS: usize = 40;
-const VERSION: u32 = 1;
-
-/// What a session is, in words that a person can read with `cat`.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct SessionRecord {
-    /// The version of this record.
-    pub version: u32,
-    /// The session's id: 32 hexadecimal digits.
-    pub session: String,
-    /// The snapshot's full name, `group@time`.
-    pub snapshot: String,
-    /// The disk's name within the snapshot.
-    pub disk: String,
-    /// The disk's size in bytes.
-    pub size: u64,
-    /// The disk's chunk size in bytes.
-    pub chunk_size: u32,
-    /// The root of the disk's map, as text: what the snapshot's name stood for when the session began.
-    pub map: String,
-    /// The target, as an absolute path: where it was when the session was last started.
-    pub target: PathBuf,
-    /// What the target is, wherever it is.
-    pub identity: TargetIdentity,
-    /// The boot id of the kernel that the session was last served under. `None` until its first start has made
-    /// everything: then nothing of it was ever served.
-    #[serde(deserialize_with = "Option::deserialize")]
-    pub boot: Option<String>,
-}
-
-impl SessionRecord {
-    /// A record of this version.
-    #[must_use]
-    pub const fn version() -> u32 {
-        VERSION
-    }
-
-    /// Whether it may have been served. If not, its first start was cut short, and may be made anew.
-    #[must_use]
-    pub const fn was_begun(&self) -> bool {
-        self.boot.is_some()
-    }
-}
 
 /// The directory of one session.
 #[derive(Debug)]
@@ -145,10 +103,6 @@ impl StateDir {
     /// # Errors
     /// Where the record cannot be read, or was written by a newer version.
     pub fn record(&self) -> anyhow::Result<Option<SessionRecord>> {
-        #[derive(Deserialize)]
-        struct Version {
-            version: u32,
-        }
         let path = self.file(RECORD);
         let text = match std::fs::read(&path) {
             Ok(text) => text,
@@ -161,17 +115,18 @@ impl StateDir {
             }
             Err(error) => return Err(error).with_context(|| format!("cannot read {}", path.display())),
         };
-        let damaged =
-            |error: serde_json::Error| self.unusable(format!("{} is damaged", path.display())).because(error);
-        let version: Version = serde_json::from_slice(&text).map_err(damaged)?;
-        if version.version > VERSION {
-            return Err(Failure::new(
+        match SessionRecord::parse(&text) {
+            Ok(record) => Ok(Some(record)),
+            Err(error @ RecordError::Newer(_)) => Err(Failure::new(
                 format!("{} was written by a newer version of lifeboot", path.display()),
                 "use that version, or a newer one",
             )
-            .into());
+            .because(error)
+            .into()),
+            Err(RecordError::Damaged(error)) => {
+                Err(self.unusable(format!("{} is damaged", path.display())).because(error).into())
+            }
         }
-        Ok(Some(serde_json::from_slice(&text).map_err(damaged)?))
     }
 
     /// What to say where the session is there and cannot be gone on with.
@@ -300,21 +255,7 @@ pub fn absolute(path: &Path) -> anyhow::Result<PathBuf> {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    fn record() -> SessionRecord {
-        SessionRecord {
-            version: VERSION,
-            session: "00".repeat(16),
-            snapshot: "web01@2026-11-21T00:33:12Z".into(),
-            disk: "disk0".into(),
-            size: 1 << 30,
-            chunk_size: 1 << 17,
-            map: "none".into(),
-            target: "/x/t.raw".into(),
-            identity: TargetIdentity { name: Some("disk naa.1".into()), size: 1 << 30 },
-            boot: Some("12".repeat(16)),
-        }
-    }
+    use crate::live_restore::record::tests::record;
 
     fn keep(root: &Path, name: &str, record: &SessionRecord) -> PathBuf {
         let state = StateDir { path: root.join(name) };

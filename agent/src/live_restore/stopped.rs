@@ -4,7 +4,8 @@ use anyhow::Context as _;
 use block::{DirectIo, Engine, FileDisk, FileOptions, OpenDevice as _};
 
 use super::open::cannot_resume;
-use super::state_dir::{JOURNAL, LIVE_FILE, SessionRecord, StateDir};
+use super::record::SessionRecord;
+use super::state_dir::{JOURNAL, LIVE_FILE, StateDir};
 use crate::live::{BootId, DiskLayout, LiveWords, peek};
 use crate::status::{Phase, Status};
 

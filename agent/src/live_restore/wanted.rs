@@ -5,7 +5,7 @@
 use repository::{DiskEntry, Snapshot, SnapshotName};
 
 use super::open::Wish;
-use super::state_dir::SessionRecord;
+use super::record::SessionRecord;
 use crate::cli::Failure;
 
 /// Fails where what was asked for is not what the session restores.
