@@ -23,7 +23,7 @@ pub(super) fn refuse(source: &Path) -> anyhow::Result<()> {
         )
     };
     let Some(record) = state.record().with_context(unknown)? else { return Ok(()) };
-    let status = match live_restore::ask(state.path()).with_context(unknown)? {
+    let status = match live_restore::ask_status(state.path()).with_context(unknown)? {
         Some(status) => status,
         None => live_restore::stopped_status(&state, &record).with_context(unknown)?,
     };

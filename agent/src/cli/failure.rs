@@ -89,6 +89,11 @@ pub(super) fn conclude(output: &Output, result: anyhow::Result<Outcome>) -> Exit
     ExitCode::from(code)
 }
 
+/// What failed, with its causes, and what to do: for whoever is told by other means than our stderr.
+pub(crate) fn told(error: &anyhow::Error) -> (String, Option<String>) {
+    (message(error), advice(error))
+}
+
 fn exit_code(error: &anyhow::Error) -> u8 {
     for cause in error.chain() {
         if let Some(interrupted) = cause.downcast_ref::<Interrupted>() {

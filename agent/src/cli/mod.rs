@@ -18,6 +18,7 @@ use std::process::ExitCode;
 use clap::{Parser, Subcommand};
 
 pub use context::{Context, Global};
+pub(crate) use failure::told;
 pub use failure::{Failure, Outcome, UsageError};
 pub use interrupt::{Interrupt, Interrupted};
 pub use units::{Rate, Size};

@@ -23,6 +23,7 @@ mod open;
 mod record;
 mod report;
 mod serve;
+mod service;
 mod state_dir;
 mod stopped;
 mod target;
@@ -43,7 +44,7 @@ use crate::live::SessionOptions;
 use crate::source::{SourceArgs, parse_time};
 use late::LateDisk;
 
-pub use control::ask;
+pub use control::{Reply, Request, ask, ask_status, ask_telling};
 pub use damage::{KeptDamage, kept_damage};
 pub use identity::TargetIdentity;
 pub use record::SessionRecord;
@@ -144,14 +145,16 @@ impl Verb for Args {
         let late = Arc::new(LateDisk::default());
         let server = serve::bind(&found, &late, &self.listen)?;
         let opened = found.open(&interrupt)?;
-        let plan = serve::Plan { server, late, exit_when_done: self.exit_when_done, engine, state: &state };
+        let repository = repository.ok();
+        let plan =
+            serve::Plan { server, late, exit_when_done: self.exit_when_done, engine, state, repository };
         serve::serve(opened, plan, context, &interrupt)
     }
 }
 
 /// Keeps others from the target until the session ends. An agent that serves it already is named.
 fn claim(target: &Path, state: &StateDir) -> anyhow::Result<Claim> {
-    crate::in_use::claim(target).map_err(|error| match ask(state.path()) {
+    crate::in_use::claim(target).map_err(|error| match ask_status(state.path()) {
         Ok(Some(_)) => target::in_use(target, state.path()),
         _ => error,
     })

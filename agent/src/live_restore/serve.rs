@@ -1,24 +1,26 @@
 //! Serves a session until it is told to end, and says how it goes.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
 use block::{Engine, OpenDevice};
 use nbd_server::{Export, LateRequests, ListenAddress, Server, ServerHandle, ServerOptions, ShardTask};
+use repository::Repository;
 
 use super::advice;
-use super::control::Control;
+use super::control::{Control, Tasks};
 use super::damage::{self, DamageKeeper};
 use super::late::LateDisk;
 use super::open::{Found, Opened};
 use super::record::SessionRecord;
-use super::report::{Event, RateMeter, status};
+use super::report::{Event, RateMeter};
+use super::service::{ServedDisk, Service};
 use super::state_dir::StateDir;
 use crate::cli::{Context, Failure, Interrupt, Outcome};
-use crate::live::{LiveDisk, Phase, Resumed, Session, StatsSnapshot};
+use crate::live::{LiveDisk, Phase, Resumed};
 use crate::output::{Progress, human_size};
-use crate::source::{FetchPool, FetchStats, RepositoryStore};
 use crate::status::Status;
 
 /// How often signals and connections are looked at.
@@ -29,26 +31,21 @@ const PROGRESS_INTERVAL: Duration = Duration::from_secs(1);
 const FILLS_PER_SHARD: usize = 8;
 
 /// How a session is served.
-pub(super) struct Plan<'a> {
+pub(super) struct Plan {
     /// The addresses, bound.
     pub(super) server: Server,
     /// Its export's disk, still to be put in.
     pub(super) late: Arc<LateDisk>,
     pub(super) exit_when_done: bool,
     pub(super) engine: Engine,
-    pub(super) state: &'a StateDir,
-}
-
-/// What the story of a session depends on.
-struct Watch<'a> {
-    exit_when_done: bool,
-    state: &'a StateDir,
+    pub(super) state: StateDir,
+    pub(super) repository: Option<Repository>,
 }
 
 /// Serves until a signal, a failure, or, if that is wanted, completion.
 pub(super) fn serve(
     opened: Opened,
-    plan: Plan<'_>,
+    plan: Plan,
     context: &Context,
     interrupt: &Interrupt,
 ) -> anyhow::Result<Outcome> {
@@ -57,27 +54,44 @@ pub(super) fn serve(
         Arc::new(opened.target.clone()),
         Arc::new(opened.journal.clone()),
     ));
-    damage::recall(&opened.session, plan.state, &opened.record);
+    let Plan { server, late, exit_when_done, engine, state, repository } = plan;
+    damage::recall(&opened.session, &state, &opened.record);
     let shards = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
-    let Plan { server, late, exit_when_done, engine, state } = plan;
     late.put(Arc::clone(&disk));
     // Where it fails, a session that is new is taken back.
     let handle = server.on_shard_start(workers(&disk)).run(shards, engine)?;
-    let Opened { session, record, pool, resumed, made, .. } = opened;
+    let Opened { record, pool, resumed, made, .. } = opened;
     if let Some(made) = made {
         made.keep();
     }
-    let story = Story { context, record: &record, session: &session, pool: pool.as_deref(), handle: &handle };
-    let mut keeper = DamageKeeper::new(state);
-    let told = story.tell(&Watch { exit_when_done, state }, resumed, interrupt, &mut keeper);
+    let served = ServedDisk {
+        record,
+        state,
+        disk,
+        pool,
+        addresses: handle.addresses().to_vec(),
+        rate: AtomicU64::new(0),
+    };
+    let service = Arc::new(Service {
+        context: context.clone(),
+        engine,
+        repository,
+        interrupt: interrupt.clone(),
+        disks: vec![served],
+        is_ending: AtomicBool::new(false),
+    });
+    let served = &service.disks[0];
+    let story = Story { context, service: &service, served, handle: &handle, exit_when_done };
+    let mut keeper = DamageKeeper::new(&served.state);
+    let told = story.tell(resumed, &mut keeper);
     handle.shutdown();
     handle.join()?;
-    let parked = engine.run(async { anyhow::Ok(disk.device()?.park().await?) });
+    let parked = engine.run(async { anyhow::Ok(served.disk.device()?.park().await?) });
     let end = told?;
-    let last = session.stats();
-    let status = status(&record, None, &last, fetched(pool.as_deref()), 0);
+    served.rate.store(0, Ordering::Relaxed);
+    let status = Status { uri: None, ..served.status() };
     keeper.keep(&status);
-    parked.map_err(|error| poisoned(&record, error))?;
+    parked.map_err(|error| poisoned(&served.record, error))?;
     let output = context.output();
     match end {
         End::Parked => {
@@ -110,10 +124,6 @@ pub(super) fn bind(
     // A guest's client reconnects and asks again: it must not hear of our end.
     let options = ServerOptions { late_requests: LateRequests::Leave, ..ServerOptions::default() };
     Server::bind(listen, vec![export], options)
-}
-
-fn fetched(pool: Option<&FetchPool<RepositoryStore>>) -> FetchStats {
-    pool.map(FetchPool::stats).unwrap_or_default()
 }
 
 fn poisoned(record: &SessionRecord, error: anyhow::Error) -> Failure {
@@ -167,39 +177,36 @@ enum End {
 /// What is said while the session is served.
 struct Story<'a> {
     context: &'a Context,
-    record: &'a SessionRecord,
-    session: &'a Session,
-    pool: Option<&'a FetchPool<RepositoryStore>>,
+    service: &'a Arc<Service>,
+    served: &'a ServedDisk,
     handle: &'a ServerHandle,
+    exit_when_done: bool,
 }
 
 impl Story<'_> {
-    fn tell(
-        &self,
-        plan: &Watch<'_>,
-        resumed: Option<Resumed>,
-        interrupt: &Interrupt,
-        keeper: &mut DamageKeeper<'_>,
-    ) -> anyhow::Result<End> {
-        self.say(self.say_ready(resumed));
+    fn tell(&self, resumed: Option<Resumed>, keeper: &mut DamageKeeper<'_>) -> anyhow::Result<End> {
         let runtime = tokio::runtime::Builder::new_current_thread()
             .enable_all()
             .build()
             .context("cannot start the control's event loop")?;
         let control = {
             let _inside = runtime.enter();
-            Control::listen(plan.state.path()).context("cannot listen for `lifeboot status`")?
+            Control::listen(self.served.state.path()).context("cannot listen for `lifeboot status`")?
         };
-        runtime.block_on(self.watch(plan, &control, interrupt, keeper))
+        self.say(self.say_ready(resumed));
+        runtime.block_on(async {
+            let tasks = Tasks::new();
+            let asked = tokio::spawn(control.serve(Arc::clone(self.service), 0, tasks.clone()));
+            let end = self.watch(keeper).await;
+            self.service.is_ending.store(true, Ordering::Relaxed);
+            asked.abort();
+            tasks.ended().await;
+            Ok(end)
+        })
     }
 
-    async fn watch(
-        &self,
-        plan: &Watch<'_>,
-        control: &Control,
-        interrupt: &Interrupt,
-        keeper: &mut DamageKeeper<'_>,
-    ) -> anyhow::Result<End> {
+    async fn watch(&self, keeper: &mut DamageKeeper<'_>) -> End {
+        let session = self.served.session();
         let output = self.context.output();
         let mut meter = RateMeter::default();
         let mut ticks = tokio::time::interval(TICK);
@@ -207,27 +214,23 @@ impl Story<'_> {
         let mut told_complete = false;
         let mut told_waiting = None;
         let mut bar: Option<Progress> = None;
-        let mut rate = meter.sample(Instant::now(), self.session.stats().home_bytes);
-        let mut phase = self.session.phase();
+        meter.sample(Instant::now(), session.stats().home_bytes);
+        let mut phase = session.phase();
         loop {
             tokio::select! {
-                () = self.session.has_left(phase) => {}
-                stream = control.accept() => {
-                    tokio::spawn(Control::answer(stream, self.status(&self.session.stats(), rate)));
-                    continue;
-                }
+                () = session.has_left(phase) => {}
                 _ = ticks.tick() => {}
             }
-            if interrupt.is_raised() {
-                return Ok(End::Parked);
+            if self.service.interrupt.is_raised() {
+                return End::Parked;
             }
-            phase = self.session.phase();
+            phase = session.phase();
             let now = Instant::now();
             if phase == Phase::Filling && now.duration_since(told_at) >= PROGRESS_INTERVAL {
                 told_at = now;
-                let stats = self.session.stats();
-                rate = meter.sample(now, stats.home_bytes);
-                let status = self.status(&stats, rate);
+                let stats = session.stats();
+                self.served.rate.store(meter.sample(now, stats.home_bytes), Ordering::Relaxed);
+                let status = self.served.status_of(&stats);
                 keeper.keep(&status);
                 self.say(output.event(&Event::Progress(&status)));
                 if !output.is_json() {
@@ -240,8 +243,8 @@ impl Story<'_> {
                     }
                     told_waiting.clone_from(&status.waiting);
                 }
-                if plan.exit_when_done && stats.is_settled() && self.handle.stats().connections == 0 {
-                    return Ok(End::Settled);
+                if self.exit_when_done && stats.is_settled() && self.handle.stats().connections == 0 {
+                    return End::Settled;
                 }
             }
             match phase {
@@ -250,15 +253,16 @@ impl Story<'_> {
                     if !told_complete {
                         told_complete = true;
                         bar = None;
-                        let status = self.status(&self.session.stats(), 0);
+                        self.served.rate.store(0, Ordering::Relaxed);
+                        let status = self.served.status();
                         keeper.keep(&status);
-                        self.say(self.say_complete(plan, &status));
+                        self.say(self.say_complete(&status));
                     }
-                    if plan.exit_when_done && self.handle.stats().connections == 0 {
-                        return Ok(End::Complete);
+                    if self.exit_when_done && self.handle.stats().connections == 0 {
+                        return End::Complete;
                     }
                 }
-                Phase::Poisoned => return Ok(End::Poisoned),
+                Phase::Poisoned => return End::Poisoned,
             }
         }
     }
@@ -270,20 +274,13 @@ impl Story<'_> {
         }
     }
 
-    fn status(&self, stats: &StatsSnapshot, rate: u64) -> Status {
-        let uri = self.handle.addresses().first().map(|address| address.uri(&self.record.disk));
-        status(self.record, uri, stats, fetched(self.pool), rate)
-    }
-
     fn say_ready(&self, resumed: Option<Resumed>) -> anyhow::Result<()> {
         let output = self.context.output();
-        let uris: Vec<String> =
-            self.handle.addresses().iter().map(|address| address.uri(&self.record.disk)).collect();
-        let stats = self.session.stats();
-        let status = self.status(&stats, 0);
-        let first = self.handle.addresses().first();
-        let qemu =
-            first.map(|address| advice::qemu_arguments(address, &self.record.disk)).unwrap_or_default();
+        let record = &self.served.record;
+        let uris = self.served.uris();
+        let status = self.served.status();
+        let first = self.served.addresses.first();
+        let qemu = first.map(|address| advice::qemu_arguments(address, &record.disk)).unwrap_or_default();
         output.event(&Event::Ready {
             uris: &uris,
             resumed: resumed.is_some(),
@@ -307,11 +304,11 @@ impl Story<'_> {
         }
         output.line(format_args!(
             "{how} {}/{} ({}, {:.1} % home) to {}",
-            self.record.snapshot,
-            self.record.disk,
-            human_size(self.record.size),
+            record.snapshot,
+            record.disk,
+            human_size(record.size),
             status.percent(),
-            self.record.target.display()
+            record.target.display()
         ))?;
         for uri in &uris {
             output.line(format_args!("ready: {uri}"))?;
@@ -322,15 +319,15 @@ impl Story<'_> {
         Ok(())
     }
 
-    fn say_complete(&self, plan: &Watch<'_>, status: &Status) -> anyhow::Result<()> {
+    fn say_complete(&self, status: &Status) -> anyhow::Result<()> {
         let output = self.context.output();
         output.event(&Event::Complete(status))?;
         output.line(format_args!(
             "complete: {} holds the whole disk; {} fetched, {} written by the guest{}",
-            self.record.target.display(),
+            self.served.record.target.display(),
             human_size(status.fetched_bytes),
             human_size(status.guest_bytes),
-            if plan.exit_when_done { "" } else { "; it goes on being served, Ctrl-C ends that" }
+            if self.exit_when_done { "" } else { "; it goes on being served, Ctrl-C ends that" }
         ))
     }
 }

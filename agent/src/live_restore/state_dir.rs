@@ -11,7 +11,7 @@
 //! | `journal` | which blocks are known on stable storage | see `agent::live` |
 //! | `live` | the live file, for a restart on the same boot | see `agent::live` |
 //! | `damaged.json` | what could not be brought home | while there is such, by the agent that finds it |
-//! | `status.sock` | answers `lifeboot status` while an agent runs | by each agent |
+//! | `control.sock` | answers `lifeboot status` and other verbs while an agent runs | by each agent |
 
 use std::fs::File;
 use std::io::{self, Write as _};

@@ -177,14 +177,14 @@ fn holds_data(path: &Path, place: &str) -> anyhow::Error {
 
 /// Refuses where an agent serves this session: there is no need to try anything then.
 pub(super) fn check_unserved(path: &Path, state: &Path) -> anyhow::Result<()> {
-    match control::ask(state) {
+    match control::ask_status(state) {
         Ok(Some(_)) => Err(in_use(path, state)),
         _ => Ok(()),
     }
 }
 
 pub(super) fn in_use(path: &Path, state: &Path) -> anyhow::Error {
-    let who = match control::ask(state) {
+    let who = match control::ask_status(state) {
         Ok(Some(status)) => format!(
             "by the agent with the process id {}, which restores {}",
             status.pid.unwrap_or_default(),
@@ -218,7 +218,7 @@ fn lock(
                     .with_context(|| format!("cannot lock the target {}", path.display()));
             }
         }
-        let alive = matches!(control::ask(state), Ok(Some(_)));
+        let alive = matches!(control::ask_status(state), Ok(Some(_)));
         if alive || begun.elapsed() >= patience {
             return Err(in_use(path, state));
         }

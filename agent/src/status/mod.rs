@@ -65,7 +65,7 @@ fn show_session(context: &Context, target: &Path, state: Option<&Path>) -> anyho
         )
         .into());
     };
-    let asked = live_restore::ask(state.path())
+    let asked = live_restore::ask_status(state.path())
         .with_context(|| format!("the agent that serves {} does not answer", target.display()))?;
     let status = match asked {
         Some(status) => status,

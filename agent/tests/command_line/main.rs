@@ -3,6 +3,7 @@
 
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on says so by panicking, its helpers too")]
 mod captures;
+mod control;
 mod damage;
 mod devices;
 mod interrupts;

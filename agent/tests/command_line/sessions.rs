@@ -1,21 +1,8 @@
 //! Live-restores beside the other verbs.
 
-use std::io::{BufRead, BufReader};
-use std::process::{Child, Stdio};
-
 use rustix::process::{Pid, Signal, kill_process};
 
-use crate::support::{MIB, Scratch, assert_same};
-
-/// A live-restore to `t.raw`, so slow that it does not end by itself, once it is ready.
-fn slow_live_restore(scratch: &Scratch) -> Child {
-    let args = ["live-restore", "web01@latest", "t.raw", "--listen", "unix:s", "--limit", "20"];
-    let mut child = scratch.command(&args).stdout(Stdio::piped()).spawn().unwrap();
-    let mut lines = BufReader::new(child.stdout.take().unwrap()).lines();
-    // Whoever does not read on is no reason for it to end.
-    assert!(lines.any(|line| line.unwrap().starts_with("ready: ")));
-    child
-}
+use crate::support::{MIB, Scratch, assert_same, slow_live_restore};
 
 #[test]
 fn the_target_of_a_live_restore_is_captured_only_when_it_is_complete() {

@@ -1,10 +1,10 @@
 //! A scratch directory with a repository, and the program run in it.
 
 use std::fs::File;
-use std::io::Write;
+use std::io::{BufRead, BufReader, Write};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Output, Stdio};
+use std::process::{Child, Command, Output, Stdio};
 
 use serde_json::Value;
 
@@ -129,6 +129,16 @@ impl Scratch {
         walk(&self.path("repo/packs"), &mut found);
         found
     }
+}
+
+/// A live-restore to `t.raw`, so slow that it does not end by itself, once it is ready.
+pub(crate) fn slow_live_restore(scratch: &Scratch) -> Child {
+    let args = ["live-restore", "web01@latest", "t.raw", "--listen", "unix:s", "--limit", "20"];
+    let mut child = scratch.command(&args).stdout(Stdio::piped()).spawn().unwrap();
+    let mut lines = BufReader::new(child.stdout.take().unwrap()).lines();
+    // Whoever does not read on is no reason for it to end.
+    assert!(lines.any(|line| line.unwrap().starts_with("ready: ")));
+    child
 }
 
 /// Bytes that do not compress, the same for the same salt.

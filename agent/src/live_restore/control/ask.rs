@@ -1,0 +1,99 @@
+//! The asking end, for our own verbs.
+
+use std::io::{self, BufRead as _, BufReader, Read as _, Write as _};
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+use std::time::Duration;
+
+use anyhow::{Context as _, bail};
+use serde::de::DeserializeOwned;
+use serde_json::Value;
+
+use super::{Reply, Request, short_path};
+use crate::cli::Failure;
+use crate::status::Status;
+
+/// How long the agent may be silent: it says at least every second that it is at work.
+const PATIENCE: Duration = Duration::from_secs(10);
+/// A longer line is refused.
+const MAX_REPLY_BYTES: u64 = 4 << 20;
+
+/// Asks the agent that serves the session in `dir`; `None` where no agent runs, or it ended while it was asked.
+///
+/// # Errors
+/// Where an agent is there and does not answer; a [`Failure`] where it could not do what it was asked.
+pub fn ask<T: DeserializeOwned>(dir: &Path, request: &Request) -> anyhow::Result<Option<T>> {
+    ask_telling(dir, request, |_| Ok(()))
+}
+
+/// How far the session in `dir` is, where an agent serves it.
+///
+/// # Errors
+/// As [`ask`].
+pub fn ask_status(dir: &Path) -> anyhow::Result<Option<Status>> {
+    ask(dir, &Request::Status)
+}
+
+/// As [`ask`]; `tell` is given what the agent says of its progress, and is called with nothing about once a second at
+/// least. Where it fails, this does too; the agent goes on with what it was asked.
+///
+/// # Errors
+/// As [`ask`], and what `tell` says.
+pub fn ask_telling<T: DeserializeOwned>(
+    dir: &Path,
+    request: &Request,
+    mut tell: impl FnMut(Option<Value>) -> anyhow::Result<()>,
+) -> anyhow::Result<Option<T>> {
+    let Some(mut stream) = connect(dir)? else { return Ok(None) };
+    let no_answer = || format!("the agent of the session in {} does not answer", dir.display());
+    stream.set_read_timeout(Some(PATIENCE))?;
+    stream.set_write_timeout(Some(PATIENCE))?;
+    let mut text = serde_json::to_vec(request)?;
+    text.push(b'\n');
+    if let Err(error) = stream.write_all(&text)
+        && !is_gone(&error)
+    {
+        return Err(error).with_context(no_answer);
+    }
+    let mut lines = BufReader::new(stream);
+    loop {
+        let mut line = Vec::new();
+        match (&mut lines).take(MAX_REPLY_BYTES).read_until(b'\n', &mut line) {
+            Ok(_) => {}
+            Err(error) if is_gone(&error) => return Ok(None),
+            Err(error) => return Err(error).with_context(no_answer),
+        }
+        if line.is_empty() {
+            // It ended while we asked.
+            return Ok(None);
+        }
+        let reply: Reply = serde_json::from_slice(&line)
+            .with_context(|| format!("the agent of the session in {} is not understood", dir.display()))?;
+        match reply {
+            Reply::Working => tell(None)?,
+            Reply::Progress { progress } => tell(Some(progress))?,
+            Reply::Done { result } => return Ok(Some(serde_json::from_value(result)?)),
+            Reply::Failed { message, advice: Some(advice) } => {
+                return Err(Failure::new(message, advice).into());
+            }
+            Reply::Failed { message, advice: None } => bail!(message),
+        }
+    }
+}
+
+fn connect(dir: &Path) -> anyhow::Result<Option<UnixStream>> {
+    let connected = short_path(dir).and_then(|(_dir, short)| UnixStream::connect(short));
+    match connected {
+        Ok(stream) => Ok(Some(stream)),
+        Err(error) if is_gone(&error) => Ok(None),
+        Err(error) => {
+            Err(error).with_context(|| format!("cannot ask the agent of the session in {}", dir.display()))
+        }
+    }
+}
+
+/// Whether an error says that no agent is there, or is there any more.
+fn is_gone(error: &io::Error) -> bool {
+    use io::ErrorKind::{BrokenPipe, ConnectionRefused, ConnectionReset, NotADirectory, NotFound};
+    matches!(error.kind(), NotFound | ConnectionRefused | NotADirectory | BrokenPipe | ConnectionReset)
+}

@@ -1,0 +1,284 @@
+//! The listening end: who may ask, for how long, and what becomes of what they asked for.
+//!
+//! A peer that is silent, slow, talks too much or talks nonsense costs its own connection and, for a few seconds, one of a
+//! bounded number of places.
+
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::Context as _;
+use serde::Serialize;
+use serde_json::Value;
+use tokio::io::{AsyncBufReadExt as _, AsyncReadExt as _, AsyncWriteExt as _, BufReader};
+use tokio::net::unix::OwnedWriteHalf;
+use tokio::net::{UnixListener, UnixStream};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot, watch};
+
+use super::{Reply, Request, SOCKET, handlers, short_path};
+use crate::cli::Failure;
+use crate::live_restore::service::{ServedDisk, Service};
+
+/// How long a peer may take to send its request, or to take a line of the answer.
+const PATIENCE: Duration = Duration::from_secs(5);
+/// A longer request is refused.
+const MAX_REQUEST_BYTES: u64 = 64 << 10;
+/// Who may be connected at once; others wait.
+const MAX_CONNECTIONS: usize = 64;
+/// How often it is said that a request is being worked on.
+const WORKING_INTERVAL: Duration = Duration::from_secs(1);
+/// Progress that waits for a peer to read it. More is left out.
+const PROGRESS_WAITING: usize = 16;
+/// How long, when the agent ends, a peer may take to read the rest of its answer.
+const GOODBYE: Duration = Duration::from_secs(2);
+/// How long it waits after it could not accept.
+const PAUSE: Duration = Duration::from_millis(50);
+
+/// The listening end. The socket's file goes when it is dropped.
+#[derive(Debug)]
+pub(in crate::live_restore) struct Control {
+    listener: UnixListener,
+    path: PathBuf,
+}
+
+/// Counts the requests that are being worked on, and the conversations, of all disks of an agent.
+#[derive(Clone, Debug)]
+pub(in crate::live_restore) struct Tasks {
+    requests: watch::Sender<usize>,
+    conversations: watch::Sender<usize>,
+}
+
+/// A request that is being worked on: what its handler can get at.
+pub(crate) struct Asked {
+    service: Arc<Service>,
+    disk: usize,
+    progress: mpsc::Sender<Value>,
+    _counted: Counted,
+}
+
+impl Asked {
+    /// The disk whose socket was asked.
+    pub(crate) fn disk(&self) -> &ServedDisk {
+        &self.service.disks()[self.disk]
+    }
+
+    /// The agent, with all its disks.
+    #[allow(dead_code, reason = "for requests that concern the whole agent")]
+    pub(crate) const fn service(&self) -> &Arc<Service> {
+        &self.service
+    }
+
+    /// Tells the requester how far it is. It never waits; what the requester does not read in time is left out.
+    #[allow(dead_code, reason = "for requests that take long")]
+    pub(crate) fn progress(&self, progress: &impl Serialize) {
+        if let Ok(progress) = serde_json::to_value(progress) {
+            let _ = self.progress.try_send(progress);
+        }
+    }
+
+    /// Whether the requester is known to have gone away.
+    #[allow(dead_code, reason = "for requests that take long")]
+    pub(crate) fn is_abandoned(&self) -> bool {
+        self.progress.is_closed()
+    }
+
+    /// Does work that blocks on a thread of its own.
+    ///
+    /// # Errors
+    /// What `work` says, and where it panicked.
+    #[allow(dead_code, reason = "for requests that take long")]
+    pub(crate) async fn blocking<T: Send + 'static>(
+        &self,
+        work: impl FnOnce() -> anyhow::Result<T> + Send + 'static,
+    ) -> anyhow::Result<T> {
+        tokio::task::spawn_blocking(work).await.context("what was asked for panicked")?
+    }
+}
+
+impl Control {
+    /// Listens in `dir`, from within a runtime. The caller holds the session's lock, so a socket that is there is a
+    /// dead agent's.
+    ///
+    /// # Errors
+    /// What the operating system says.
+    pub(in crate::live_restore) fn listen(dir: &Path) -> io::Result<Self> {
+        let (_dir, short) = short_path(dir)?;
+        match std::fs::remove_file(&short) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+            _ => {}
+        }
+        let listener = UnixListener::bind(&short)?;
+        Ok(Self { listener, path: dir.join(SOCKET) })
+    }
+
+    /// Answers whoever asks about the disk with this number, until it is dropped.
+    pub(in crate::live_restore) async fn serve(self, service: Arc<Service>, disk: usize, tasks: Tasks) {
+        let places = Arc::new(Semaphore::new(MAX_CONNECTIONS));
+        loop {
+            let Ok(place) = Arc::clone(&places).acquire_owned().await else { return };
+            let (stream, _) = patiently(|| self.listener.accept()).await;
+            tokio::spawn(converse(stream, Arc::clone(&service), disk, tasks.clone(), place));
+        }
+    }
+}
+
+impl Drop for Control {
+    fn drop(&mut self) {
+        // A successor removes what is left here.
+        let _ = std::fs::remove_file(&self.path);
+    }
+}
+
+impl Tasks {
+    /// Nothing is being worked on.
+    pub(in crate::live_restore) fn new() -> Self {
+        Self { requests: watch::Sender::new(0), conversations: watch::Sender::new(0) }
+    }
+
+    /// Waits until nothing is being worked on, and, for a while, until everybody has read the answer.
+    pub(in crate::live_restore) async fn ended(&self) {
+        // These fail only where the sender is gone, which is us.
+        let _ = self.requests.subscribe().wait_for(|count| *count == 0).await;
+        let mut conversations = self.conversations.subscribe();
+        let _ = tokio::time::timeout(GOODBYE, conversations.wait_for(|count| *count == 0)).await;
+    }
+}
+
+struct Counted(watch::Sender<usize>);
+
+impl Counted {
+    fn new(counter: &watch::Sender<usize>) -> Self {
+        counter.send_modify(|count| *count += 1);
+        Self(counter.clone())
+    }
+}
+
+impl Drop for Counted {
+    fn drop(&mut self) {
+        self.0.send_modify(|count| *count -= 1);
+    }
+}
+
+/// One connection, from its request to the last line of its answer.
+async fn converse(
+    stream: UnixStream,
+    service: Arc<Service>,
+    disk: usize,
+    tasks: Tasks,
+    _place: OwnedSemaphorePermit,
+) {
+    let (input, mut output) = stream.into_split();
+    let mut line = Vec::new();
+    let mut input = BufReader::new(input.take(MAX_REQUEST_BYTES));
+    match tokio::time::timeout(PATIENCE, input.read_until(b'\n', &mut line)).await {
+        Ok(Ok(_)) if !line.is_empty() => {}
+        // It asks nothing.
+        _ => return,
+    }
+    let request: Request = match serde_json::from_slice(&line) {
+        Ok(request) => request,
+        Err(error) => {
+            // Nobody is left to tell where that fails.
+            let _ = send(&mut output, &misunderstood(&error)).await;
+            return;
+        }
+    };
+    let _counted = Counted::new(&tasks.conversations);
+    let (progress, told) = mpsc::channel(PROGRESS_WAITING);
+    let asked = Asked { service, disk, progress, _counted: Counted::new(&tasks.requests) };
+    let (answered, answer) = oneshot::channel();
+    // A task of its own: whoever goes away does not take it along.
+    tokio::spawn(async move {
+        let result = handlers::answer(request, &asked).await;
+        drop(asked);
+        let _ = answered.send(result);
+    });
+    let _ = pass_on(&mut output, told, answer).await;
+}
+
+/// Passes on what a handler tells, until it has ended or the peer does not take it.
+async fn pass_on(
+    output: &mut OwnedWriteHalf,
+    mut told: mpsc::Receiver<Value>,
+    mut answer: oneshot::Receiver<anyhow::Result<Value>>,
+) -> io::Result<()> {
+    let mut working = tokio::time::interval(WORKING_INTERVAL);
+    working.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    working.tick().await;
+    let last = loop {
+        let line = tokio::select! {
+            biased;
+            Some(progress) = told.recv() => Reply::Progress { progress },
+            answer = &mut answer => break answer,
+            _ = working.tick() => Reply::Working,
+        };
+        send(output, &line).await?;
+    };
+    while let Ok(progress) = told.try_recv() {
+        send(output, &Reply::Progress { progress }).await?;
+    }
+    let last = last.unwrap_or_else(|_| Err(anyhow::anyhow!("what was asked for panicked")));
+    let last = match last {
+        Ok(result) => Reply::Done { result },
+        Err(error) => {
+            let (message, advice) = crate::cli::told(&error);
+            Reply::Failed { message, advice }
+        }
+    };
+    send(output, &last).await?;
+    output.shutdown().await
+}
+
+async fn send(output: &mut OwnedWriteHalf, reply: &Reply) -> io::Result<()> {
+    let mut text = serde_json::to_vec(reply)?;
+    text.push(b'\n');
+    tokio::time::timeout(PATIENCE, output.write_all(&text)).await?
+}
+
+fn misunderstood(error: &serde_json::Error) -> Reply {
+    let failure = Failure::new(
+        format!("the agent does not understand what it was asked: {error}"),
+        "ask with the version of lifeboot that the agent runs",
+    );
+    let (message, advice) = crate::cli::told(&failure.into());
+    Reply::Failed { message, advice }
+}
+
+/// Tries until it succeeds. What fails now (there are too many open files, say) fails at once again, so this waits a
+/// little before it tries again.
+async fn patiently<T, F: Future<Output = io::Result<T>>>(mut attempt: impl FnMut() -> F) -> T {
+    loop {
+        match attempt().await {
+            Ok(done) => return done,
+            Err(error) => tracing::debug!(%error, "nobody who asks can be answered just now"),
+        }
+        tokio::time::sleep(PAUSE).await;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::cell::Cell;
+    use std::time::Instant;
+
+    use super::*;
+
+    #[test]
+    fn what_cannot_be_accepted_is_tried_again_after_a_pause() {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_time().build().unwrap();
+        let left = Cell::new(3);
+        let begun = Instant::now();
+        let accepted = runtime.block_on(patiently(|| {
+            std::future::ready(match left.get() {
+                0 => Ok("somebody"),
+                more => {
+                    left.set(more - 1);
+                    Err(io::Error::other("too many open files"))
+                }
+            })
+        }));
+        assert_eq!(accepted, "somebody");
+        assert!(begun.elapsed() >= 3 * PAUSE, "it did not wait: {:?}", begun.elapsed());
+    }
+}

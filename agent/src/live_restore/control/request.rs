@@ -1,0 +1,52 @@
+//! What is said on the control socket: one request, then replies, each a line of JSON.
+
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+
+/// What an agent is asked. On the wire `request` names the variant: `{"request":"status"}`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "request", rename_all = "snake_case")]
+pub enum Request {
+    /// How far the session of this socket is: a [`crate::status::Status`].
+    Status,
+}
+
+/// A line of the answer. On the wire `reply` names the variant.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "reply", rename_all = "snake_case")]
+pub enum Reply {
+    /// It is being worked on; said now and then where there is nothing else to say.
+    Working,
+    /// How far it is; of which shape depends on the request.
+    Progress {
+        /// What the request's handler tells.
+        progress: Value,
+    },
+    /// The last line: it is done.
+    Done {
+        /// What was asked for.
+        result: Value,
+    },
+    /// The last line: it was not done.
+    Failed {
+        /// What failed, on what.
+        message: String,
+        /// What to do.
+        advice: Option<String>,
+    },
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_on_the_wire_is_what_the_documentation_says() {
+        let asked: Request = serde_json::from_str(r#"{"request":"status"}"#).unwrap();
+        assert_eq!(asked, Request::Status);
+        let failed = Reply::Failed { message: "no".into(), advice: None };
+        let text = serde_json::to_string(&failed).unwrap();
+        assert_eq!(text, r#"{"reply":"failed","message":"no","advice":null}"#);
+        assert_eq!(serde_json::to_string(&Reply::Working).unwrap(), r#"{"reply":"working"}"#);
+    }
+}

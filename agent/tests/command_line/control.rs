@@ -1,0 +1,83 @@
+//! What a running agent is asked through its socket, and what it is not upset by.
+
+use std::io::{Read, Write};
+use std::net::Shutdown;
+use std::os::unix::net::UnixStream;
+use std::process::Child;
+
+use rustix::process::{Pid, Signal, kill_process};
+use serde_json::Value;
+
+use crate::support::{MIB, Scratch, slow_live_restore};
+
+/// A live-restore that runs, of a disk that will not be home soon.
+fn running() -> (Scratch, Child) {
+    let scratch = Scratch::new();
+    scratch.disk("d.raw", 8 * MIB, &[(0, 4 << 20, 1)]);
+    scratch.run(&["capture", "web01", "d.raw"]).ends_with(0);
+    let live = slow_live_restore(&scratch);
+    (scratch, live)
+}
+
+fn connect(scratch: &Scratch) -> UnixStream {
+    UnixStream::connect(scratch.path("t.raw.lifeboot/control.sock")).unwrap()
+}
+
+/// What the agent answers to these bytes: every line of it.
+fn answer(scratch: &Scratch, bytes: &[u8]) -> Vec<Value> {
+    let mut stream = connect(scratch);
+    // It may hang up before it has read all of it.
+    let _ = stream.write_all(bytes);
+    let mut text = String::new();
+    let _ = stream.read_to_string(&mut text);
+    text.lines().map(|line| serde_json::from_str(line).unwrap()).collect()
+}
+
+fn end(mut live: Child) {
+    kill_process(Pid::from_child(&live), Signal::TERM).unwrap();
+    assert!(live.wait().unwrap().success());
+}
+
+#[test]
+fn a_request_is_answered_with_lines_and_one_that_is_not_known_with_the_reason() {
+    let (scratch, live) = running();
+    let lines = answer(&scratch, b"{\"request\":\"status\"}\n");
+    assert_eq!(lines.len(), 1, "{lines:?}");
+    assert_eq!(lines[0]["reply"], "done");
+    assert_eq!(lines[0]["result"]["pid"], live.id());
+    // Without the end of the line, for whoever ends its half of the connection instead.
+    let mut stream = connect(&scratch);
+    stream.write_all(b"{\"request\":\"status\"}").unwrap();
+    stream.shutdown(Shutdown::Write).unwrap();
+    let mut text = String::new();
+    stream.read_to_string(&mut text).unwrap();
+    assert!(text.starts_with("{\"reply\":\"done\""), "{text}");
+    for wrong in ["{\"request\":\"juggle\"}\n", "{}\n", "[]\n", "status\n", "\n", "\0\n"] {
+        let lines = answer(&scratch, wrong.as_bytes());
+        assert_eq!(lines.len(), 1, "{wrong:?}: {lines:?}");
+        assert_eq!(lines[0]["reply"], "failed", "{wrong:?}");
+        assert!(lines[0]["message"].as_str().unwrap().contains("does not understand"), "{wrong:?}");
+        assert!(lines[0]["advice"].as_str().unwrap().contains("version"), "{wrong:?}");
+    }
+    end(live);
+    assert!(!scratch.path("t.raw.lifeboot/control.sock").exists());
+}
+
+#[test]
+fn peers_that_are_silent_huge_or_gone_keep_nobody_from_an_answer() {
+    let (scratch, live) = running();
+    let huge = vec![b'x'; 4 << 20];
+    let lines = answer(&scratch, &huge);
+    assert!(lines.iter().all(|line| line["reply"] == "failed"), "{lines:?}");
+    for _ in 0..200 {
+        // They leave before, or while, they are answered.
+        drop(connect(&scratch));
+        connect(&scratch).write_all(b"{\"request\":\"status\"}\n").unwrap();
+    }
+    // More than have a place at once.
+    let silent: Vec<UnixStream> = (0..100).map(|_| connect(&scratch)).collect();
+    assert_eq!(scratch.json(&["status", "t.raw"])["pid"], live.id());
+    drop(silent);
+    end(live);
+    assert_eq!(scratch.json(&["status", "t.raw"])["phase"], "stopped");
+}
