@@ -13,6 +13,8 @@ pub enum ErrorKind {
     NotAJournal,
     /// The journal was written by a newer version.
     NewerFormat,
+    /// The journal was written by an older version, whose journals are not read any more.
+    OlderFormat,
     /// The journal is damaged: what it would say about the target may be too little.
     Damaged,
     /// The journal belongs to another session, snapshot or disk.

@@ -102,7 +102,7 @@ impl Session {
             target.flush().await?;
             mark_zero_chunks(&map, &*parts.source);
         }
-        let mut layout = JournalLayout::for_disk(disk);
+        let mut layout = Self::journal_layout(&*parts.source, target_is_zero);
         layout.log_pages = parts.options.log_pages.unwrap_or(layout.log_pages);
         let Identity { snapshot, target } = parts.identity.clone();
         let header = Header { session: id, disk, journal: layout, snapshot, target };
@@ -110,6 +110,17 @@ impl Session {
         map.live().begin(id, parts.boot, disk);
         map.recount(&map.g());
         Ok(Self::assemble(parts, map, journal, Phase::Filling))
+    }
+
+    /// The layout of a new session's journal, whose room is to be taken beforehand.
+    ///
+    /// Zero chunks are whole from the start where the target is known to be zero; a bit of `P` is never cleared, so only
+    /// the others can ever be home in part.
+    pub fn journal_layout(source: &dyn ChunkSource, target_is_zero: bool) -> JournalLayout {
+        let disk = source.layout();
+        let chunks = 0..disk.chunk_count();
+        let partial_max = chunks.filter(|&chunk| !target_is_zero || !source.is_zero(chunk)).count();
+        JournalLayout::with_partial(disk, partial_max as u64)
     }
 
     /// Goes on with a restore: from the live file where that may be believed, else from the journal.
@@ -179,8 +190,10 @@ impl Session {
         }
         let (p, v, g) = (map.p(), map.v(), map.g());
         for word in 0..p.word_count() {
-            let unflushed_writes = if resumed.is_from_journal_alone() { p.word(word) } else { 0 };
-            g.or_word(word, guest.word(word) | unflushed_writes);
+            if !believes_live_file {
+                let unflushed_writes = if resumed.is_from_journal_alone() { p.word(word) } else { 0 };
+                g.or_word(word, guest.word(word) | unflushed_writes);
+            }
             v.or_word(word, p.word(word));
         }
         if mistake == Some(Mistake::ZeroAssumedOnResume) {

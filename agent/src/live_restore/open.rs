@@ -279,14 +279,15 @@ impl Found<'_> {
         made.create_dir(state)?;
         state.keep(&record)?;
         let words = LiveWords::open(&state.file(LIVE_FILE), parts.layout)?;
-        let journal = make_journal(&state.file(JOURNAL), parts.layout, wish.engine)?;
-        let (target, contents) = taken.prepare()?;
+        let is_zero = taken.contents() == Contents::Zeroes;
+        let layout = Session::journal_layout(&*parts.source, is_zero);
+        let journal = make_journal(&state.file(JOURNAL), layout, wish.engine)?;
+        let target = taken.prepare()?;
         record.identity = identity_of(&target)?;
         let (parts, pool, boot) = parts.into_session(&record, words);
         let session = wish.engine.run(async {
             let (target, journal) = (target.open()?, journal.open()?);
-            let zeroes = contents == Contents::Zeroes;
-            anyhow::Ok(Session::create(parts, SessionId(id), zeroes, &*target, &*journal).await?)
+            anyhow::Ok(Session::create(parts, SessionId(id), is_zero, &*target, &*journal).await?)
         })?;
         record.boot = Some(boot.to_string());
         state.keep(&record)?;
@@ -305,6 +306,9 @@ pub(super) fn cannot_resume(state: &StateDir, error: crate::live::Error) -> anyh
     let what = format!("cannot go on with the session in {dir}");
     let advice = match error.kind() {
         ErrorKind::NewerFormat => "use the version of lifeboot that wrote it, or a newer one".to_owned(),
+        ErrorKind::OlderFormat => format!(
+            "go on with the lifeboot that began it, until it is complete; or remove {dir} to give the session up"
+        ),
         ErrorKind::Elsewhere => format!(
             "use the target and the snapshot that {dir} belongs to; or remove that directory to give the session up"
         ),
@@ -407,8 +411,8 @@ fn parse_id(text: &str) -> anyhow::Result<[u8; 16]> {
 }
 
 /// Makes a journal's file, whose room is taken beforehand: a full disk is an error now, not in the middle.
-fn make_journal(path: &Path, layout: DiskLayout, engine: Engine) -> anyhow::Result<FileDisk> {
-    let len = JournalLayout::for_disk(layout).len_bytes();
+fn make_journal(path: &Path, layout: JournalLayout, engine: Engine) -> anyhow::Result<FileDisk> {
+    let len = layout.len_bytes();
     let make = || -> io::Result<File> {
         let mut options = OpenOptions::new();
         let file = options.read(true).write(true).create(true).truncate(true).mode(0o600).open(path)?;

@@ -118,8 +118,13 @@ impl Taken {
         &self.file
     }
 
+    /// What may be assumed of it once it is prepared.
+    pub(super) const fn contents(&self) -> Contents {
+        if self.is_device { Contents::Unknown } else { Contents::Zeroes }
+    }
+
     /// Makes a file as long as the disk, and empty; its name is on stable storage then. A device stays as it is.
-    pub(super) fn prepare(self) -> anyhow::Result<(FileDisk, Contents)> {
+    pub(super) fn prepare(self) -> anyhow::Result<FileDisk> {
         let Self { file, path, size, is_device, engine } = self;
         let prepare = || -> io::Result<()> {
             if blank::has_data(&file)? {
@@ -132,7 +137,7 @@ impl Taken {
             prepare().with_context(|| format!("cannot prepare the target {}", path.display()))?;
         }
         let disk = FileDisk::from_file(file, path, FileOptions::new(engine))?;
-        Ok((disk, if is_device { Contents::Unknown } else { Contents::Zeroes }))
+        Ok(disk)
     }
 }
 
@@ -239,9 +244,10 @@ mod tests {
 
     fn take_file(path: &Path, force: bool) -> anyhow::Result<(FileDisk, Contents)> {
         let (taken, made) = take(path, path, SIZE, force, Engine::THREADS, &Interrupt::default())?;
+        let contents = taken.contents();
         let prepared = taken.prepare()?;
         made.keep();
-        Ok(prepared)
+        Ok((prepared, contents))
     }
 
     #[test]
@@ -267,7 +273,7 @@ mod tests {
         assert_eq!(std::fs::read(&path).unwrap(), b"precious");
         File::create(&path).unwrap();
         let (taken, made) = try_take(false).unwrap();
-        let (disk, _) = taken.prepare().unwrap();
+        let disk = taken.prepare().unwrap();
         assert_eq!(disk.size(), SIZE);
         drop(disk);
         drop(made);

@@ -11,8 +11,8 @@ use block::{DirectIo, Engine, FileDisk, FileOptions, OpenDevice};
 
 use crate::cli::Failure;
 use crate::live::{
-    BootId, ChunkSource, Identity, JournalLayout, LiveDisk, LiveWords, Session, SessionId, SessionOptions,
-    SessionParts, TokioClock,
+    BootId, ChunkSource, Identity, LiveDisk, LiveWords, Session, SessionId, SessionOptions, SessionParts,
+    TokioClock,
 };
 
 /// Makes a disk that reads as `source` until it is written to. What is written goes to files in `dir`
@@ -24,7 +24,7 @@ pub(super) fn open(
 ) -> anyhow::Result<Arc<dyn OpenDevice>> {
     let layout = source.layout();
     let target = nameless(dir, layout.size, engine)?;
-    let journal = nameless(dir, JournalLayout::for_disk(layout).len_bytes(), engine)?;
+    let journal = nameless(dir, Session::journal_layout(&*source, true).len_bytes(), engine)?;
     let parts = SessionParts {
         identity: Identity { snapshot: "scratch".to_owned(), target: "scratch".to_owned() },
         source,

@@ -17,7 +17,7 @@ pub fn header(data: &[u8]) {
     let len = content.len().min(PAGE);
     put(&mut page, 0, &content[..len]);
     if mode & 1 != 0 {
-        put(&mut page, 0, b"LBJRNL\x01\n\x01\0\0\0\0\x10\0\0");
+        put(&mut page, 0, b"LBJRNL\x02\n\x02\0\0\0\0\x10\0\0");
         seal(&mut page);
     }
     let Ok(again) = bounded(PAGE, 4, 16 << 10, || fuzzing::header(&page)) else { return };

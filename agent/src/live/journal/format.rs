@@ -1,35 +1,32 @@
-//! The bytes of the journal's header, checkpoints and records. Pure: nothing here reads or writes a device.
+//! The bytes of the journal's header and records. Pure: nothing here reads or writes a device. Those of a checkpoint
+//! are in `checkpoint`.
 
 use std::fmt;
 
 use block::{AlignedBuf, BLOCK_SIZE};
 
-use crate::live::bits::Bits;
+use super::checkpoint::body_len_max;
 use crate::live::error::{Error, ErrorKind, Result};
 use crate::live::source::DiskLayout;
 
 /// The unit of the journal's layout in bytes.
 pub(super) const PAGE: usize = 4096;
 
-const HEADER_MAGIC: [u8; 8] = *b"LBJRNL\x01\n";
-const CHECKPOINT_MAGIC: [u8; 8] = *b"LBCKPT\x01\n";
+const HEADER_MAGIC: [u8; 8] = *b"LBJRNL\x02\n";
 const RECORD_MAGIC: [u8; 4] = *b"LBRC";
-const VERSION: u32 = 1;
+const VERSION: u32 = 2;
 const LOG_PAGES: u32 = 4096;
 /// Of a disk whose size needs more bits the checkpoints would have more pages than 32 bits count.
-const DISK_SIZE_BITS: u32 = 57;
+const DISK_SIZE_BITS: u32 = 54;
 /// A log holds at least one record and its copy, and is small enough to be read into memory.
 const LOG_PAGES_ALLOWED: std::ops::RangeInclusive<u32> = 2..=16 * LOG_PAGES;
 /// Together with the fixed fields, two names of this length fit into the header's page.
 const NAME_MAX: usize = 1900;
-const NAMES_AT: usize = 56;
+const NAMES_AT: usize = 64;
 const RECORD_HEADER: usize = 48;
 const RUN_LEN: usize = 12;
 const GUEST_BIT: u64 = 1 << 63;
 const START_MASK: u64 = (1 << 48) - 1;
-/// Blocks of one segment of a checkpoint: its bitmap is one page.
-const SEGMENT_WORDS: usize = PAGE / 8;
-
 /// The most pages of one copy of a record: 1 MiB.
 const RECORD_PAGES_MAX: usize = 256;
 /// The most runs that one record holds.
@@ -71,6 +68,8 @@ pub struct BlockRun {
 /// How many pages each part of a journal has.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct JournalLayout {
+    /// How many chunks can ever be home in part. The others are whole from the first checkpoint on.
+    pub partial_max: u64,
     /// Pages of one checkpoint place.
     pub slot_pages: u32,
     /// Pages of the log.
@@ -81,13 +80,23 @@ impl JournalLayout {
     /// The layout for a disk: its checkpoint places hold any state that the disk can be in.
     ///
     /// # Panics
-    /// Where the disk is larger than any that a journal's header may name: 128 PiB.
+    /// Where the disk is larger than any that a journal's header may name: 16 PiB.
     #[must_use]
     pub fn for_disk(layout: DiskLayout) -> Self {
-        let words = layout.size.div_ceil(BLOCK_SIZE).div_ceil(64) as usize;
-        let body = words.div_ceil(SEGMENT_WORDS) * 2 + words * 16;
-        let slot_pages = 1 + u32::try_from(body.div_ceil(PAGE)).expect("a disk has fewer than 2^45 blocks");
-        Self { slot_pages, log_pages: LOG_PAGES }
+        Self::with_partial(layout, layout.chunk_count())
+    }
+
+    /// The layout for a restore that begins with all but `partial_max` chunks whole: bits of `P` are never cleared,
+    /// so no more than these can be home in part.
+    ///
+    /// # Panics
+    /// Where the disk is larger than any that a journal's header may name: 16 PiB.
+    #[must_use]
+    pub fn with_partial(layout: DiskLayout, partial_max: u64) -> Self {
+        let body = body_len_max(layout.chunk_count(), chunk_blocks(layout), partial_max);
+        let pages = 1 + body.div_ceil(PAGE as u64);
+        let slot_pages = u32::try_from(pages).expect("a disk has fewer than 2^42 blocks");
+        Self { partial_max, slot_pages, log_pages: LOG_PAGES }
     }
 
     /// The size of the whole journal in bytes.
@@ -113,6 +122,11 @@ impl JournalLayout {
     pub(super) const fn log_len(self) -> usize {
         self.log_pages as usize * PAGE
     }
+}
+
+/// Blocks of one chunk.
+pub(super) fn chunk_blocks(disk: DiskLayout) -> u64 {
+    u64::from(disk.chunk_size) / BLOCK_SIZE
 }
 
 /// Whose journal this is.
@@ -143,6 +157,7 @@ impl Header {
         put(&mut page, 48, &self.journal.log_pages.to_le_bytes());
         put(&mut page, 52, &(self.snapshot.len() as u16).to_le_bytes());
         put(&mut page, 54, &(self.target.len() as u16).to_le_bytes());
+        put(&mut page, 56, &self.journal.partial_max.to_le_bytes());
         put(&mut page, NAMES_AT, self.snapshot.as_bytes());
         put(&mut page, NAMES_AT + self.snapshot.len(), self.target.as_bytes());
         seal(&mut page);
@@ -153,17 +168,18 @@ impl Header {
         if page.len() != PAGE || page[..6] != HEADER_MAGIC[..6] {
             return Err(Error::new(ErrorKind::NotAJournal, "the journal does not begin as one does"));
         }
-        if u32_at(page, 8) > VERSION && is_sealed(page) {
+        let version = u32_at(page, 8);
+        if version != VERSION && version != 0 && is_sealed(page) {
+            let kind = if version > VERSION { ErrorKind::NewerFormat } else { ErrorKind::OlderFormat };
             return Err(Error::new(
-                ErrorKind::NewerFormat,
+                kind,
                 format_args!(
-                    "the journal has format version {}; this version reads {VERSION}",
-                    u32_at(page, 8)
+                    "the journal has format version {version}; this lifeboot reads version {VERSION}"
                 ),
             ));
         }
         let damaged = || Error::new(ErrorKind::Damaged, "the journal's header is damaged");
-        if !is_sealed(page) || page[..8] != HEADER_MAGIC || u32_at(page, 8) != VERSION {
+        if !is_sealed(page) || page[..8] != HEADER_MAGIC || version != VERSION {
             return Err(damaged());
         }
         let disk = DiskLayout { size: u64_at(page, 32), chunk_size: u32_at(page, 40) };
@@ -182,144 +198,23 @@ impl Header {
         let header = Self {
             session: SessionId(page[16..32].try_into().expect("sixteen bytes")),
             disk,
-            journal: JournalLayout { slot_pages: u32_at(page, 44), log_pages: u32_at(page, 48) },
+            journal: JournalLayout {
+                partial_max: u64_at(page, 56),
+                slot_pages: u32_at(page, 44),
+                log_pages: u32_at(page, 48),
+            },
             snapshot: name(NAMES_AT, snapshot_len)?,
             target: name(NAMES_AT + snapshot_len, target_len)?,
         };
         let journal = header.journal;
-        let is_laid_out = journal.slot_pages == JournalLayout::for_disk(disk).slot_pages
+        let is_laid_out = journal.partial_max <= disk.chunk_count()
+            && journal.slot_pages == JournalLayout::with_partial(disk, journal.partial_max).slot_pages
             && LOG_PAGES_ALLOWED.contains(&journal.log_pages);
         if u32_at(page, 12) != BLOCK_SIZE as u32 || !is_laid_out {
             return Err(damaged());
         }
         Ok(header)
     }
-}
-
-/// What a checkpoint says beside its bits.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub(super) struct CheckpointFlags {
-    /// The session ended in order: nothing was written after this.
-    pub(super) parked: bool,
-    /// The whole disk is home.
-    pub(super) complete: bool,
-}
-
-/// A checkpoint whose page holds; its body is still to be checked.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct CheckpointHeader {
-    pub(super) generation: u64,
-    pub(super) flags: CheckpointFlags,
-    pub(super) body_len: usize,
-    body_crc: u32,
-}
-
-/// A whole checkpoint, page and body, padded to pages. `G` is noted only where `P` is.
-pub(super) fn encode_checkpoint(
-    session: SessionId,
-    generation: u64,
-    flags: CheckpointFlags,
-    p: &Bits<'_>,
-    g: &Bits<'_>,
-) -> AlignedBuf {
-    let mut body = Vec::new();
-    let words = p.word_count();
-    for start in (0..words).step_by(SEGMENT_WORDS) {
-        let range = start..words.min(start + SEGMENT_WORDS);
-        let home: Vec<u64> = range.clone().map(|word| p.word(word)).collect();
-        let guest: Vec<u64> = range.clone().zip(&home).map(|(word, home)| g.word(word) & home).collect();
-        let full = range.clone().all(|word| p.word(word) == p.full_word(word));
-        let p_tag = if home.iter().all(|&word| word == 0) { 0 } else { 2 - u8::from(full) };
-        let g_tag = if guest.iter().all(|&word| word == 0) { 0 } else { 2 - u8::from(guest == home) };
-        body.extend([p_tag, g_tag]);
-        for (tag, words) in [(p_tag, &home), (g_tag, &guest)] {
-            if tag == 2 {
-                body.extend(words.iter().flat_map(|word| word.to_le_bytes()));
-            }
-        }
-    }
-    let mut buf = AlignedBuf::zeroed(PAGE + body.len().next_multiple_of(PAGE));
-    let flags = u64::from(flags.parked) | u64::from(flags.complete) << 1;
-    buf[..8].copy_from_slice(&CHECKPOINT_MAGIC);
-    put(&mut buf, 8, &generation.to_le_bytes());
-    put(&mut buf, 16, &session.0);
-    put(&mut buf, 32, &flags.to_le_bytes());
-    put(&mut buf, 40, &(body.len() as u64).to_le_bytes());
-    put(&mut buf, 48, &crc32fast::hash(&body).to_le_bytes());
-    seal(&mut buf[..PAGE]);
-    put(&mut buf, PAGE, &body);
-    buf
-}
-
-/// The page of a checkpoint, or `None` where it does not hold or is another session's.
-pub(super) fn decode_checkpoint_header(
-    page: &[u8],
-    session: SessionId,
-    layout: JournalLayout,
-) -> Option<CheckpointHeader> {
-    if page.len() != PAGE || !is_sealed(page) || page[..8] != CHECKPOINT_MAGIC || page[16..32] != session.0 {
-        return None;
-    }
-    let flags = u64_at(page, 32);
-    let room = (layout.slot_pages as usize - 1) * PAGE;
-    let body_len = usize::try_from(u64_at(page, 40)).ok().filter(|&len| len <= room)?;
-    Some(CheckpointHeader {
-        generation: u64_at(page, 8),
-        flags: CheckpointFlags { parked: flags & 1 != 0, complete: flags & 2 != 0 },
-        body_len,
-        body_crc: u32_at(page, 48),
-    })
-}
-
-impl CheckpointHeader {
-    /// Sets in `p` and `g` what the body says. False where it does not hold; nothing is set then.
-    pub(super) fn apply(&self, body: &[u8], p: &Bits<'_>, g: &Bits<'_>) -> bool {
-        if body.len() != self.body_len || crc32fast::hash(body) != self.body_crc {
-            return false;
-        }
-        // The checksum holds, so what follows was written by `encode_checkpoint`; it is checked
-        // once without effect all the same, because a wrong bit here costs a guest its data.
-        walk_body(body, p, |_, _, _| ())
-            && walk_body(body, p, |word, home, guest| {
-                p.or_word(word, home);
-                g.or_word(word, guest);
-            })
-    }
-}
-
-fn walk_body(mut body: &[u8], p: &Bits<'_>, mut set: impl FnMut(usize, u64, u64)) -> bool {
-    let words = p.word_count();
-    for start in (0..words).step_by(SEGMENT_WORDS) {
-        let count = SEGMENT_WORDS.min(words - start);
-        let Some(([p_tag, g_tag], rest)) = body.split_first_chunk::<2>() else { return false };
-        body = rest;
-        let bitmap_len = count * 8;
-        let mut bitmap = |tag: u8| {
-            if tag != 2 {
-                return (tag < 2).then_some(&[][..]);
-            }
-            let (bitmap, rest) = body.split_at_checked(bitmap_len)?;
-            body = rest;
-            Some(bitmap)
-        };
-        let (Some(home), Some(guest)) = (bitmap(*p_tag), bitmap(*g_tag)) else { return false };
-        for index in 0..count {
-            let word = start + index;
-            let full = p.full_word(word);
-            let home = match p_tag {
-                0 => 0,
-                1 => full,
-                _ => u64_at(home, index * 8) & full,
-            };
-            let guest = match g_tag {
-                0 => 0,
-                1 => home,
-                _ => u64_at(guest, index * 8) & home,
-            };
-            set(word, home, guest);
-        }
-    }
-    body.is_empty()
 }
 
 /// One copy of a record that holds.
@@ -414,7 +309,7 @@ pub(super) fn decode_record(log: &[u8], session: SessionId, block_count: u64) ->
     })
 }
 
-fn put(buf: &mut [u8], at: usize, bytes: &[u8]) {
+pub(super) fn put(buf: &mut [u8], at: usize, bytes: &[u8]) {
     buf[at..at + bytes.len()].copy_from_slice(bytes);
 }
 
@@ -422,20 +317,20 @@ fn u16_at(buf: &[u8], at: usize) -> u16 {
     u16::from_le_bytes(buf[at..at + 2].try_into().expect("two bytes"))
 }
 
-fn u32_at(buf: &[u8], at: usize) -> u32 {
+pub(super) fn u32_at(buf: &[u8], at: usize) -> u32 {
     u32::from_le_bytes(buf[at..at + 4].try_into().expect("four bytes"))
 }
 
-fn u64_at(buf: &[u8], at: usize) -> u64 {
+pub(super) fn u64_at(buf: &[u8], at: usize) -> u64 {
     u64::from_le_bytes(buf[at..at + 8].try_into().expect("eight bytes"))
 }
 
 /// Puts the checksum of a page into its last four bytes.
-fn seal(page: &mut [u8]) {
+pub(super) fn seal(page: &mut [u8]) {
     let crc = crc32fast::hash(&page[..PAGE - 4]);
     put(page, PAGE - 4, &crc.to_le_bytes());
 }
 
-fn is_sealed(page: &[u8]) -> bool {
+pub(super) fn is_sealed(page: &[u8]) -> bool {
     crc32fast::hash(&page[..PAGE - 4]) == u32_at(page, PAGE - 4)
 }

@@ -1,9 +1,7 @@
 //! The journal's parsers, for the fuzz targets in `fuzz/`. Not an interface: nothing else may use it.
 
-use super::format::{
-    BlockRun, CheckpointFlags, Header, JournalLayout, SessionId, decode_checkpoint_header, encode_checkpoint,
-    encode_record,
-};
+use super::checkpoint::{CheckpointFlags, decode_checkpoint_header, encode_checkpoint};
+use super::format::{BlockRun, Header, JournalLayout, SessionId, chunk_blocks, encode_record};
 use super::replay::{LogEnd, replay_log};
 use crate::live::DiskLayout;
 use crate::live::bits::{Bits, words_for, zeroed_words};
@@ -30,8 +28,9 @@ pub struct Home {
     pub g: Vec<u64>,
 }
 
-/// A checkpoint, page and body, of a disk of so many blocks.
-pub fn encode_checkpoint_of(session: SessionId, blocks: u64, generation: u64, home: &Home) -> Vec<u8> {
+/// A checkpoint, page and body, of a disk.
+pub fn encode_checkpoint_of(session: SessionId, disk: DiskLayout, generation: u64, home: &Home) -> Vec<u8> {
+    let blocks = disk.size.div_ceil(block::BLOCK_SIZE);
     let words = |from: &[u64]| {
         let words = zeroed_words(words_for(blocks));
         let bits = Bits::new(&words, blocks);
@@ -42,20 +41,21 @@ pub fn encode_checkpoint_of(session: SessionId, blocks: u64, generation: u64, ho
     };
     let (p, g) = (words(&home.p), words(&home.g));
     let (p, g) = (Bits::new(&p, blocks), Bits::new(&g, blocks));
-    let checkpoint = encode_checkpoint(session, generation, CheckpointFlags::default(), &p, &g);
+    let flags = CheckpointFlags::default();
+    let checkpoint = encode_checkpoint(session, generation, flags, chunk_blocks(disk), &p, &g);
     checkpoint.to_vec()
 }
 
-/// Parses a checkpoint's page and body of a disk of so many blocks: its generation and what it says; `None` where it does not hold.
-pub fn checkpoint(bytes: &[u8], session: SessionId, blocks: u64) -> Option<(u64, Home)> {
+/// Parses a checkpoint's page and body of a disk: its generation and what it says; `None` where it does not hold.
+pub fn checkpoint(bytes: &[u8], session: SessionId, disk: DiskLayout) -> Option<(u64, Home)> {
     const PAGE: usize = super::format::PAGE;
-    let layout = JournalLayout::for_disk(DiskLayout { size: blocks * block::BLOCK_SIZE, chunk_size: 65536 });
-    let header = decode_checkpoint_header(bytes.get(..PAGE)?, session, layout)?;
+    let blocks = disk.size.div_ceil(block::BLOCK_SIZE);
+    let header = decode_checkpoint_header(bytes.get(..PAGE)?, session, JournalLayout::for_disk(disk))?;
     let body = bytes.get(PAGE..PAGE + header.body_len)?;
     let (p, g) = (zeroed_words(words_for(blocks)), zeroed_words(words_for(blocks)));
     let (p, g) = (Bits::new(&p, blocks), Bits::new(&g, blocks));
     let words = |bits: &Bits<'_>| (0..bits.word_count()).map(|index| bits.word(index)).collect();
-    let holds = header.apply(body, &p, &g);
+    let holds = header.apply(body, chunk_blocks(disk), &p, &g);
     let home = Home { p: words(&p), g: words(&g) };
     assert!(holds || home.p.iter().chain(&home.g).all(|word| *word == 0), "half of it was applied");
     holds.then_some((header.generation, home))

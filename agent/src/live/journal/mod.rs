@@ -11,15 +11,16 @@
 //! | `1+s .. 1+2s` | checkpoint place 1 |
 //! | `1+2s .. 1+2s+l` | log |
 //!
-//! `s` holds the largest checkpoint that the disk can need (at most two bits a block); `l` is 16 MiB.
-//! The room is taken when the session is made and never grows: 17 MiB for a disk of 8 GiB, 144 MiB for 1 TiB.
+//! `s` holds the largest checkpoint that the session can need: three bits a chunk, and a bit a block of the `k` chunks
+//! that can ever be home in part (those that are not whole from the start); `l` is 16 MiB. The room is taken when the
+//! session is made and never grows: docs/session.md has examples.
 //!
 //! **Header** (page 0)
 //!
 //! | offset | bytes | field |
 //! |---|---|---|
-//! | 0 | 8 | `LBJRNL\x01\n` |
-//! | 8 | 4 | format version: 1 |
+//! | 0 | 8 | `LBJRNL\x02\n` |
+//! | 8 | 4 | format version: 2 |
 //! | 12 | 4 | block size: 4096 |
 //! | 16 | 16 | session id |
 //! | 32 | 8 | disk size in bytes |
@@ -28,14 +29,15 @@
 //! | 48 | 4 | `l`, pages of the log |
 //! | 52 | 2 | length of the snapshot's name |
 //! | 54 | 2 | length of the target's name, which is for people |
-//! | 56 | | the snapshot's name, then the target's, UTF-8; zeroes to the end |
+//! | 56 | 8 | `k`, the most chunks that can ever be home in part |
+//! | 64 | | the snapshot's name, then the target's, UTF-8; zeroes to the end |
 //! | 4092 | 4 | CRC-32 of the 4092 bytes before |
 //!
 //! **Checkpoint**: one page, then the body
 //!
 //! | offset | bytes | field |
 //! |---|---|---|
-//! | 0 | 8 | `LBCKPT\x01\n` |
+//! | 0 | 8 | `LBCKPT\x02\n` |
 //! | 8 | 8 | generation, from 1; place 0 holds the even ones |
 //! | 16 | 16 | session id |
 //! | 32 | 8 | flags: 1 parked cleanly; 2 complete |
@@ -44,8 +46,11 @@
 //! | 52 | | zeroes |
 //! | 4092 | 4 | CRC-32 of the 4092 bytes before |
 //!
-//! The body holds, for every 32,768 blocks in order, a byte for `P` (0 none, 1 all, 2 a bitmap follows)
-//! and one for `G` (0 none, 1 the same as `P`, 2 a bitmap follows), then those bitmaps, a bit a block, lowest first.
+//! The body holds, for every 4096 chunks in order, three bytes: which chunks are whole in `P` (0 none, 1 all, 2 a bitmap
+//! follows), which are home in part (likewise), and in which of these the guest wrote anything (0 none, 1 all of them, 2 a
+//! bitmap follows); then those bitmaps, a bit a chunk, lowest first; then, for each chunk that is home in part, in order, a
+//! bitmap of its blocks in `P`, in as many bytes as the blocks of a whole chunk need. So a checkpoint rounds `G` up to what is
+//! home of a chunk.
 //!
 //! **Record**, in the log, in as many pages as it needs, written twice in one write: the second copy
 //! follows the first. So one damaged byte loses nothing, and a torn write is never taken for whole.
@@ -77,6 +82,7 @@
 //! - Replay is a bitwise or of the checkpoint and the records, so doing it twice changes nothing.
 //! - Resuming always begins with a fresh checkpoint, so that a torn tail is never written behind.
 
+mod checkpoint;
 mod format;
 pub mod fuzzing;
 mod replay;

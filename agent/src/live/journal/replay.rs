@@ -1,9 +1,7 @@
 //! What a journal's bytes say: the newest checkpoint that holds and the records after it. Pure.
 
-use super::format::{
-    BlockRun, CheckpointHeader, JournalLayout, PAGE, Record, SessionId, decode_checkpoint_header,
-    decode_record,
-};
+use super::checkpoint::{CheckpointHeader, decode_checkpoint_header};
+use super::format::{BlockRun, JournalLayout, PAGE, Record, SessionId, decode_record};
 use crate::live::error::{Error, ErrorKind, Result};
 
 /// Where the log ends, and what it said on the way.

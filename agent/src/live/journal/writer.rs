@@ -2,7 +2,8 @@
 
 use block::{AlignedBuf, BlockDevice, ByteRange, Durability, ZeroMode};
 
-use super::format::{BlockRun, CheckpointFlags, Header, PAGE, encode_checkpoint, encode_record, record_len};
+use super::checkpoint::{CheckpointFlags, encode_checkpoint};
+use super::format::{BlockRun, Header, PAGE, chunk_blocks, encode_record, record_len};
 use super::replay::{LogEnd, order_checkpoints, replay_log};
 use crate::live::bits::Bits;
 use crate::live::error::{Error, ErrorKind, Result};
@@ -98,7 +99,7 @@ impl Journal {
                 read(device, layout.slot_at(slot) + PAGE as u64, checkpoint.body_len.next_multiple_of(PAGE))
                     .await?;
             body.set_len(checkpoint.body_len);
-            if !checkpoint.apply(&body, p, g) {
+            if !checkpoint.apply(&body, chunk_blocks(header.disk), p, g) {
                 continue;
             }
             let LogEnd { complete, mended, records } =
@@ -183,7 +184,10 @@ impl Journal {
     ) -> Result<()> {
         let generation = self.generation + 1;
         let flags = CheckpointFlags { parked, complete: self.complete };
-        let checkpoint = encode_checkpoint(self.header.session, generation, flags, p, g);
+        let Header { session, disk, journal, .. } = self.header;
+        let checkpoint = encode_checkpoint(session, generation, flags, chunk_blocks(disk), p, g);
+        let room = journal.slot_pages as usize * PAGE;
+        assert!(checkpoint.len() <= room, "more chunks are home in part than were not whole at the start");
         write(device, self.header.journal.slot_at(generation % 2), checkpoint).await?;
         device.flush().await?;
         self.generation = generation;
