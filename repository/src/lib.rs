@@ -49,8 +49,8 @@ pub use hash::chunk_ids;
 pub use header::FORMAT_VERSION;
 pub use id::{ChunkId, PackId};
 pub use manifest::{
-    Attachment, Consistency, DiskEntry, DiskStats, MAX_ATTACHMENTS, MAX_DISKS, MAX_NOTE_LEN, Manifest,
-    Snapshot, SnapshotMeta,
+    Attachment, Consistency, DiskEntry, DiskStats, MAX_ATTACHMENTS, MAX_DISKS, MAX_NOTE_LEN, Manifest, Saved,
+    SavedUpTo, Snapshot, SnapshotMeta,
 };
 pub use map::geometry::{MAX_CHUNK_SIZE, MAX_DISK_SIZE, MIN_CHUNK_SIZE};
 pub use map::{DiskMap, MapEntry};

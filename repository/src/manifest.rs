@@ -51,6 +51,26 @@ pub struct DiskStats {
     pub new_stored_bytes: u64,
 }
 
+/// How much of what a guest was told is in what was saved of its live-restore.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum SavedUpTo {
+    /// Everything that the guest was told was written.
+    Acknowledged,
+    /// Everything that it had flushed, after the host went down or a sync failed; of what it wrote since, any part.
+    Flushed,
+}
+
+/// Whose live-restore a snapshot was saved of.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Saved {
+    /// The full name of the snapshot that was being restored.
+    pub live_restore_of: String,
+    /// How much of the guest's writes is in it.
+    pub up_to: SavedUpTo,
+}
+
 /// One disk of a snapshot.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -96,6 +116,9 @@ pub struct Manifest {
     pub consistency: Consistency,
     /// The snapshot of the same group that it was compared with.
     pub parent: Option<Timestamp>,
+    /// Where it was saved of a live-restore: of which.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub saved: Option<Saved>,
     /// What somebody wanted remembered about it.
     pub note: Option<String>,
     /// Its disks.
@@ -115,6 +138,8 @@ pub struct SnapshotMeta {
     pub consistency: Consistency,
     /// The snapshot of the same group that it was compared with.
     pub parent: Option<Timestamp>,
+    /// Where it was saved of a live-restore: of which.
+    pub saved: Option<Saved>,
     /// What somebody wants remembered about it.
     pub note: Option<String>,
 }
@@ -134,6 +159,7 @@ impl Manifest {
             tool: meta.tool,
             consistency: meta.consistency,
             parent: meta.parent,
+            saved: meta.saved,
             note: meta.note,
             disks,
             attachments,

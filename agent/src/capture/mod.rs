@@ -153,6 +153,7 @@ impl Verb for Args {
             tool: concat!("lifeboot ", env!("CARGO_PKG_VERSION")).to_owned(),
             consistency: if warnings.is_empty() { Consistency::Crash } else { Consistency::Changing },
             parent: parent.as_ref().map(|parent| parent.manifest().time),
+            saved: None,
             note: self.note,
         };
         // From here on it either becomes a snapshot or fails: an interrupt comes too late.

@@ -30,6 +30,8 @@ pub(crate) struct DiskShared {
     geometry: Geometry,
     parent: Option<DiskMap>,
     map: MapBuilder,
+    /// It began as a disk that the repository has: what is put replaces something.
+    is_over: bool,
     counts: Counts,
 }
 
@@ -49,7 +51,36 @@ impl DiskShared {
         geometry: Geometry,
         parent: Option<DiskMap>,
     ) -> Self {
-        Self { capture, name, geometry, parent, map: MapBuilder::new(geometry), counts: Counts::default() }
+        let map = MapBuilder::new(geometry);
+        Self { capture, name, geometry, parent, map, is_over: false, counts: Counts::default() }
+    }
+
+    /// A disk that is `base`, which `stats` tells of, but for what will be put.
+    pub(super) fn over(
+        capture: Arc<CaptureShared>,
+        name: DiskName,
+        base: DiskMap,
+        stats: &DiskStats,
+    ) -> Result<Self> {
+        let geometry = base.geometry();
+        let counts = Counts {
+            data_chunks: AtomicU64::new(stats.data_chunks),
+            zero_chunks: AtomicU64::new(stats.zero_chunks),
+            ..Counts::default()
+        };
+        let map = MapBuilder::over(geometry, base.clone())?;
+        Ok(Self { capture, name, geometry, parent: Some(base), map, is_over: true, counts })
+    }
+
+    /// Counts places of which `data` hold data now and the others zeroes, and which stood for `replaced` chunks
+    /// of data before, where anything stood there.
+    fn count(&self, places: u64, data: u64, replaced: u64) {
+        self.counts.data_chunks.fetch_add(data, Ordering::Relaxed);
+        self.counts.zero_chunks.fetch_add(places - data, Ordering::Relaxed);
+        if self.is_over {
+            self.counts.data_chunks.fetch_sub(replaced, Ordering::Relaxed);
+            self.counts.zero_chunks.fetch_sub(places - replaced, Ordering::Relaxed);
+        }
     }
 
     pub(super) fn finish(&self) -> Result<DiskEntry> {
@@ -138,8 +169,8 @@ impl DiskWriter {
     /// `InvalidInput` past the end of the disk, or where something was put already.
     pub fn put_zero(&self, chunks: Range<u64>) -> Result<()> {
         let count = chunks.end.saturating_sub(chunks.start);
-        self.0.map.put_zero(chunks, &*self.0.capture)?;
-        self.0.counts.zero_chunks.fetch_add(count, Ordering::Relaxed);
+        let replaced = self.0.map.put_zero(chunks, &*self.0.capture)?;
+        self.0.count(count, 0, replaced);
         Ok(())
     }
 
@@ -153,8 +184,8 @@ impl DiskWriter {
         if !self.0.capture.known(id)? {
             return Ok(false);
         }
-        self.0.map.put(index, *id, &*self.0.capture)?;
-        self.0.counts.data_chunks.fetch_add(1, Ordering::Relaxed);
+        let replaced = self.0.map.put(index, *id, &*self.0.capture)?;
+        self.0.count(1, 1, replaced);
         Ok(true)
     }
 
@@ -173,8 +204,8 @@ impl DiskWriter {
             )));
         }
         let new = disk.capture.store(id, chunk, RecordKind::CHUNK)?;
-        disk.map.put(index, *id, &*disk.capture)?;
-        disk.counts.data_chunks.fetch_add(1, Ordering::Relaxed);
+        let replaced = disk.map.put(index, *id, &*disk.capture)?;
+        disk.count(1, 1, replaced);
         if !new {
             return Ok(Put::Known);
         }

@@ -18,7 +18,7 @@ use crate::codec::{ChunkEncoder, DEFAULT_LEVEL, MAX_PLAIN_LEN, StoredChunk};
 use crate::error::{Error, Result};
 use crate::id::{ChunkId, fill_random};
 use crate::index;
-use crate::manifest::{Attachment, Manifest, Snapshot, SnapshotMeta};
+use crate::manifest::{Attachment, DiskEntry, Manifest, Snapshot, SnapshotMeta};
 use crate::map::DiskMap;
 use crate::map::builder::NodeSink;
 use crate::map::geometry::Geometry;
@@ -176,6 +176,22 @@ impl CaptureWriter {
         let parent = parent.filter(|parent| parent.chunk_size() == chunk_size);
         let disk =
             Arc::new(DiskShared::new(self.shared.clone(), name, Geometry::new(size, chunk_size)?, parent));
+        self.disks.push(disk.clone());
+        Ok(DiskWriter::new(disk))
+    }
+
+    /// Adds a disk that is one of this repository's but for what is put: the places that changed, in any order and by
+    /// any thread. It costs in proportion to them, and shares all else. What is not put is not looked up again: the
+    /// snapshot that `base` belongs to names it.
+    ///
+    /// # Errors
+    /// `InvalidInput` for a name that was used; `Damaged` where the base's map is.
+    pub fn begin_disk_over(&mut self, name: DiskName, base: &DiskEntry) -> Result<DiskWriter> {
+        if self.disks.iter().any(|disk| disk.name == name) {
+            return Err(Error::invalid(format!("two disks are called {name}")));
+        }
+        let map = self.shared.repository.disk_map(base)?;
+        let disk = Arc::new(DiskShared::over(self.shared.clone(), name, map, &base.stats)?);
         self.disks.push(disk.clone());
         Ok(DiskWriter::new(disk))
     }

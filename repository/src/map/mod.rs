@@ -10,7 +10,7 @@ use std::sync::Arc;
 
 use crate::error::{Error, Result};
 use crate::id::ChunkId;
-use crate::map::geometry::{Geometry, LEAF_SLOTS};
+use crate::map::geometry::{Geometry, INNER_SLOTS, LEAF_SLOTS};
 use crate::map::node::Node;
 use crate::repository::Repository;
 
@@ -34,6 +34,10 @@ pub struct DiskMap {
 impl DiskMap {
     pub(crate) fn new(repository: Repository, geometry: Geometry, root: Option<ChunkId>) -> Self {
         Self { repository, geometry, root }
+    }
+
+    pub(crate) fn geometry(&self) -> Geometry {
+        self.geometry
     }
 
     /// The disk's size in bytes.
@@ -145,8 +149,23 @@ impl DiskMap {
         Ok(())
     }
 
+    /// The ids of all leaves; none where all is zero. No leaf is read for it.
+    pub(crate) fn leaf_ids(&self) -> Result<Vec<Option<ChunkId>>> {
+        let mut ids = vec![self.root];
+        for level in (1..=self.geometry.root_level()).rev() {
+            let mut below = Vec::with_capacity(ids.len() * INNER_SLOTS as usize);
+            for id in ids {
+                let node = id.map(|id| self.repository.node_of_level(level, &id)).transpose()?;
+                below.extend((0..INNER_SLOTS).map(|slot| node.as_ref().and_then(|node| node.slot(slot))));
+            }
+            ids = below;
+        }
+        ids.truncate(self.geometry.leaf_count() as usize);
+        Ok(ids)
+    }
+
     /// The leaf of that number; none where all is zero.
-    fn leaf(&self, number: u64) -> Result<Option<Arc<Node>>> {
+    pub(crate) fn leaf(&self, number: u64) -> Result<Option<Arc<Node>>> {
         let Some(mut id) = self.root else { return Ok(None) };
         let mut level = self.geometry.root_level();
         loop {
