@@ -178,12 +178,23 @@ impl Session {
         Ok(())
     }
 
-    /// Begins a change of the target, unless the session is closed. Parking waits for its end.
-    pub(super) fn begin_change(&self) -> Result<Change<'_>> {
+    /// Begins a change of the target, unless the session is closed. Parking and freezing wait for its end. While the
+    /// session is held still this waits.
+    pub(super) async fn begin_change(&self) -> Result<Change<'_>> {
+        loop {
+            if let Some(change) = self.try_begin_change()? {
+                return Ok(change);
+            }
+            self.is_moving().await;
+        }
+    }
+
+    /// Begins a change of the target; `None` while the session is held still.
+    pub(super) fn try_begin_change(&self) -> Result<Option<Change<'_>>> {
         self.changes.fetch_add(1, Ordering::SeqCst);
         let change = Change(self);
         self.check_open()?;
-        Ok(change)
+        Ok((!self.is_still()).then_some(change))
     }
 }
 
@@ -193,7 +204,8 @@ pub(super) struct Change<'a>(&'a Session);
 
 impl Drop for Change<'_> {
     fn drop(&mut self) {
-        if self.0.changes.fetch_sub(1, Ordering::SeqCst) == 1 && self.0.phase() == Phase::Parked {
+        let is_last = self.0.changes.fetch_sub(1, Ordering::SeqCst) == 1;
+        if is_last && (self.0.phase() == Phase::Parked || self.0.is_still()) {
             self.0.idle.notify_waiters();
         }
     }

@@ -80,7 +80,10 @@ impl BlockDevice for LiveDevice {
         if !self.is_home(range) {
             return Ok(Attempt::WouldWait);
         }
-        let _change = self.session.begin_change()?;
+        let Some(_change) = self.session.try_begin_change()? else { return Ok(Attempt::WouldWait) };
+        if !self.session.needs_no_copy(&self.session.map.blocks(range)) {
+            return Ok(Attempt::WouldWait);
+        }
         // What is home is never filled, so this takes no hold. `G` goes before the write: a kill
         // in the middle of it leaves a block that differs from the backup.
         self.session.map.mark_guest(self.session.map.blocks(range));

@@ -169,7 +169,7 @@ impl LiveDevice {
     async fn fill(&self, chunks: Range<u64>, buf: AlignedBuf, urgency: Urgency) -> Result<()> {
         let session = &*self.session;
         let map = &session.map;
-        let _change = session.begin_change()?;
+        let _change = session.begin_change().await?;
         session.catch_up();
         let _holds = if session.makes(Mistake::FillWithoutHold) {
             Vec::new()

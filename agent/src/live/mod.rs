@@ -41,6 +41,8 @@
 //!   checkpoint that says that nothing is missing, and that `G` is exact.
 //! - **Resuming** from the journal alone makes every block of `P` one of `G` as well: an unflushed write to a
 //!   block that was home may have reached the target, and no record speaks of it. Too much in `G` is harmless.
+//! - **A frozen view** (`frozen`) holds all changes for as long as those under way take, and from then on has each change of what
+//!   is in it copied first. While there is none, a write looks at one flag.
 //! - **A target is checked before it is believed** (`fingerprint`): chunks that the journal calls home and that the
 //!   guest never wrote must be those of the snapshot. It comes before the first write to the journal, the live file or
 //!   the target, so that a refused target and its session stay as they were.
@@ -62,6 +64,7 @@ mod extents;
 mod fetch;
 mod fill;
 mod fingerprint;
+mod frozen;
 mod holds;
 mod join;
 mod journal;
@@ -86,6 +89,7 @@ pub use damage::DamagedRun;
 pub use device::LiveDevice;
 pub use disk::LiveDisk;
 pub use error::{Error, ErrorKind, Result};
+pub use frozen::{AtRest, Frozen, FrozenOptions, FrozenReader, RestParts, Still, Taken};
 #[doc(hidden)]
 pub use journal::fuzzing;
 pub use journal::{BlockRun, JournalLayout, SessionId};

@@ -101,6 +101,27 @@ pub enum Resumed {
 }
 
 impl Resumed {
+    /// What a journal and a live file tell of how a session had ended; see docs/durability.md.
+    pub(super) fn told_by(
+        is_parked: bool,
+        believes_live_file: bool,
+        is_poisoned: bool,
+        last_boot: Option<BootId>,
+        boot: BootId,
+    ) -> Self {
+        if is_parked {
+            Self::Parked
+        } else if believes_live_file {
+            Self::AgentDied
+        } else if is_poisoned {
+            Self::SyncFailed
+        } else if last_boot == Some(boot) {
+            Self::LiveFileLost
+        } else {
+            Self::HostDied
+        }
+    }
+
     /// Whether only what was flushed is known to be there. What the guest wrote is then known only to be among
     /// the blocks that are home, so all of these count as written by it.
     #[must_use]

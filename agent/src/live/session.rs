@@ -15,6 +15,7 @@ use super::clock::Clock;
 use super::device::LiveDevice;
 use super::error::{Error, ErrorKind, Result};
 use super::fingerprint::{Evidence, check_contents};
+use super::frozen::Views;
 use super::holds::Holds;
 use super::journal::{Header, Journal, JournalLayout, SessionId};
 use super::limit::RateLimit;
@@ -49,6 +50,7 @@ pub struct Session {
     pub(super) waiting: AtomicU64,
     pub(super) changes: AtomicU64,
     pub(super) stopping: AtomicBool,
+    pub(super) views: Views,
     phase: AtomicU8,
     #[cfg(test)]
     pub(super) mistake: Option<Mistake>,
@@ -164,17 +166,8 @@ impl Session {
         };
         let believes_live_file = map.live().is_believable(id, parts.boot, disk, credulity);
         let is_poisoned = map.live().is_poisoned(id, parts.boot, disk);
-        let resumed = if replayed.parked {
-            Resumed::Parked
-        } else if believes_live_file {
-            Resumed::AgentDied
-        } else if is_poisoned {
-            Resumed::SyncFailed
-        } else if parts.last_boot == Some(parts.boot) {
-            Resumed::LiveFileLost
-        } else {
-            Resumed::HostDied
-        };
+        let resumed =
+            Resumed::told_by(replayed.parked, believes_live_file, is_poisoned, parts.last_boot, parts.boot);
         if let Some(check) = &parts.check {
             // On the boot that they were set in, the live file's bits of `G` leave nothing out, poisoned or not.
             let live_guest = (believes_live_file || is_poisoned).then(|| map.g());
@@ -249,6 +242,7 @@ impl Session {
             waiting: AtomicU64::new(0),
             changes: AtomicU64::new(0),
             stopping: AtomicBool::new(false),
+            views: Views::default(),
             phase: AtomicU8::new(phase as u8),
             #[cfg(test)]
             mistake: None,
@@ -414,7 +408,12 @@ fn check_target(target: &dyn BlockDevice, disk: DiskLayout) -> Result<()> {
     Err(Error::new(ErrorKind::Unsuitable, problem))
 }
 
-fn check_identity(header: &Header, id: SessionId, identity: &Identity, disk: DiskLayout) -> Result<()> {
+pub(super) fn check_identity(
+    header: &Header,
+    id: SessionId,
+    identity: &Identity,
+    disk: DiskLayout,
+) -> Result<()> {
     let problem = if header.session != id {
         format!(
             "the journal here is that of session {}, begun on {}, not of {id}",

@@ -39,10 +39,11 @@ impl LiveDevice {
             return (Err(error), buf);
         }
         // After the fetch, so that parking never waits for the source.
-        let _change = match session.begin_change() {
+        let _change = match session.begin_change().await {
             Ok(change) => change,
             Err(error) => return (Err(error), buf),
         };
+        self.preserve(&blocks).await;
         session.catch_up();
         let _holds = if self.is_home(range) { Vec::new() } else { self.hold_shared(&blocks).await };
         if session.makes(Mistake::HomeBeforeCompletion) {

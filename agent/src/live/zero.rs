@@ -77,7 +77,8 @@ impl LiveDevice {
         change: impl FnOnce() -> DeviceFuture<'a, Result<()>>,
     ) -> Result<()> {
         let session = &*self.session;
-        let _change = session.begin_change()?;
+        let _change = session.begin_change().await?;
+        self.preserve(&blocks).await;
         let _holds = self.hold_shared(&blocks).await;
         session.map.mark_guest(blocks.clone());
         let result = change().await;
@@ -120,7 +121,7 @@ impl LiveDevice {
         while start < chunks.end {
             let step = start..chunks.end.min(start + per_step);
             start = step.end;
-            let _change = session.begin_change()?;
+            let _change = session.begin_change().await?;
             let _holds = self.hold_exclusive(&step).await;
             let absent: Vec<_> =
                 map.v().runs(map.blocks_of_chunks(&step)).filter(|(_, is_home)| !is_home).collect();

@@ -2,6 +2,7 @@
 
 mod files;
 mod filling;
+mod frozen;
 mod lasting;
 mod serving;
 
