@@ -25,5 +25,5 @@ pub use address::ListenAddress;
 pub use error::{Error, ErrorKind, Result};
 pub use export::Export;
 pub use options::{LateRequests, Limits, ServerOptions};
-pub use server::{Server, ServerHandle, Stats};
+pub use server::{Monitor, Server, ServerHandle, Stats};
 pub use shard::{ShardContext, ShardTask};

@@ -104,14 +104,10 @@ impl Server {
         let limits = &self.options.limits;
         let budget = Budget::new(limits.memory_bytes, limits.request_bytes);
         let operations = Arc::new(AtomicUsize::new(0));
-        let mut handle = ServerHandle {
-            phase: phase.clone(),
-            slots: slots.clone(),
-            budget: budget.clone(),
-            operations: Arc::clone(&operations),
-            addresses: self.addresses,
-            threads: Vec::new(),
-        };
+        let monitor =
+            Monitor { slots: slots.clone(), budget: budget.clone(), operations: Arc::clone(&operations) };
+        let mut handle =
+            ServerHandle { phase: phase.clone(), monitor, addresses: self.addresses, threads: Vec::new() };
         let mut senders = Vec::new();
         for index in 0..shards.max(1) {
             let (sender, inbox) = mpsc::unbounded_channel();
@@ -140,11 +136,30 @@ impl Server {
 #[derive(Debug)]
 pub struct ServerHandle {
     phase: watch::Sender<Phase>,
+    monitor: Monitor,
+    addresses: Vec<ListenAddress>,
+    threads: Vec<JoinHandle<()>>,
+}
+
+/// Sees what is going on in a server, also when that has ended. Clones see the same.
+#[derive(Clone, Debug)]
+pub struct Monitor {
     slots: Slots,
     budget: Budget,
     operations: Arc<AtomicUsize>,
-    addresses: Vec<ListenAddress>,
-    threads: Vec<JoinHandle<()>>,
+}
+
+impl Monitor {
+    /// What is going on right now.
+    #[must_use]
+    pub fn stats(&self) -> Stats {
+        Stats {
+            connections: self.slots.connections(),
+            half_open: self.slots.half_open(),
+            operations: self.operations.load(Ordering::Relaxed),
+            memory_bytes: self.budget.used_bytes(),
+        }
+    }
 }
 
 impl ServerHandle {
@@ -164,12 +179,13 @@ impl ServerHandle {
     /// What is going on right now.
     #[must_use]
     pub fn stats(&self) -> Stats {
-        Stats {
-            connections: self.slots.connections(),
-            half_open: self.slots.half_open(),
-            operations: self.operations.load(Ordering::Relaxed),
-            memory_bytes: self.budget.used_bytes(),
-        }
+        self.monitor.stats()
+    }
+
+    /// Whoever is to see what is going on without owning the server.
+    #[must_use]
+    pub fn monitor(&self) -> Monitor {
+        self.monitor.clone()
     }
 
     /// Begins the end: nothing more is accepted, connections finish what is in flight, and are closed

@@ -8,6 +8,7 @@ mod failure;
 mod generate;
 mod init;
 mod interrupt;
+mod limit;
 mod show;
 mod snapshots;
 mod units;
@@ -58,6 +59,7 @@ enum Command {
     Restore(crate::restore::Args),
     LiveRestore(crate::live_restore::Args),
     Status(crate::status::Args),
+    Limit(limit::Args),
     Serve(crate::serve::Args),
     Verify(verify::Args),
     Completions(generate::CompletionsArgs),
@@ -74,6 +76,7 @@ impl Command {
             Self::Restore(args) => args.run(context),
             Self::LiveRestore(args) => args.run(context),
             Self::Status(args) => args.run(context),
+            Self::Limit(args) => args.run(context),
             Self::Serve(args) => args.run(context),
             Self::Verify(args) => args.run(context),
             Self::Completions(args) => args.run(context),

@@ -39,6 +39,12 @@ impl Rate {
     /// No limit at all.
     pub const UNLIMITED: Self = Self { bytes_per_second: 0 };
 
+    /// So many bytes a second; 0 is no limit.
+    #[must_use]
+    pub const fn per_second(bytes: u64) -> Self {
+        Self { bytes_per_second: bytes }
+    }
+
     /// The limit in bytes a second; `None` is no limit.
     #[must_use]
     pub const fn limit(self) -> Option<NonZeroU64> {

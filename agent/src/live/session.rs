@@ -332,7 +332,7 @@ impl Session {
     /// How far the restore is.
     #[must_use]
     pub fn stats(&self) -> StatsSnapshot {
-        let (misses, miss_p50_us, miss_p99_us) = self.stats.waits();
+        let (misses, miss_p50_us, miss_p99_us, miss_max_us) = self.stats.waits();
         let size = self.map.disk().size;
         let bytes = |blocks: u64| (blocks * BLOCK_SIZE).min(size);
         let damage = self.stats.damage.lock().summary(|chunk| self.map.absent_bytes(chunk));
@@ -352,6 +352,7 @@ impl Session {
             misses,
             miss_p50_us,
             miss_p99_us,
+            miss_max_us,
             waiting: self.waiting.load(Ordering::Relaxed),
             source_away: fills.source_away_since.map(|since| now.saturating_sub(since)),
             target_full: fills.full_until.is_some() && self.phase() == Phase::Filling,
@@ -363,6 +364,12 @@ impl Session {
             damaged_due_bytes: damage.due_bytes,
             damaged: damage.runs,
         }
+    }
+
+    /// How many of guests' misses waited no longer than each of these times; and how long all waited together.
+    #[must_use]
+    pub fn misses_within(&self, bounds: &[Duration]) -> (Vec<u64>, Duration) {
+        self.stats.waits_within(bounds)
     }
 
     #[cfg(test)]

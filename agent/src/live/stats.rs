@@ -70,6 +70,8 @@ pub struct StatsSnapshot {
     pub miss_p50_us: u64,
     /// How long 99 in 100 of them waited at most, in microseconds.
     pub miss_p99_us: u64,
+    /// How long the longest of them waited, in microseconds.
+    pub miss_max_us: u64,
     /// Guests that wait for the source right now.
     pub waiting: u64,
     /// For how long the source has been out of reach.
@@ -138,10 +140,21 @@ impl Stats {
         self.waits.lock().saturating_record(time.max(1));
     }
 
-    /// Misses, and the waits that half and 99 in 100 of them did not exceed, in microseconds.
-    pub(super) fn waits(&self) -> (u64, u64, u64) {
+    /// Misses, and the waits that half, 99 in 100 and all of them did not exceed, in microseconds.
+    pub(super) fn waits(&self) -> (u64, u64, u64, u64) {
         let waits = self.waits.lock();
-        (waits.len(), waits.value_at_quantile(0.5), waits.value_at_quantile(0.99))
+        (waits.len(), waits.value_at_quantile(0.5), waits.value_at_quantile(0.99), waits.max())
+    }
+
+    /// How many misses waited no longer than each of these times, and how long all of them waited together.
+    pub(super) fn waits_within(&self, bounds: &[Duration]) -> (Vec<u64>, Duration) {
+        let waits = self.waits.lock();
+        let within = |bound: &Duration| waits.count_between(0, bound.as_micros() as u64);
+        let sum_us = waits
+            .iter_recorded()
+            .map(|step| u64::from(step.count_at_value()) * step.value_iterated_to())
+            .sum();
+        (bounds.iter().map(within).collect(), Duration::from_micros(sum_us))
     }
 
     pub(super) fn read(counter: &AtomicU64) -> u64 {

@@ -7,9 +7,9 @@ use crate::live::Resumed;
 /// How long QEMU waits for an agent that is started again, in seconds.
 const RECONNECT_SECONDS: u32 = 300;
 
-/// QEMU's arguments for a drive on this export. A raw node stands above the NBD node, so that the
+/// QEMU's arguments for a drive on each of these exports. A raw node stands above each NBD node, so that the
 /// drive can be moved onto the target later without the guest's noticing.
-pub(super) fn qemu_arguments(address: &ListenAddress, export: &str) -> Vec<String> {
+pub(super) fn qemu_arguments(address: &ListenAddress, exports: &[&str]) -> Vec<String> {
     let server = match address {
         ListenAddress::Unix(path) => {
             format!("server.type=unix,server.path={}", escaped(&path.display().to_string()))
@@ -18,17 +18,27 @@ pub(super) fn qemu_arguments(address: &ListenAddress, export: &str) -> Vec<Strin
             format!("server.type=inet,server.host={},server.port={port}", escaped(host))
         }
     };
-    vec![
-        "-blockdev".to_owned(),
-        format!(
-            "driver=nbd,node-name=lifeboot-nbd,{server},export={},reconnect-delay={RECONNECT_SECONDS},discard=unmap",
-            escaped(export)
-        ),
-        "-blockdev".to_owned(),
-        "driver=raw,node-name=lifeboot,file=lifeboot-nbd,discard=unmap".to_owned(),
-        "-device".to_owned(),
-        "virtio-blk-pci,drive=lifeboot".to_owned(),
-    ]
+    let mut arguments = Vec::new();
+    for (index, export) in exports.iter().enumerate() {
+        let node = node_name(index, exports.len());
+        arguments.extend([
+            "-blockdev".to_owned(),
+            format!(
+                "driver=nbd,node-name={node}-nbd,{server},export={},reconnect-delay={RECONNECT_SECONDS},discard=unmap",
+                escaped(export)
+            ),
+            "-blockdev".to_owned(),
+            format!("driver=raw,node-name={node},file={node}-nbd,discard=unmap"),
+            "-device".to_owned(),
+            format!("virtio-blk-pci,drive={node}"),
+        ]);
+    }
+    arguments
+}
+
+/// What the raw node of a drive is called, of so many: a disk's own name may be none that QEMU takes.
+pub(crate) fn node_name(index: usize, count: usize) -> String {
+    if count == 1 { "lifeboot".to_owned() } else { format!("lifeboot{index}") }
 }
 
 /// What a guest that goes on may have lost without knowing it, and what to do.
@@ -74,9 +84,20 @@ mod tests {
     #[test]
     fn paths_with_commas_and_spaces_survive_qemu_and_the_shell() {
         let address = ListenAddress::Unix("/run/a,b c.sock".into());
-        let line = shell_line(&qemu_arguments(&address, "disk0"));
+        let line = shell_line(&qemu_arguments(&address, &["disk0"]));
         assert!(line.contains("server.path=/run/a,,b c.sock,export=disk0,reconnect-delay="), "{line}");
         assert!(line.starts_with("-blockdev 'driver=nbd,"), "{line}");
         assert!(line.ends_with("-device virtio-blk-pci,drive=lifeboot"), "{line}");
+    }
+
+    #[test]
+    fn each_of_several_drives_has_nodes_of_its_own() {
+        let address = ListenAddress::Unix("/run/a.sock".into());
+        let arguments = qemu_arguments(&address, &["root", "data"]);
+        assert_eq!(arguments.len(), 12);
+        assert!(arguments[1].contains("node-name=lifeboot0-nbd,") && arguments[1].contains("export=root,"));
+        assert!(arguments[7].contains("node-name=lifeboot1-nbd,") && arguments[7].contains("export=data,"));
+        assert!(arguments[9].contains("node-name=lifeboot1,file=lifeboot1-nbd,"));
+        assert_eq!(arguments[11], "virtio-blk-pci,drive=lifeboot1");
     }
 }

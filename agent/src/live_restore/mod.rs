@@ -16,22 +16,25 @@
 mod advice;
 mod control;
 mod damage;
+mod fetching;
 mod identity;
 mod late;
 mod made;
+mod narrate;
 mod open;
+mod order;
 mod record;
 mod report;
-mod serve;
-mod service;
+pub(crate) mod serve;
+pub(crate) mod service;
 mod state_dir;
 mod stopped;
+mod story;
 mod target;
 mod wanted;
 
 use std::num::NonZeroU64;
-use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::path::PathBuf;
 use std::time::Duration;
 
 use block::{Engine, IoEngine};
@@ -39,14 +42,17 @@ use nbd_server::ListenAddress;
 use repository::Repository;
 
 use crate::cli::{Context, Outcome, Rate, Verb};
-use crate::in_use::Claim;
 use crate::live::SessionOptions;
 use crate::source::{SourceArgs, parse_time};
-use late::LateDisk;
+use narrate::Narrator;
+use serve::Until;
 
-pub use control::{Reply, Request, ask, ask_status, ask_telling};
+pub use control::{LimitChanged, Reply, Request, ask, ask_status, ask_telling};
 pub use damage::{KeptDamage, kept_damage};
 pub use identity::TargetIdentity;
+#[allow(unused_imports, reason = "for verbs that serve in process")]
+pub(crate) use narrate::qemu_arguments;
+pub(crate) use order::Order;
 pub use record::SessionRecord;
 pub use state_dir::{DEFAULT_STATE_ROOT, StateDir, absolute};
 pub use stopped::stopped_status;
@@ -54,42 +60,55 @@ pub use stopped::stopped_status;
 /// The name of the bitmap of what the guest wrote: `qemu:dirty-bitmap:lifeboot`.
 pub const DIRTY_BITMAP: &str = "lifeboot";
 
-/// Boot a machine from its backup at once, and copy the disk home while it runs
+/// Boot a machine from its backup at once, and copy its disks home while it runs
 ///
-/// The disk is served over NBD as soon as the command says that it is ready: point QEMU at it with the
+/// The disks are served over NBD as soon as the command says that it is ready: point QEMU at them with the
 /// arguments that are printed. What the guest reads comes from the target where it is home already, else
 /// from the repository; what it writes goes to the target and is never lost: the same command goes on after
-/// a kill or a power cut. TARGET is a raw file, made if it does not exist, or a block device. SIGTERM or
+/// a kill or a power cut. A TARGET is a raw file, made if it does not exist, or a block device. SIGTERM or
 /// Ctrl-C parks the session.
+///
+/// A snapshot of several disks takes a TARGET for each, in its order or as DISK=TARGET; all of them are begun, or
+/// none. Each disk is an export by its name (the first one by the empty name too), and a session with its own state.
 #[derive(Debug, clap::Args)]
 #[command(after_help = "\
 Example: lifeboot live-restore -r /backup web01@latest /var/lib/vm/web01.raw --listen unix:/run/web01.sock
-         lifeboot status /var/lib/vm/web01.raw")]
+         lifeboot live-restore -r /backup db@latest root=/dev/vg/db-root data=/dev/vg/db-data --listen unix:/run/db.sock
+         lifeboot status /var/lib/vm/web01.raw
+         lifeboot limit /var/lib/vm/web01.raw 20MiB")]
 pub struct Args {
     /// What to restore: GROUP@TIME[/DISK] or GROUP@latest[/DISK]
     #[arg(value_name = "SNAPSHOT")]
     snapshot: String,
 
-    /// Where to: a raw file, or a block device
-    #[arg(value_name = "TARGET")]
-    target: PathBuf,
+    /// Where to: a raw file, or a block device. With several, one for each disk
+    #[arg(value_name = "[DISK=]TARGET", required = true)]
+    targets: Vec<PathBuf>,
 
-    /// Where to serve the disk: unix:PATH or tcp:HOST:PORT; may be given several times
+    /// Where to serve the disks: unix:PATH or tcp:HOST:PORT; may be given several times
     #[arg(short, long, required = true, value_name = "ADDRESS")]
     listen: Vec<ListenAddress>,
 
-    /// Copy home no faster than this, in bytes a second (like 20MiB); 0 is no limit. It is kept over seconds:
-    /// the least that is copied at once is a chunk (128 KiB if not chosen otherwise). Guests are not limited
-    #[arg(long, value_name = "RATE", default_value = "0")]
-    limit: Rate,
-
-    /// End when the whole disk is home, or all of it but what is damaged, and no client is connected
+    /// End when all disks are home, or all but what is damaged, and no client is connected
     #[arg(long)]
     exit_when_done: bool,
 
     /// Bring home only what guests ask for
     #[arg(long, conflicts_with = "exit_when_done")]
     no_background: bool,
+
+    #[command(flatten)]
+    session: SessionArgs,
+}
+
+/// The options of every verb that makes sessions and serves them.
+#[derive(Debug, clap::Args)]
+pub(crate) struct SessionArgs {
+    /// Copy home no faster than this, in bytes a second (like 20MiB), all disks together; 0 is no limit. It is kept
+    /// over seconds: the least that is copied at once is a chunk (128 KiB if not chosen otherwise). Guests are not
+    /// limited. `lifeboot limit` changes it meanwhile
+    #[arg(long, value_name = "RATE", default_value = "0")]
+    limit: Rate,
 
     /// Overwrite a target that holds data and has no session. Without it a file must hold no data, and of a block
     /// device the first and last MiB and 256 samples between them must be zeroes
@@ -117,45 +136,49 @@ pub struct Args {
     source: SourceArgs,
 }
 
+impl SessionArgs {
+    /// An order of these disks with these options.
+    ///
+    /// # Errors
+    /// Where the I/O engine that was asked for cannot be had.
+    pub(crate) fn order(
+        self,
+        snapshot: String,
+        targets: Vec<PathBuf>,
+        listen: Vec<ListenAddress>,
+        background: bool,
+    ) -> anyhow::Result<Order> {
+        let options = SessionOptions {
+            source_timeout: self.source_timeout,
+            limit: self.limit.limit().map_or(0, NonZeroU64::get),
+            background,
+            ..SessionOptions::default()
+        };
+        Ok(Order {
+            snapshot,
+            targets,
+            listen,
+            force: self.force,
+            moved: self.moved,
+            state: self.state,
+            engine: Engine::choose(self.io_engine)?,
+            pool: self.source.pool_options(),
+            options,
+        })
+    }
+}
+
 impl Verb for Args {
     fn run(self, context: &Context) -> anyhow::Result<Outcome> {
         // A session that is wholly home does without it.
         let repository = Repository::open(context.repository_path()?);
         let interrupt = context.interrupt()?;
-        let engine = Engine::choose(self.io_engine)?;
-        let state = StateDir::of(&self.target, self.state.as_deref())?;
-        let _claim = claim(&self.target, &state)?;
-        let options = SessionOptions {
-            source_timeout: self.source_timeout,
-            limit: self.limit.limit().map_or(0, NonZeroU64::get),
-            background: !self.no_background,
-            ..SessionOptions::default()
-        };
-        let wish = open::Wish {
-            repository: &repository,
-            spec: &self.snapshot,
-            target: &self.target,
-            force: self.force,
-            moved: self.moved,
-            engine,
-            pool: self.source.pool_options(),
-            options,
-        };
-        let found = open::find(&wish, &state)?;
-        let late = Arc::new(LateDisk::default());
-        let server = serve::bind(&found, &late, &self.listen)?;
-        let opened = found.open(&interrupt)?;
-        let repository = repository.ok();
-        let plan =
-            serve::Plan { server, late, exit_when_done: self.exit_when_done, engine, state, repository };
-        serve::serve(opened, plan, context, &interrupt)
+        let Self { snapshot, targets, listen, exit_when_done, no_background, session } = self;
+        let order = session.order(snapshot, targets, listen, !no_background)?;
+        let running = serve::start(&order, repository, context, &interrupt)?;
+        let until = if exit_when_done { Until::Done } else { Until::Told };
+        let mut narrator = Narrator::new(context.output(), exit_when_done);
+        let ended = running.tell(until, &mut narrator)?;
+        narrator.conclude(&ended)
     }
-}
-
-/// Keeps others from the target until the session ends. An agent that serves it already is named.
-fn claim(target: &Path, state: &StateDir) -> anyhow::Result<Claim> {
-    crate::in_use::claim(target).map_err(|error| match ask_status(state.path()) {
-        Ok(Some(_)) => target::in_use(target, state.path()),
-        _ => error,
-    })
 }

@@ -24,6 +24,7 @@ use anyhow::Context as _;
 use block::{DirectIo, Engine, FileDisk, FileOptions, OpenDevice};
 use repository::{ChunkId, DiskEntry, DiskMap, MapEntry, Repository, Snapshot};
 
+use super::fetching::{Fetching, SharedPool};
 use super::identity::TargetIdentity;
 use super::made::Made;
 use super::record::SessionRecord;
@@ -36,7 +37,7 @@ use crate::live::{
     BootId, ChunkCheck, ChunkSource, DiskLayout, ErrorKind, Identity, JournalLayout, LiveWords, Phase,
     Resumed, Session, SessionId, SessionOptions, SessionParts, TokioClock,
 };
-use crate::source::{DiskSource, FetchPool, NoSource, PoolOptions, RepositoryStore, pack_order, zero_chunks};
+use crate::source::{DiskSource, NoSource, pack_order, zero_chunks};
 use crate::status;
 
 /// Of what the target is so much stands in the journal's header, for people.
@@ -49,7 +50,7 @@ pub(super) struct Opened {
     pub(super) journal: FileDisk,
     pub(super) record: SessionRecord,
     /// What fetches; nothing does for a session that does without its repository.
-    pub(super) pool: Option<Arc<FetchPool<RepositoryStore>>>,
+    pub(super) fetching: Option<Fetching>,
     /// How it was found; `None` where it is new.
     pub(super) resumed: Option<Resumed>,
     /// Takes a new session back where it cannot be served.
@@ -67,7 +68,7 @@ pub(super) struct Wish<'a> {
     /// The target was copied or moved as a whole, together with its session.
     pub(super) moved: bool,
     pub(super) engine: Engine,
-    pub(super) pool: PoolOptions,
+    pub(super) pool: &'a SharedPool,
     pub(super) options: SessionOptions,
 }
 
@@ -92,7 +93,7 @@ enum Restored {
     New(Snapshot, DiskEntry),
     /// What the session that is there was begun with. Without its disk in the repository where that cannot be had and
     /// the session is wholly home.
-    Begun(SessionRecord, Option<DiskEntry>),
+    Begun(Box<SessionRecord>, Option<DiskEntry>),
 }
 
 /// Finds the session of the target, or the disk that a new one is to restore.
@@ -112,7 +113,7 @@ pub(super) fn find<'a>(wish: &'a Wish<'a>, state: &'a StateDir) -> anyhow::Resul
             record.check_not_handed_over(state.path())?;
             wanted::check_asked(wish, &record)?;
             let disk = needed(wanted::of_record(wish, &record), state, &record)?;
-            Restored::Begun(record, disk)
+            Restored::Begun(Box::new(record), disk)
         }
         None => {
             let (snapshot, disk) = wanted::asked_for(wish)?;
@@ -154,7 +155,7 @@ impl Found<'_> {
                     Some(parts) => parts,
                     None => Parts::without_repository(self.wish, record)?,
                 };
-                self.resume(record.clone(), parts, interrupt)
+                self.resume((**record).clone(), parts, interrupt)
             }
             Restored::New(snapshot, disk) => {
                 let parts = Parts::new(self.wish, disk)?;
@@ -211,7 +212,7 @@ impl Found<'_> {
         }
         let journal = open_journal(&state.file(JOURNAL), wish.engine)?;
         let words = LiveWords::open(&state.file(LIVE_FILE), parts.layout)?;
-        let (parts, pool, boot) = parts.into_session(&record, words);
+        let (parts, fetching, boot) = parts.into_session(&record, words);
         let id = SessionId(parse_id(&record.session)?);
         let resumed = wish.engine.run(async {
             let (target, journal) = (target.open()?, journal.open()?);
@@ -219,7 +220,7 @@ impl Found<'_> {
         })?;
         let (session, resumed) = resumed.map_err(|error| cannot_resume(state, error))?;
         anyhow::ensure!(
-            pool.is_some() || session.phase() == Phase::Complete,
+            fetching.is_some() || session.phase() == Phase::Complete,
             "the session in {} was taken for complete, and is not",
             state.path().display()
         );
@@ -227,11 +228,12 @@ impl Found<'_> {
             // A sync may have failed: what the kernel kept of it in memory is not to be served.
             target.forget_clean_pages()?;
         }
+        record.starts += 1;
         record.target.clone_from(path);
         record.identity = identity;
         record.boot = Some(boot.to_string());
         state.keep(&record)?;
-        Ok(Opened { session, target, journal, record, pool, resumed: Some(resumed), made: None })
+        Ok(Opened { session, target, journal, record, fetching, resumed: Some(resumed), made: None })
     }
 
     fn another_target(&self, record: &SessionRecord, identity: &TargetIdentity) -> anyhow::Error {
@@ -275,6 +277,7 @@ impl Found<'_> {
             boot: None,
             epoch: 1,
             handed_over: false,
+            starts: 1,
         };
         made.create_dir(state)?;
         state.keep(&record)?;
@@ -284,14 +287,14 @@ impl Found<'_> {
         let journal = make_journal(&state.file(JOURNAL), layout, wish.engine)?;
         let target = taken.prepare()?;
         record.identity = identity_of(&target)?;
-        let (parts, pool, boot) = parts.into_session(&record, words);
+        let (parts, fetching, boot) = parts.into_session(&record, words);
         let session = wish.engine.run(async {
             let (target, journal) = (target.open()?, journal.open()?);
             anyhow::Ok(Session::create(parts, SessionId(id), is_zero, &*target, &*journal).await?)
         })?;
         record.boot = Some(boot.to_string());
         state.keep(&record)?;
-        Ok(Opened { session, target, journal, record, pool, resumed: None, made: Some(made) })
+        Ok(Opened { session, target, journal, record, fetching, resumed: None, made: Some(made) })
     }
 }
 
@@ -325,7 +328,7 @@ pub(super) fn cannot_resume(state: &StateDir, error: crate::live::Error) -> anyh
 /// What of a session comes from the repository and from this machine.
 struct Parts {
     layout: DiskLayout,
-    pool: Option<Arc<FetchPool<RepositoryStore>>>,
+    fetching: Option<Fetching>,
     source: Arc<dyn ChunkSource>,
     check: Option<Arc<dyn ChunkCheck>>,
     plan: Vec<std::ops::Range<u64>>,
@@ -340,15 +343,12 @@ impl Parts {
         let map = repository.disk_map(disk)?;
         let zero = zero_chunks(&map).context("cannot read the map of the snapshot's disk")?;
         let plan = pack_order(repository, &map)?;
-        let store = RepositoryStore::new(repository.clone());
-        let number = store.add(map.clone());
-        let pool = FetchPool::start(store, wish.pool).context("cannot start the fetching threads")?;
-        let pool = Arc::new(pool);
+        let fetching = wish.pool.add(repository, map.clone())?;
         let check: Arc<dyn ChunkCheck> = Arc::new(MapCheck(map));
-        let source = Arc::new(DiskSource::new(Arc::clone(&pool), number, layout, zero));
+        let source = Arc::new(DiskSource::new(Arc::clone(&fetching.pool), fetching.disk, layout, zero));
         let boot = BootId::current().context("cannot read the kernel's boot id")?;
-        let (pool, check) = (Some(pool), Some(check));
-        Ok(Self { layout, pool, source, check, plan, options: wish.options, boot })
+        let (fetching, check) = (Some(fetching), Some(check));
+        Ok(Self { layout, fetching, source, check, plan, options: wish.options, boot })
     }
 
     /// For a session that is wholly home.
@@ -357,14 +357,14 @@ impl Parts {
         let source = Arc::new(NoSource::new(layout));
         let boot = BootId::current().context("cannot read the kernel's boot id")?;
         let plan = Vec::new();
-        Ok(Self { layout, pool: None, source, check: None, plan, options: wish.options, boot })
+        Ok(Self { layout, fetching: None, source, check: None, plan, options: wish.options, boot })
     }
 
     fn into_session(
         self,
         record: &SessionRecord,
         live: LiveWords,
-    ) -> (SessionParts, Option<Arc<FetchPool<RepositoryStore>>>, BootId) {
+    ) -> (SessionParts, Option<Fetching>, BootId) {
         let parts = SessionParts {
             identity: Identity {
                 snapshot: format!("{}/{} {}", record.snapshot, record.disk, record.map),
@@ -379,7 +379,7 @@ impl Parts {
             plan: self.plan,
             options: self.options,
         };
-        (parts, self.pool, self.boot)
+        (parts, self.fetching, self.boot)
     }
 }
 

@@ -40,6 +40,8 @@ pub struct SessionRecord {
     /// A running machine was moved onto the target itself, and writes to it past us: what the journal says of
     /// the guest's writes, and what the snapshot says of the contents, is the truth no longer.
     pub handed_over: bool,
+    /// How often an agent began to serve it, since that is counted.
+    pub starts: u64,
 }
 
 /// Why a record cannot be used.
@@ -86,6 +88,7 @@ impl SessionRecord {
                 value["version"] = VERSION.into();
                 value["epoch"] = 1.into();
                 value["handed_over"] = false.into();
+                value["starts"] = 1.into();
                 Ok(serde_json::from_value(value)?)
             }
             0 => Err(damaged("there is no version 0").into()),
@@ -134,6 +137,7 @@ pub(super) mod tests {
             boot: Some("12".repeat(16)),
             epoch: 3,
             handed_over: false,
+            starts: 1,
         }
     }
 

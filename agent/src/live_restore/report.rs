@@ -1,13 +1,11 @@
-//! What a running session tells of itself: to `status`, on the terminal, and as JSON lines.
+//! What a running session tells of itself, as a status.
 
 use std::collections::VecDeque;
+use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
-use serde::Serialize;
-
-use super::record::SessionRecord;
+use super::service::ServedDisk;
 use crate::live::{self, DiskLayout, StatsSnapshot};
-use crate::source::FetchStats;
 use crate::status::{DamagedRange, Misses, Phase, Status};
 
 /// Over what time a rate is taken.
@@ -35,37 +33,41 @@ impl RateMeter {
     }
 }
 
-/// The status of a session that an agent serves.
-pub(super) fn status(
-    record: &SessionRecord,
-    uri: Option<String>,
-    stats: &StatsSnapshot,
-    fetched: FetchStats,
-    bytes_per_second: u64,
-) -> Status {
+/// The status of a disk that an agent serves.
+pub(super) fn status(disk: &ServedDisk, stats: &StatsSnapshot) -> Status {
+    let record = &disk.record;
     let layout = DiskLayout { size: record.size, chunk_size: record.chunk_size };
     let left = stats.disk_bytes.saturating_sub(stats.home_bytes);
+    let fetched = disk.fetched();
+    let bytes_per_second = disk.rates.home.load(Ordering::Relaxed);
+    let phase = match stats.phase {
+        live::Phase::Filling => Phase::Running,
+        live::Phase::Complete => Phase::Complete,
+        live::Phase::Poisoned => Phase::Poisoned,
+        live::Phase::Parked => Phase::Stopped,
+    };
     Status {
-        phase: match stats.phase {
-            live::Phase::Filling => Phase::Running,
-            live::Phase::Complete => Phase::Complete,
-            live::Phase::Poisoned => Phase::Poisoned,
-            live::Phase::Parked => Phase::Stopped,
-        },
-        session: record.session.clone(),
-        snapshot: record.snapshot.clone(),
-        disk: record.disk.clone(),
-        target: record.target.clone(),
         pid: Some(std::process::id()),
-        uri,
-        size: record.size,
+        uri: disk.uris().into_iter().next(),
         home_bytes: stats.home_bytes,
+        stable_bytes: stats.stable_bytes,
         guest_bytes: stats.guest_bytes,
         bytes_per_second,
         seconds_left: (bytes_per_second > 0 && left > 0).then(|| left.div_ceil(bytes_per_second)),
         fetched_bytes: fetched.stored_bytes,
         fetched_plain_bytes: fetched.plain_bytes,
-        misses: Misses { count: stats.misses, p50_us: stats.miss_p50_us, p99_us: stats.miss_p99_us },
+        fetched_bytes_per_second: disk.rates.fetched.load(Ordering::Relaxed),
+        demanded_bytes: stats.filled_on_demand_bytes,
+        background_bytes: stats.filled_in_background_bytes,
+        missed_bytes: stats.missed_bytes,
+        amplification: stats.amplification(),
+        misses: Misses {
+            count: stats.misses,
+            p50_us: stats.miss_p50_us,
+            p99_us: stats.miss_p99_us,
+            max_us: stats.miss_max_us,
+            waiting: stats.waiting,
+        },
         damaged_bytes: stats.damaged_bytes,
         damaged: stats
             .damaged
@@ -76,6 +78,7 @@ pub(super) fn status(
             })
             .collect(),
         waiting: waiting(stats),
+        ..Status::at_rest(record, phase)
     }
 }
 
@@ -84,30 +87,6 @@ fn waiting(stats: &StatsSnapshot) -> Option<String> {
         return Some(format!("the repository has been out of reach for {} s", since.as_secs()));
     }
     stats.target_full.then(|| "the target is full: make room, and it goes on by itself".to_owned())
-}
-
-/// A line of `live-restore --json`. The last line is `complete`, `settled` or `parked`, unless the command failed.
-#[derive(Serialize)]
-#[serde(tag = "event", rename_all = "lowercase")]
-pub(super) enum Event<'a> {
-    /// Guests may connect.
-    Ready {
-        uris: &'a [String],
-        resumed: bool,
-        /// QEMU's arguments for a drive on the first of them.
-        qemu: &'a [String],
-        #[serde(flatten)]
-        status: &'a Status,
-    },
-    /// How far it is.
-    Progress(&'a Status),
-    /// Every block is home, and on stable storage.
-    Complete(&'a Status),
-    /// It ended because all is home but what is damaged, and it was to exit when done; the same command asks for that
-    /// again.
-    Settled(&'a Status),
-    /// It ended in order; the same command goes on.
-    Parked(&'a Status),
 }
 
 #[cfg(test)]

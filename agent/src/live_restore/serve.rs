@@ -1,129 +1,285 @@
-//! Serves a session until it is told to end, and says how it goes.
+//! An agent's service: found, bound, opened, served, and ended, for one disk or for several.
+//!
+//! # All or nothing
+//! Every target's session or disk is found, and every address bound, before anything is made. Then the disks are opened one after
+//! another; where one cannot be, what was made for new ones is taken back, and sessions that were resumed are parked again.
+//!
+//! # Starting it from another verb
+//! ```text
+//!   let running = start(&order, repository, context, &interrupt)?;    // guests may connect
+//!   running.service().uris / disks / set_limit / end                  // from any thread, at any time
+//!   running.tell(&Until::Told, &mut watcher)?                         // to the end; Running and Service may change threads
+//! ```
+//! [`Watcher`] is told of ready, progress, complete, and the end, on the thread that called [`Running::tell`], which also answers the
+//! control sockets: so nothing in it may block. What takes long (QMP, a child process) belongs to a thread of the watcher's
+//! own; [`Watcher::poll`] is called some twenty times a second to look at it. [`Service::end`] ends the service from anywhere, in
+//! order: guests' requests finish, what is not complete is parked, and `tell` returns. A `Running` that is dropped untold parks too.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::time::{Duration, Instant};
 
-use anyhow::Context as _;
 use block::{Engine, OpenDevice};
-use nbd_server::{Export, LateRequests, ListenAddress, Server, ServerHandle, ServerOptions, ShardTask};
+use nbd_server::{
+    Export, LateRequests, ListenAddress, Server, ServerHandle, ServerOptions, ShardContext, ShardTask,
+};
 use repository::Repository;
 
-use super::advice;
-use super::control::{Control, Tasks};
-use super::damage::{self, DamageKeeper};
+use super::damage;
+use super::fetching::SharedPool;
 use super::late::LateDisk;
-use super::open::{Found, Opened};
+use super::open::{self, Found, Opened, Wish};
+use super::order::{Order, Wanted};
 use super::record::SessionRecord;
-use super::report::{Event, RateMeter};
 use super::service::{ServedDisk, Service};
-use super::state_dir::StateDir;
-use crate::cli::{Context, Failure, Interrupt, Outcome};
-use crate::live::{LiveDisk, Phase, Resumed};
-use crate::output::{Progress, human_size};
+use super::story::{End, Story};
+use super::target;
+use crate::cli::{Context, Failure, Interrupt};
+use crate::in_use::Claim;
+use crate::live::{LiveDisk, SessionOptions};
 use crate::status::Status;
 
-/// How often signals and connections are looked at.
-const TICK: Duration = Duration::from_millis(50);
-/// How often progress is told.
-const PROGRESS_INTERVAL: Duration = Duration::from_secs(1);
-/// Fills in flight on each shard.
-const FILLS_PER_SHARD: usize = 8;
+pub(crate) use super::story::{Until, Watcher};
 
-/// How a session is served.
-pub(super) struct Plan {
-    /// The addresses, bound.
-    pub(super) server: Server,
-    /// Its export's disk, still to be put in.
-    pub(super) late: Arc<LateDisk>,
-    pub(super) exit_when_done: bool,
-    pub(super) engine: Engine,
-    pub(super) state: StateDir,
-    pub(super) repository: Option<Repository>,
+/// Fills in flight on each shard, of all disks together.
+const FILLS_PER_SHARD: usize = 8;
+/// Each disk has at least so many of them.
+const LEAST_FILLS: usize = 2;
+
+/// A service that runs: guests may connect.
+pub(crate) struct Running {
+    service: Arc<Service>,
+    handle: Option<ServerHandle>,
+    /// Keep others from the targets.
+    _claims: Vec<Claim>,
 }
 
-/// Serves until a signal, a failure, or, if that is wanted, completion.
-pub(super) fn serve(
-    opened: Opened,
-    plan: Plan,
+/// How a service ended.
+#[derive(Debug)]
+pub(crate) struct Ended {
+    /// Why.
+    pub(crate) end: End,
+    /// How far each disk was.
+    pub(crate) statuses: Vec<Status>,
+}
+
+/// Starts to serve what was ordered.
+///
+/// # Errors
+/// Where a disk cannot be found, claimed or opened, or an address cannot be had. Then nothing is left of it.
+pub(crate) fn start(
+    order: &Order,
+    repository: repository::Result<Repository>,
     context: &Context,
     interrupt: &Interrupt,
-) -> anyhow::Result<Outcome> {
-    let disk = Arc::new(LiveDisk::new(
+) -> anyhow::Result<Running> {
+    let wanted = order.assign(&repository)?;
+    let claims = wanted.iter().map(claim).collect::<anyhow::Result<Vec<_>>>()?;
+    let pool = SharedPool::new(order.pool);
+    let limit = order.options.limit;
+    let options = SessionOptions {
+        // Until it is known which disks have anything to copy.
+        limit: if limit == 0 { 0 } else { (limit / wanted.len() as u64).max(1) },
+        ..order.options
+    };
+    let wishes: Vec<Wish<'_>> = wanted
+        .iter()
+        .map(|wanted| Wish {
+            repository: &repository,
+            spec: &wanted.spec,
+            target: &wanted.target,
+            force: order.force,
+            moved: order.moved,
+            engine: order.engine,
+            pool: &pool,
+            options,
+        })
+        .collect();
+    let found = wishes.iter().zip(&wanted).map(|(wish, wanted)| open::find(wish, &wanted.state));
+    let found = found.collect::<anyhow::Result<Vec<_>>>()?;
+    let lates: Vec<Arc<LateDisk>> = found.iter().map(|_| Arc::default()).collect();
+    let server = bind(&found, &lates, &order.listen)?;
+    let opened = open_all(found, order.engine, interrupt)?;
+    drop(wishes);
+    serve(
+        opened,
+        wanted,
+        Binding { server, lates },
+        claims,
+        limit,
+        order.engine,
+        repository.ok(),
+        context,
+        interrupt,
+    )
+}
+
+/// What listens, and where its disks are put in.
+struct Binding {
+    server: Server,
+    lates: Vec<Arc<LateDisk>>,
+}
+
+#[allow(clippy::too_many_arguments, reason = "the last step of `start`, which has all of them")]
+fn serve(
+    opened: Vec<Opened>,
+    wanted: Vec<Wanted>,
+    binding: Binding,
+    claims: Vec<Claim>,
+    limit: u64,
+    engine: Engine,
+    repository: Option<Repository>,
+    context: &Context,
+    interrupt: &Interrupt,
+) -> anyhow::Result<Running> {
+    let disks: Vec<Arc<LiveDisk>> = opened.iter().map(live_disk).collect();
+    for ((opened, wanted), (disk, late)) in opened.iter().zip(&wanted).zip(disks.iter().zip(&binding.lates)) {
+        damage::recall(&opened.session, &wanted.state, &opened.record);
+        late.put(Arc::clone(disk));
+    }
+    let shards = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
+    // Where it fails, sessions that are new are taken back.
+    let handle = match binding.server.on_shard_start(workers(&disks)).run(shards, engine) {
+        Ok(handle) => handle,
+        Err(error) => {
+            give_back(&opened, engine);
+            return Err(error.into());
+        }
+    };
+    let served = opened.into_iter().zip(wanted).zip(disks).map(|((opened, wanted), disk)| {
+        let Opened { record, fetching, resumed, made, .. } = opened;
+        if let Some(made) = made {
+            made.keep();
+        }
+        ServedDisk::new(record, wanted.state, disk, fetching, handle.addresses(), resumed)
+    });
+    let served = served.collect();
+    let service = Service::new(context, interrupt, engine, repository, handle.monitor(), served, limit);
+    Ok(Running { service: Arc::new(service), handle: Some(handle), _claims: claims })
+}
+
+impl Running {
+    /// The service, for whoever wants to look at it or to end it.
+    #[allow(dead_code, reason = "for verbs that serve in process")]
+    pub(crate) fn service(&self) -> &Arc<Service> {
+        &self.service
+    }
+
+    /// Tells how it goes and answers whoever asks, until it ends; then parks what is not complete.
+    ///
+    /// # Errors
+    /// Where a disk was poisoned, or could not be parked: it is named. What the watcher says.
+    pub(crate) fn tell(mut self, until: Until, watcher: &mut dyn Watcher) -> anyhow::Result<Ended> {
+        let service = Arc::clone(&self.service);
+        let mut story = Story::new(&service, until);
+        let told = story.tell(watcher);
+        let parked = self.stop();
+        for disk in self.service.disks() {
+            disk.rates.home.store(0, std::sync::atomic::Ordering::Relaxed);
+            disk.rates.fetched.store(0, std::sync::atomic::Ordering::Relaxed);
+        }
+        let statuses: Vec<Status> = self
+            .service
+            .statuses()
+            .into_iter()
+            .map(|status| Status { uri: None, limit: None, connections: None, ..status })
+            .collect();
+        story.keep_damage(&statuses);
+        let end = told?;
+        parked?;
+        Ok(Ended { end, statuses })
+    }
+
+    /// Ends the server, and parks every disk that can be parked.
+    fn stop(&mut self) -> anyhow::Result<()> {
+        let Some(handle) = self.handle.take() else { return Ok(()) };
+        self.service.begin_ending();
+        handle.shutdown();
+        let mut result = handle.join().map_err(anyhow::Error::from);
+        for disk in self.service.disks() {
+            let parked = park(&disk.disk, self.service.engine);
+            if let Err(error) = parked {
+                // The first that failed is the one to look after.
+                result = result.and_then(|()| Err(poisoned(&disk.record, error).into()));
+            }
+        }
+        result
+    }
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        if let Err(error) = self.stop() {
+            tracing::error!(error = format_args!("{error:#}"), "the service ended badly");
+        }
+    }
+}
+
+/// Keeps others from a target until the session ends. An agent that serves it already is named.
+fn claim(wanted: &Wanted) -> anyhow::Result<Claim> {
+    crate::in_use::claim(&wanted.target).map_err(|error| {
+        match super::control::ask_status(wanted.state.path()) {
+            Ok(Some(_)) => target::in_use(&wanted.target, wanted.state.path()),
+            _ => error,
+        }
+    })
+}
+
+/// Opens the disks one after another: all of them, or none.
+fn open_all(found: Vec<Found<'_>>, engine: Engine, interrupt: &Interrupt) -> anyhow::Result<Vec<Opened>> {
+    let mut opened = Vec::new();
+    for found in found {
+        match found.open(interrupt) {
+            Ok(one) => opened.push(one),
+            Err(error) => {
+                give_back(&opened, engine);
+                return Err(error);
+            }
+        }
+    }
+    Ok(opened)
+}
+
+/// Parks sessions that were resumed; those that are new are taken back when they are dropped.
+fn give_back(opened: &[Opened], engine: Engine) {
+    for opened in opened.iter().filter(|opened| opened.resumed.is_some()) {
+        if let Err(error) = park(&live_disk(opened), engine) {
+            // It is found as after a kill: nothing is lost.
+            tracing::warn!(
+                error = format_args!("{error:#}"),
+                target = %opened.record.target.display(),
+                "a session could not be parked"
+            );
+        }
+    }
+}
+
+fn live_disk(opened: &Opened) -> Arc<LiveDisk> {
+    Arc::new(LiveDisk::new(
         Arc::clone(&opened.session),
         Arc::new(opened.target.clone()),
         Arc::new(opened.journal.clone()),
-    ));
-    let Plan { server, late, exit_when_done, engine, state, repository } = plan;
-    damage::recall(&opened.session, &state, &opened.record);
-    let shards = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
-    late.put(Arc::clone(&disk));
-    // Where it fails, a session that is new is taken back.
-    let handle = server.on_shard_start(workers(&disk)).run(shards, engine)?;
-    let Opened { record, pool, resumed, made, .. } = opened;
-    if let Some(made) = made {
-        made.keep();
-    }
-    let served = ServedDisk {
-        record,
-        state,
-        disk,
-        pool,
-        addresses: handle.addresses().to_vec(),
-        rate: AtomicU64::new(0),
-    };
-    let service = Arc::new(Service {
-        context: context.clone(),
-        engine,
-        repository,
-        interrupt: interrupt.clone(),
-        disks: vec![served],
-        is_ending: AtomicBool::new(false),
-    });
-    let served = &service.disks[0];
-    let story = Story { context, service: &service, served, handle: &handle, exit_when_done };
-    let mut keeper = DamageKeeper::new(&served.state);
-    let told = story.tell(resumed, &mut keeper);
-    handle.shutdown();
-    handle.join()?;
-    let parked = engine.run(async { anyhow::Ok(served.disk.device()?.park().await?) });
-    let end = told?;
-    served.rate.store(0, Ordering::Relaxed);
-    let status = Status { uri: None, ..served.status() };
-    keeper.keep(&status);
-    parked.map_err(|error| poisoned(&served.record, error))?;
-    let output = context.output();
-    match end {
-        End::Parked => {
-            output.event(&Event::Parked(&status))?;
-            output
-                .line(format_args!("parked at {:.1} % home; the same command goes on", status.percent()))?;
-        }
-        End::Settled => {
-            output.event(&Event::Settled(&status))?;
-            output.line(format_args!(
-                "settled: all is home but {} that cannot be had; the same command asks for that again",
-                human_size(status.damaged_bytes)
-            ))?;
-        }
-        End::Complete | End::Poisoned => {}
-    }
-    Ok(status.conclude(output))
+    ))
 }
 
-/// Listens for a session that is still to be opened: whoever connects waits.
-pub(super) fn bind(
-    found: &Found<'_>,
-    disk: &Arc<LateDisk>,
+fn park(disk: &LiveDisk, engine: Engine) -> anyhow::Result<()> {
+    engine.run(async { anyhow::Ok(disk.device()?.park().await?) })
+}
+
+/// Listens for sessions that are still to be opened: whoever connects waits.
+fn bind(
+    found: &[Found<'_>],
+    lates: &[Arc<LateDisk>],
     listen: &[ListenAddress],
 ) -> nbd_server::Result<Server> {
-    let (snapshot, name) = found.names();
-    let mut export = Export::new(name.clone(), Arc::clone(disk) as Arc<dyn OpenDevice>);
-    export.description = format!("live restore of {snapshot}/{name}");
-    export.dirty_bitmap = Some(super::DIRTY_BITMAP.to_owned());
+    let exports = found.iter().zip(lates).map(|(found, late)| {
+        let (snapshot, name) = found.names();
+        let mut export = Export::new(name.clone(), Arc::clone(late) as Arc<dyn OpenDevice>);
+        export.description = format!("live restore of {snapshot}/{name}");
+        export.dirty_bitmap = Some(super::DIRTY_BITMAP.to_owned());
+        export
+    });
     // A guest's client reconnects and asks again: it must not hear of our end.
     let options = ServerOptions { late_requests: LateRequests::Leave, ..ServerOptions::default() };
-    Server::bind(listen, vec![export], options)
+    Server::bind(listen, exports.collect(), options)
 }
 
 fn poisoned(record: &SessionRecord, error: anyhow::Error) -> Failure {
@@ -134,200 +290,40 @@ fn poisoned(record: &SessionRecord, error: anyhow::Error) -> Failure {
     .because(error)
 }
 
-/// What each shard runs beside its connections: fills, and on the first one the commits.
-fn workers(disk: &Arc<LiveDisk>) -> ShardTask {
-    let disk = Arc::clone(disk);
+/// What each shard runs beside its connections: fills, and on one shard for each disk the commits.
+fn workers(disks: &[Arc<LiveDisk>]) -> ShardTask {
+    let disks = disks.to_vec();
     Arc::new(move |shard| {
-        let disk = Arc::clone(&disk);
-        Box::pin(async move {
-            let device = match disk.device() {
-                Ok(device) => device,
-                Err(error) => {
-                    tracing::error!(%error, "a shard cannot open the target: it copies nothing home");
-                    return;
-                }
-            };
-            let mut tasks = tokio::task::JoinSet::new();
-            for _ in 0..FILLS_PER_SHARD {
-                tasks.spawn_local(device.clone().fill_worker());
-            }
-            if shard.index() == 0 {
-                tasks.spawn_local(device.clone().commit_worker());
-            }
-            shard.stopping().await;
-            disk.session().stop_workers();
-            while let Some(ended) = tasks.join_next().await {
-                if let Err(error) = ended {
-                    tracing::error!(%error, "a worker of the session failed");
-                }
-            }
-        })
+        let disks = disks.clone();
+        Box::pin(run_workers(shard, disks))
     })
 }
 
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum End {
-    Parked,
-    Complete,
-    /// All is home but what is damaged.
-    Settled,
-    Poisoned,
-}
-
-/// What is said while the session is served.
-struct Story<'a> {
-    context: &'a Context,
-    service: &'a Arc<Service>,
-    served: &'a ServedDisk,
-    handle: &'a ServerHandle,
-    exit_when_done: bool,
-}
-
-impl Story<'_> {
-    fn tell(&self, resumed: Option<Resumed>, keeper: &mut DamageKeeper<'_>) -> anyhow::Result<End> {
-        let runtime = tokio::runtime::Builder::new_current_thread()
-            .enable_all()
-            .build()
-            .context("cannot start the control's event loop")?;
-        let control = {
-            let _inside = runtime.enter();
-            Control::listen(self.served.state.path()).context("cannot listen for `lifeboot status`")?
-        };
-        self.say(self.say_ready(resumed));
-        runtime.block_on(async {
-            let tasks = Tasks::new();
-            let asked = tokio::spawn(control.serve(Arc::clone(self.service), 0, tasks.clone()));
-            let end = self.watch(keeper).await;
-            self.service.is_ending.store(true, Ordering::Relaxed);
-            asked.abort();
-            tasks.ended().await;
-            Ok(end)
-        })
-    }
-
-    async fn watch(&self, keeper: &mut DamageKeeper<'_>) -> End {
-        let session = self.served.session();
-        let output = self.context.output();
-        let mut meter = RateMeter::default();
-        let mut ticks = tokio::time::interval(TICK);
-        let mut told_at = Instant::now();
-        let mut told_complete = false;
-        let mut told_waiting = None;
-        let mut bar: Option<Progress> = None;
-        meter.sample(Instant::now(), session.stats().home_bytes);
-        let mut phase = session.phase();
-        loop {
-            tokio::select! {
-                () = session.has_left(phase) => {}
-                _ = ticks.tick() => {}
-            }
-            if self.service.interrupt.is_raised() {
-                return End::Parked;
-            }
-            phase = session.phase();
-            let now = Instant::now();
-            if phase == Phase::Filling && now.duration_since(told_at) >= PROGRESS_INTERVAL {
-                told_at = now;
-                let stats = session.stats();
-                self.served.rate.store(meter.sample(now, stats.home_bytes), Ordering::Relaxed);
-                let status = self.served.status_of(&stats);
-                keeper.keep(&status);
-                self.say(output.event(&Event::Progress(&status)));
-                if !output.is_json() {
-                    bar.get_or_insert_with(|| output.progress("copying home", Some(status.size)))
-                        .set(status.home_bytes);
-                }
-                if status.waiting != told_waiting {
-                    if let (None, Some(why)) = (&told_waiting, &status.waiting) {
-                        output.warn(why);
-                    }
-                    told_waiting.clone_from(&status.waiting);
-                }
-                if self.exit_when_done && stats.is_settled() && self.handle.stats().connections == 0 {
-                    return End::Settled;
-                }
-            }
-            match phase {
-                Phase::Filling | Phase::Parked => {}
-                Phase::Complete => {
-                    if !told_complete {
-                        told_complete = true;
-                        bar = None;
-                        self.served.rate.store(0, Ordering::Relaxed);
-                        let status = self.served.status();
-                        keeper.keep(&status);
-                        self.say(self.say_complete(&status));
-                    }
-                    if self.exit_when_done && self.handle.stats().connections == 0 {
-                        return End::Complete;
-                    }
-                }
-                Phase::Poisoned => return End::Poisoned,
-            }
-        }
-    }
-
-    /// Whoever read our stdout may go away; guests that use the disk stay.
-    fn say(&self, result: anyhow::Result<()>) {
-        if let Err(error) = result {
-            tracing::debug!(%error, "nobody listens");
-        }
-    }
-
-    fn say_ready(&self, resumed: Option<Resumed>) -> anyhow::Result<()> {
-        let output = self.context.output();
-        let record = &self.served.record;
-        let uris = self.served.uris();
-        let status = self.served.status();
-        let first = self.served.addresses.first();
-        let qemu = first.map(|address| advice::qemu_arguments(address, &record.disk)).unwrap_or_default();
-        output.event(&Event::Ready {
-            uris: &uris,
-            resumed: resumed.is_some(),
-            qemu: &qemu,
-            status: &status,
-        })?;
-        let how = match resumed {
-            None => "restoring",
-            Some(Resumed::Parked) => "going on where it was parked:",
-            Some(Resumed::AgentDied) => "going on after the agent had died: everything is there:",
-            Some(Resumed::HostDied) => "going on after the host had gone down: everything flushed is there:",
-            Some(Resumed::SyncFailed) => {
-                "going on after a sync had failed: what was flushed before is there:"
-            }
-            Some(Resumed::LiveFileLost) => {
-                "going on after the agent had died and the live file was lost: what was flushed is there:"
+async fn run_workers(shard: ShardContext, disks: Vec<Arc<LiveDisk>>) {
+    let fills = (FILLS_PER_SHARD / disks.len().max(1)).max(LEAST_FILLS);
+    let mut tasks = tokio::task::JoinSet::new();
+    for disk in &disks {
+        let device = match disk.device() {
+            Ok(device) => device,
+            Err(error) => {
+                tracing::error!(%error, "a shard cannot open a target: it copies nothing home");
+                continue;
             }
         };
-        if let Some(loss) = resumed.and_then(advice::loss) {
-            output.warn(loss);
+        for _ in 0..fills {
+            tasks.spawn_local(device.clone().fill_worker());
         }
-        output.line(format_args!(
-            "{how} {}/{} ({}, {:.1} % home) to {}",
-            record.snapshot,
-            record.disk,
-            human_size(record.size),
-            status.percent(),
-            record.target.display()
-        ))?;
-        for uri in &uris {
-            output.line(format_args!("ready: {uri}"))?;
+        if shard.index() == 0 {
+            tasks.spawn_local(device.clone().commit_worker());
         }
-        output.line(format_args!("QEMU: {}", advice::shell_line(&qemu)))?;
-        // Without systemd there is nobody to tell.
-        let _ = sd_notify::notify(&[sd_notify::NotifyState::Ready]);
-        Ok(())
     }
-
-    fn say_complete(&self, status: &Status) -> anyhow::Result<()> {
-        let output = self.context.output();
-        output.event(&Event::Complete(status))?;
-        output.line(format_args!(
-            "complete: {} holds the whole disk; {} fetched, {} written by the guest{}",
-            self.served.record.target.display(),
-            human_size(status.fetched_bytes),
-            human_size(status.guest_bytes),
-            if self.exit_when_done { "" } else { "; it goes on being served, Ctrl-C ends that" }
-        ))
+    shard.stopping().await;
+    for disk in &disks {
+        disk.session().stop_workers();
+    }
+    while let Some(ended) = tasks.join_next().await {
+        if let Err(error) = ended {
+            tracing::error!(%error, "a worker of a session failed");
+        }
     }
 }

@@ -4,15 +4,16 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use block::Engine;
-use nbd_server::ListenAddress;
+use nbd_server::{ListenAddress, Monitor};
 use repository::Repository;
 
+use super::fetching::Fetching;
 use super::record::SessionRecord;
 use super::report;
 use super::state_dir::StateDir;
 use crate::cli::{Context, Failure, Interrupt};
-use crate::live::{LiveDisk, Session, StatsSnapshot};
-use crate::source::{FetchPool, FetchStats, RepositoryStore};
+use crate::live::{LiveDisk, Phase, Resumed, Session, StatsSnapshot};
+use crate::source::FetchStats;
 use crate::status::Status;
 
 /// An agent that serves.
@@ -21,14 +22,24 @@ pub(crate) struct Service {
     #[allow(dead_code, reason = "for requests that concern the whole agent")]
     pub(crate) context: Context,
     /// By what its disks are read and written.
-    #[allow(dead_code, reason = "for requests that open disks")]
     pub(crate) engine: Engine,
     /// The repository, unless it cannot be had and is not needed.
     #[allow(dead_code, reason = "for requests that read it or write to it")]
     pub(crate) repository: Option<Repository>,
+    /// Sees the connections of its server.
+    pub(crate) monitor: Monitor,
     pub(super) interrupt: Interrupt,
     pub(super) disks: Vec<ServedDisk>,
-    pub(super) is_ending: AtomicBool,
+    /// Bytes a second that the background of all disks together may take; 0 is no limit.
+    limit: AtomicU64,
+    ending: Ending,
+}
+
+/// Whether it is to end, or does.
+#[derive(Default)]
+struct Ending {
+    is_wanted: AtomicBool,
+    has_begun: AtomicBool,
 }
 
 /// One of its disks.
@@ -40,17 +51,108 @@ pub(crate) struct ServedDisk {
     /// The session and what opens it on any thread.
     pub(crate) disk: Arc<LiveDisk>,
     /// What fetches; nothing does for a session that does without its repository.
-    pub(crate) pool: Option<Arc<FetchPool<RepositoryStore>>>,
+    pub(crate) fetching: Option<Fetching>,
     /// Where it is served.
     pub(crate) addresses: Vec<ListenAddress>,
-    /// Bytes brought home a second, lately.
-    pub(super) rate: AtomicU64,
+    /// How its session was found; `None` where it is new.
+    pub(crate) resumed: Option<Resumed>,
+    pub(super) rates: Rates,
+    /// Its share of the limit, as it was set last.
+    share: AtomicU64,
+    /// Nothing is left for its background to do.
+    is_idle: AtomicBool,
+}
+
+/// Bytes a second, lately.
+#[derive(Debug, Default)]
+pub(super) struct Rates {
+    pub(super) home: AtomicU64,
+    pub(super) fetched: AtomicU64,
 }
 
 impl Service {
+    pub(super) fn new(
+        context: &Context,
+        interrupt: &Interrupt,
+        engine: Engine,
+        repository: Option<Repository>,
+        monitor: Monitor,
+        disks: Vec<ServedDisk>,
+        limit: u64,
+    ) -> Self {
+        let service = Self {
+            context: context.clone(),
+            engine,
+            repository,
+            monitor,
+            interrupt: interrupt.clone(),
+            disks,
+            limit: AtomicU64::new(limit),
+            ending: Ending::default(),
+        };
+        service.share_limit();
+        service
+    }
+
     /// The disks, in the order of their exports.
     pub(crate) fn disks(&self) -> &[ServedDisk] {
         &self.disks
+    }
+
+    /// How far each of them is.
+    pub(crate) fn statuses(&self) -> Vec<Status> {
+        self.disks.iter().map(|disk| self.status(disk)).collect()
+    }
+
+    /// How far a disk is.
+    pub(crate) fn status(&self, disk: &ServedDisk) -> Status {
+        self.status_of(disk, &disk.session().stats())
+    }
+
+    pub(super) fn status_of(&self, disk: &ServedDisk, stats: &StatsSnapshot) -> Status {
+        let mut status = report::status(disk, stats);
+        status.limit = Some(self.limit());
+        status.connections = Some(self.monitor.stats().connections as u64);
+        status
+    }
+
+    /// Bytes a second that the background may take, all disks together; 0 is no limit.
+    pub(crate) fn limit(&self) -> u64 {
+        self.limit.load(Ordering::Relaxed)
+    }
+
+    /// Changes the limit at once; returns the one before.
+    pub(crate) fn set_limit(&self, bytes_per_second: u64) -> u64 {
+        let old = self.limit.swap(bytes_per_second, Ordering::Relaxed);
+        self.share_limit();
+        old
+    }
+
+    /// Shares the limit out evenly among the disks that still have something to copy.
+    pub(super) fn share_limit(&self) {
+        let limit = self.limit();
+        let busy = self.disks.iter().filter(|disk| disk.is_busy()).count() as u64;
+        let share = if limit == 0 { 0 } else { (limit / busy.max(1)).max(1) };
+        for disk in &self.disks {
+            // Setting it forgives what was taken in advance, so it is not set for nothing.
+            if disk.share.swap(share, Ordering::Relaxed) != share {
+                disk.session().set_limit(share);
+            }
+        }
+    }
+
+    /// Has the agent end in order, as a signal would: what is not complete is parked.
+    #[allow(dead_code, reason = "for verbs that serve in process, and requests that end the agent")]
+    pub(crate) fn end(&self) {
+        self.ending.is_wanted.store(true, Ordering::Relaxed);
+    }
+
+    pub(super) fn is_to_end(&self) -> bool {
+        self.interrupt.is_raised() || self.ending.is_wanted.load(Ordering::Relaxed)
+    }
+
+    pub(super) fn begin_ending(&self) {
+        self.ending.has_begun.store(true, Ordering::Relaxed);
     }
 
     /// Fails once the agent is about to end: whatever takes long gives up then, in order.
@@ -60,7 +162,7 @@ impl Service {
     #[allow(dead_code, reason = "for requests that take long")]
     pub(crate) fn check_ending(&self) -> anyhow::Result<()> {
         self.interrupt.check()?;
-        if self.is_ending.load(Ordering::Relaxed) {
+        if self.is_to_end() || self.ending.has_begun.load(Ordering::Relaxed) {
             return Err(Failure::new("the agent is ending", "start it again, then ask again").into());
         }
         Ok(())
@@ -68,27 +170,47 @@ impl Service {
 }
 
 impl ServedDisk {
+    pub(super) fn new(
+        record: SessionRecord,
+        state: StateDir,
+        disk: Arc<LiveDisk>,
+        fetching: Option<Fetching>,
+        addresses: &[ListenAddress],
+        resumed: Option<Resumed>,
+    ) -> Self {
+        let share = disk.session().stats().limit;
+        Self {
+            record,
+            state,
+            disk,
+            fetching,
+            addresses: addresses.to_vec(),
+            resumed,
+            rates: Rates::default(),
+            share: AtomicU64::new(share),
+            is_idle: AtomicBool::new(false),
+        }
+    }
+
     /// The session.
     pub(crate) fn session(&self) -> &Arc<Session> {
         self.disk.session()
     }
 
-    /// How far it is.
-    pub(crate) fn status(&self) -> Status {
-        self.status_of(&self.session().stats())
-    }
-
-    pub(super) fn status_of(&self, stats: &StatsSnapshot) -> Status {
-        let uri = self.uris().into_iter().next();
-        report::status(&self.record, uri, stats, self.fetched(), self.rate.load(Ordering::Relaxed))
-    }
-
     /// Where it is served.
-    pub(super) fn uris(&self) -> Vec<String> {
+    pub(crate) fn uris(&self) -> Vec<String> {
         self.addresses.iter().map(|address| address.uri(&self.record.disk)).collect()
     }
 
     pub(super) fn fetched(&self) -> FetchStats {
-        self.pool.as_deref().map(FetchPool::stats).unwrap_or_default()
+        self.fetching.as_ref().map(Fetching::stats).unwrap_or_default()
+    }
+
+    pub(super) fn set_idle(&self, is_idle: bool) {
+        self.is_idle.store(is_idle, Ordering::Relaxed);
+    }
+
+    fn is_busy(&self) -> bool {
+        self.session().phase() == Phase::Filling && !self.is_idle.load(Ordering::Relaxed)
     }
 }

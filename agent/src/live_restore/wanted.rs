@@ -2,6 +2,8 @@
 //!
 //! Whether both are one is told by names alone, so that it can be told without the repository.
 
+use std::path::Path;
+
 use repository::{DiskEntry, Snapshot, SnapshotName};
 
 use super::open::Wish;
@@ -22,17 +24,21 @@ pub(super) fn check_asked(wish: &Wish<'_>, record: &SessionRecord) -> anyhow::Re
     if same {
         return Ok(());
     }
-    Err(Failure::new(
+    Err(belongs_elsewhere(wish.target, record, wish.spec))
+}
+
+/// That a target's session restores something else than `spec`.
+pub(super) fn belongs_elsewhere(target: &Path, record: &SessionRecord, spec: &str) -> anyhow::Error {
+    Failure::new(
         format!(
-            "the target {} belongs to a session that restores {}/{}, not {}",
-            wish.target.display(),
+            "the target {} belongs to a session that restores {}/{}, not {spec}",
+            target.display(),
             record.snapshot,
             record.disk,
-            wish.spec
         ),
         "name that snapshot to go on with it, or another target",
     )
-    .into())
+    .into()
 }
 
 /// The disk that a session restores.
@@ -83,7 +89,11 @@ pub(super) fn asked_for(wish: &Wish<'_>) -> anyhow::Result<(Snapshot, DiskEntry)
             let names: Vec<&str> = disks.iter().map(|disk| disk.name.as_str()).collect();
             Err(Failure::new(
                 format!("{} has {} disks: {}", wish.spec, disks.len(), names.join(", ")),
-                format!("say which one, as in {}/{}", wish.spec, names.first().unwrap_or(&"disk0")),
+                format!(
+                    "say which one, as in {}/{}; or name a TARGET for each of them",
+                    wish.spec,
+                    names.first().unwrap_or(&"disk0")
+                ),
             )
             .into())
         }

@@ -12,11 +12,12 @@
 //! it holds look missing, so what is missing is asked for once more before that is said.
 
 use std::ops::Range;
+use std::sync::Arc;
 
 use parking_lot::RwLock;
 use repository::{ChunkDecoder, ChunkId, ChunkReader, DiskMap, Location, MapEntry, Repository};
 
-use super::{ChunkStore, Decode, Key, Placed, Undecoded, ZeroChunks};
+use super::{ChunkStore, Decode, FetchStats, Key, Placed, Undecoded, ZeroChunks};
 use crate::live::{SourceError, SourceErrorKind};
 
 /// How many map entries are looked at together.
@@ -27,6 +28,19 @@ pub struct RepositoryStore {
     repository: Repository,
     reader: ChunkReader,
     disks: RwLock<Vec<DiskMap>>,
+    fetched: Fetched,
+}
+
+/// What was fetched for each disk, by its number.
+#[derive(Clone, Debug, Default)]
+struct Fetched(Arc<RwLock<Vec<FetchStats>>>);
+
+impl Fetched {
+    fn add(&self, disk: u32, add: impl FnOnce(&mut FetchStats)) {
+        if let Some(stats) = self.0.write().get_mut(disk as usize) {
+            add(stats);
+        }
+    }
 }
 
 impl RepositoryStore {
@@ -34,14 +48,20 @@ impl RepositoryStore {
     #[must_use]
     pub fn new(repository: Repository) -> Self {
         let reader = repository.reader();
-        Self { repository, reader, disks: RwLock::new(Vec::new()) }
+        Self { repository, reader, disks: RwLock::new(Vec::new()), fetched: Fetched::default() }
     }
 
     /// Makes a disk known, and returns its number.
     pub fn add(&self, map: DiskMap) -> u32 {
         let mut disks = self.disks.write();
         disks.push(map);
+        self.fetched.0.write().push(FetchStats::default());
         u32::try_from(disks.len() - 1).expect("disks are far fewer than 2^32")
+    }
+
+    /// What was fetched for the disk with this number.
+    pub fn fetched(&self, disk: u32) -> FetchStats {
+        self.fetched.0.read().get(disk as usize).copied().unwrap_or_default()
     }
 
     fn kind_of(&self, error: &repository::Error) -> SourceErrorKind {
@@ -71,6 +91,7 @@ impl RepositoryStore {
 /// Where a chunk is, and what it must turn out to be.
 #[derive(Clone, Copy, Debug)]
 pub struct ChunkPlace {
+    disk: u32,
     id: ChunkId,
     location: Location,
 }
@@ -94,9 +115,10 @@ impl ChunkStore for RepositoryStore {
         let map = self.disks.read()[key.disk as usize].clone();
         let find = || match map.entry(key.chunk)? {
             MapEntry::Zero => Ok(None),
-            MapEntry::Chunk(id) => {
-                self.repository.locate_needed(&id).map(|location| Some(ChunkPlace { id, location }))
-            }
+            MapEntry::Chunk(id) => self
+                .repository
+                .locate_needed(&id)
+                .map(|location| Some(ChunkPlace { disk: key.disk, id, location })),
         };
         self.reach(find)?.ok_or_else(|| {
             SourceError::new(
@@ -108,11 +130,16 @@ impl ChunkStore for RepositoryStore {
 
     fn read(&self, first: &ChunkPlace, stored: &mut [u8]) -> Result<(), SourceError> {
         let at = &first.location;
-        self.reach(|| self.reader.read_stored_range(at.pack, at.offset.into(), stored))
+        self.reach(|| self.reader.read_stored_range(at.pack, at.offset.into(), stored))?;
+        self.fetched.add(first.disk, |stats| {
+            stats.requests += 1;
+            stats.stored_bytes += stored.len() as u64;
+        });
+        Ok(())
     }
 
     fn decoder(&self) -> RepositoryDecoder {
-        RepositoryDecoder { decoder: ChunkDecoder::new() }
+        RepositoryDecoder { decoder: ChunkDecoder::new(), fetched: self.fetched.clone() }
     }
 
     fn plain_len(&self, key: Key) -> usize {
@@ -123,6 +150,7 @@ impl ChunkStore for RepositoryStore {
 /// Decodes and verifies for one thread.
 pub struct RepositoryDecoder {
     decoder: repository::Result<ChunkDecoder>,
+    fetched: Fetched,
 }
 
 impl Decode<ChunkPlace> for RepositoryDecoder {
@@ -143,8 +171,17 @@ impl Decode<ChunkPlace> for RepositoryDecoder {
                 out: chunk.out,
             })
             .collect();
-        let results = decoder.decode_each(&mut undecoded).into_iter();
+        let results = decoder.decode_each(&mut undecoded);
+        for (chunk, result) in chunks.iter().zip(&results) {
+            if result.is_ok() {
+                self.fetched.add(chunk.place.disk, |stats| {
+                    stats.chunks += 1;
+                    stats.plain_bytes += chunk.out.len() as u64;
+                });
+            }
+        }
         results
+            .into_iter()
             .map(|result| result.map_err(|error| SourceError::new(SourceErrorKind::Damaged, error)))
             .collect()
     }

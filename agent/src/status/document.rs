@@ -42,10 +42,14 @@ pub struct Misses {
     pub p50_us: u64,
     /// 99 of 100 took no longer, in microseconds.
     pub p99_us: u64,
+    /// The longest took so long, in microseconds.
+    pub max_us: u64,
+    /// Guests that wait just now.
+    pub waiting: u64,
 }
 
 /// How far a session is.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Status {
     /// What it is doing.
     pub phase: Phase,
@@ -65,6 +69,8 @@ pub struct Status {
     pub size: u64,
     /// Bytes whose truth is on the target.
     pub home_bytes: u64,
+    /// Those among them that are known to be on stable storage, while an agent runs.
+    pub stable_bytes: u64,
     /// Bytes that the guest has written since the session began.
     pub guest_bytes: u64,
     /// Bytes brought home a second, lately.
@@ -75,8 +81,22 @@ pub struct Status {
     pub fetched_bytes: u64,
     /// What they decoded to.
     pub fetched_plain_bytes: u64,
+    /// Stored bytes fetched a second, lately.
+    pub fetched_bytes_per_second: u64,
+    /// Bytes written home because a guest asked for them or for their neighbours, since this agent began.
+    pub demanded_bytes: u64,
+    /// Bytes that the background brought home since this agent began.
+    pub background_bytes: u64,
+    /// Bytes of guests' reads that were not home, since this agent began.
+    pub missed_bytes: u64,
+    /// Decoded bytes fetched for guests, for each byte that they missed: what the chunk's size costs.
+    pub amplification: Option<f64>,
     /// How guests' misses went since this agent began.
     pub misses: Misses,
+    /// Bytes a second that the background of all the agent's disks together may take, while an agent runs; 0 is no limit.
+    pub limit: Option<u64>,
+    /// Connections to the agent, for whichever of its disks, while one runs.
+    pub connections: Option<u64>,
     /// Bytes that are not home because the repository could not give them: all of them.
     pub damaged_bytes: u64,
     /// Where they are, neighbours of one reason together; of very many ranges the first thousand.
@@ -99,12 +119,20 @@ impl Status {
             uri: None,
             size: record.size,
             home_bytes: 0,
+            stable_bytes: 0,
             guest_bytes: 0,
             bytes_per_second: 0,
             seconds_left: None,
             fetched_bytes: 0,
             fetched_plain_bytes: 0,
+            fetched_bytes_per_second: 0,
+            demanded_bytes: 0,
+            background_bytes: 0,
+            missed_bytes: 0,
+            amplification: None,
             misses: Misses::default(),
+            limit: None,
+            connections: None,
             damaged_bytes: 0,
             damaged: Vec::new(),
             waiting: None,

@@ -2,6 +2,7 @@
 
 mod document;
 mod remote;
+mod report;
 
 use std::net::TcpStream;
 use std::os::unix::net::UnixStream;
@@ -16,6 +17,7 @@ use crate::live_restore::{self, SessionRecord, StateDir};
 use crate::output::{Align, Table, human_count, human_duration, human_size};
 
 pub use document::{DamagedRange, Misses, Phase, Status};
+pub use report::Report;
 
 /// How long a server is given to answer.
 const PATIENCE: Duration = Duration::from_secs(10);
@@ -56,7 +58,11 @@ impl Verb for Args {
     }
 }
 
-fn show_session(context: &Context, target: &Path, state: Option<&Path>) -> anyhow::Result<Outcome> {
+/// The session of a target.
+///
+/// # Errors
+/// Where none is known, or its record cannot be read.
+pub(crate) fn session_of(target: &Path, state: Option<&Path>) -> anyhow::Result<(StateDir, SessionRecord)> {
     let state = StateDir::of(target, state)?;
     let Some(record) = state.record()? else {
         return Err(Failure::new(
@@ -65,6 +71,11 @@ fn show_session(context: &Context, target: &Path, state: Option<&Path>) -> anyho
         )
         .into());
     };
+    Ok((state, record))
+}
+
+fn show_session(context: &Context, target: &Path, state: Option<&Path>) -> anyhow::Result<Outcome> {
+    let (state, record) = session_of(target, state)?;
     let asked = live_restore::ask_status(state.path())
         .with_context(|| format!("the agent that serves {} does not answer", target.display()))?;
     let status = match asked {
@@ -122,6 +133,9 @@ fn table(status: &Status) -> Table {
     row("written by the guest", human_size(status.guest_bytes));
     if status.pid.is_some() {
         row("rate", format!("{}/s", human_size(status.bytes_per_second)));
+        if let Some(limit) = status.limit.filter(|limit| *limit > 0) {
+            row("limit", format!("{}/s", human_size(limit)));
+        }
         if let Some(seconds) = status.seconds_left {
             row("time left", human_duration(Duration::from_secs(seconds)));
         }

@@ -81,3 +81,21 @@ fn peers_that_are_silent_huge_or_gone_keep_nobody_from_an_answer() {
     end(live);
     assert_eq!(scratch.json(&["status", "t.raw"])["phase"], "stopped");
 }
+
+#[test]
+fn the_limit_of_a_running_restore_is_changed_and_said() {
+    let (scratch, live) = running();
+    let ran = scratch.run(&["limit", "t.raw", "3MiB"]).ends_with(0);
+    assert_eq!(ran.stdout, "limit: 3.0 MiB/s (it was 20 B/s)\n");
+    assert_eq!(scratch.json(&["status", "t.raw"])["limit"], 3 << 20);
+    let changed = scratch.json(&["limit", "t.raw", "0"]);
+    assert_eq!(changed, serde_json::json!({"old": 3 << 20, "new": 0}));
+    // Without a limit it is soon home.
+    while scratch.json(&["status", "t.raw"])["phase"] != "complete" {
+        std::thread::yield_now();
+    }
+    end(live);
+    scratch.run(&["limit", "t.raw", "1MiB"]).fails(&["no agent serves", "t.raw", "--limit"]);
+    scratch.run(&["limit", "d.raw", "1MiB"]).fails(&["no live-restore to d.raw is known"]);
+    scratch.run(&["limit", "t.raw", "fast"]).ends_with(2).tells(&["not a rate"]);
+}

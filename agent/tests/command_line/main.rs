@@ -10,5 +10,6 @@ mod interrupts;
 mod refusals;
 mod restores;
 mod sessions;
+mod several;
 mod support;
 mod words;

@@ -64,7 +64,6 @@ impl Asked {
     }
 
     /// The agent, with all its disks.
-    #[allow(dead_code, reason = "for requests that concern the whole agent")]
     pub(crate) const fn service(&self) -> &Arc<Service> {
         &self.service
     }

@@ -9,6 +9,22 @@ use serde_json::Value;
 pub enum Request {
     /// How far the session of this socket is: a [`crate::status::Status`].
     Status,
+    /// How far every session of the agent is: an array of them, in the order of its exports.
+    Disks,
+    /// Another limit from now on, for all disks of the agent together: [`LimitChanged`].
+    Limit {
+        /// Bytes a second that the background may take; 0 is no limit.
+        rate: u64,
+    },
+}
+
+/// What came of [`Request::Limit`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LimitChanged {
+    /// Bytes a second before; 0 is no limit.
+    pub old: u64,
+    /// Bytes a second now.
+    pub new: u64,
 }
 
 /// A line of the answer. On the wire `reply` names the variant.

@@ -1,0 +1,233 @@
+//! What somebody wants restored, and to where: which target is for which disk.
+//!
+//! All disks of an order are of one snapshot. Where some of its targets have a session already, that is the snapshot those
+//! were begun with: the newest when they began need not be the newest when a start that was cut short is done again.
+
+use std::path::{Path, PathBuf};
+
+use anyhow::Context as _;
+use block::Engine;
+use nbd_server::ListenAddress;
+use repository::{Repository, SnapshotName, SnapshotSpec};
+
+use super::record::SessionRecord;
+use super::state_dir::{StateDir, absolute};
+use super::wanted::belongs_elsewhere;
+use crate::cli::{Failure, UsageError};
+use crate::live::SessionOptions;
+use crate::source::PoolOptions;
+
+/// What is to be restored, and how.
+pub(crate) struct Order {
+    /// `GROUP@TIME[/DISK]`; without a disk where there are several targets.
+    pub(crate) snapshot: String,
+    /// One target, which is a path; or one for each disk of the snapshot, in its order or as `DISK=PATH`.
+    pub(crate) targets: Vec<PathBuf>,
+    /// Where the disks are served, each by its name.
+    pub(crate) listen: Vec<ListenAddress>,
+    /// Overwrite targets that hold data and have no session.
+    pub(crate) force: bool,
+    /// The targets were copied or moved as a whole, together with their sessions.
+    pub(crate) moved: bool,
+    /// Where sessions are kept, if not beside file targets.
+    pub(crate) state: Option<PathBuf>,
+    /// By what disks are read and written.
+    pub(crate) engine: Engine,
+    /// How the repository is read.
+    pub(crate) pool: PoolOptions,
+    /// What may be chosen for each session; its limit is that of all together.
+    pub(crate) options: SessionOptions,
+}
+
+/// One disk of an order.
+#[derive(Debug)]
+pub(super) struct Wanted {
+    /// `GROUP@TIME[/DISK]`
+    pub(super) spec: String,
+    pub(super) target: PathBuf,
+    pub(super) state: StateDir,
+}
+
+impl Order {
+    /// Says which target is for which disk.
+    ///
+    /// # Errors
+    /// Where that cannot be, or the sessions that are there restore something else.
+    pub(super) fn assign(&self, repository: &repository::Result<Repository>) -> anyhow::Result<Vec<Wanted>> {
+        if let [target] = self.targets.as_slice() {
+            let state = StateDir::of(target, self.state.as_deref())?;
+            return Ok(vec![Wanted { spec: self.snapshot.clone(), target: target.clone(), state }]);
+        }
+        let spec: SnapshotSpec = self.snapshot.parse()?;
+        if spec.disk.is_some() {
+            return Err(UsageError::new(format!(
+                "{} is one disk, and {} targets were named",
+                self.snapshot,
+                self.targets.len()
+            ))
+            .into());
+        }
+        let targets = self.targets.iter().map(|target| split(target)).collect::<Result<Vec<_>, _>>()?;
+        let named = targets.iter().filter(|(name, _)| name.is_some()).count();
+        if named > 0 && named < targets.len() {
+            return Err(UsageError::new(
+                "some targets are named for a disk (DISK=TARGET) and others are not: name all of them, or none; \
+                 write ./NAME for a file with = in its name",
+            )
+            .into());
+        }
+        check_different(targets.iter().map(|(_, path)| *path))?;
+        let states = targets.iter().map(|(_, path)| StateDir::of(path, self.state.as_deref()));
+        let states = states.collect::<anyhow::Result<Vec<_>>>()?;
+        let records = states.iter().map(|state| Ok(state.record()?.filter(SessionRecord::was_begun)));
+        let records = records.collect::<anyhow::Result<Vec<_>>>()?;
+        let snapshot = self.snapshot_of(&spec, repository, &targets, &records)?;
+        let disks = disks_of(&snapshot, repository, &records)?;
+        if disks.len() != targets.len() {
+            return Err(Failure::new(
+                format!(
+                    "{snapshot} has {}: {}; {} were named",
+                    count(disks.len(), "disk"),
+                    disks.join(", "),
+                    count(targets.len(), "target")
+                ),
+                "name one TARGET for each disk, in this order or as DISK=TARGET; or one disk, as in SNAPSHOT/DISK",
+            )
+            .into());
+        }
+        let mut wanted = Vec::new();
+        for (place, ((name, path), state)) in targets.iter().zip(states).enumerate() {
+            let disk = name.unwrap_or(&disks[place]);
+            if !disks.iter().any(|known| known == disk) {
+                return Err(Failure::new(
+                    format!("{snapshot} has no disk {disk}; it has {}", disks.join(", ")),
+                    "name one of these before the =",
+                )
+                .into());
+            }
+            let twice = format!("{snapshot}/{disk}");
+            if wanted.iter().any(|wanted: &Wanted| wanted.spec == twice) {
+                return Err(UsageError::new(format!("two targets were named for the disk {disk}")).into());
+            }
+            wanted.push(Wanted { spec: twice, target: path.to_path_buf(), state });
+        }
+        // The exports stand in the snapshot's order, whatever that of the targets is.
+        wanted.sort_by_key(|wanted| disks.iter().position(|disk| wanted.spec.ends_with(&format!("/{disk}"))));
+        Ok(wanted)
+    }
+
+    /// The snapshot that all disks are of.
+    fn snapshot_of(
+        &self,
+        spec: &SnapshotSpec,
+        repository: &repository::Result<Repository>,
+        targets: &[(Option<&str>, &Path)],
+        records: &[Option<SessionRecord>],
+    ) -> anyhow::Result<SnapshotName> {
+        let mut begun: Option<(&SessionRecord, &Path)> = None;
+        for (record, (_, path)) in records.iter().zip(targets) {
+            let Some(record) = record else { continue };
+            let name: SnapshotName = record.snapshot.parse()?;
+            let is_asked_for = *name.group() == spec.group
+                && match spec.when {
+                    repository::When::Latest => true,
+                    repository::When::At(time) => time == name.time(),
+                };
+            if !is_asked_for {
+                return Err(belongs_elsewhere(path, record, &self.snapshot));
+            }
+            match begun {
+                Some((first, other)) if first.snapshot != record.snapshot => {
+                    return Err(Failure::new(
+                        format!(
+                            "the target {} belongs to a session that restores {}, and {} to one that restores {}",
+                            path.display(),
+                            record.snapshot,
+                            other.display(),
+                            first.snapshot
+                        ),
+                        "go on with each by a command of its own, or name targets of one snapshot",
+                    )
+                    .into());
+                }
+                Some(_) => {}
+                None => begun = Some((record, *path)),
+            }
+        }
+        if let Some((record, _)) = begun {
+            return Ok(record.snapshot.parse()?);
+        }
+        let repository = repository.as_ref().map_err(Clone::clone)?;
+        let (snapshot, _) = repository.resolve(&self.snapshot)?;
+        #[expect(clippy::redundant_clone, reason = "the snapshot lends its name, it does not give it")]
+        Ok(snapshot.name().clone())
+    }
+}
+
+/// The names of a snapshot's disks, in its order. Where the repository cannot be had, those of the sessions.
+fn disks_of(
+    name: &SnapshotName,
+    repository: &repository::Result<Repository>,
+    records: &[Option<SessionRecord>],
+) -> anyhow::Result<Vec<String>> {
+    let had = repository.as_ref().map_err(Clone::clone).and_then(|repository| repository.snapshot(name));
+    match had {
+        Ok(snapshot) => Ok(snapshot.manifest().disks.iter().map(|disk| disk.name.to_string()).collect()),
+        Err(error) => {
+            // Whether they need it is found out for each.
+            let known: Option<Vec<String>> =
+                records.iter().map(|record| record.as_ref().map(|record| record.disk.clone())).collect();
+            known.ok_or_else(|| error.into())
+        }
+    }
+}
+
+/// What stands before the first `=` is a disk's name, unless it has a slash: `./a=b` is a path.
+fn split(target: &Path) -> anyhow::Result<(Option<&str>, &Path)> {
+    let Some((name, path)) = target.to_str().and_then(|text| text.split_once('=')) else {
+        return Ok((None, target));
+    };
+    if name.contains('/') {
+        return Ok((None, target));
+    }
+    if name.is_empty() || path.is_empty() {
+        return Err(UsageError::new(format!(
+            "{} is not DISK=TARGET; to name a file with = in its name, write ./{0}",
+            target.display()
+        ))
+        .into());
+    }
+    Ok((Some(name), Path::new(path)))
+}
+
+fn check_different<'a>(targets: impl Iterator<Item = &'a Path>) -> anyhow::Result<()> {
+    let mut seen: Vec<PathBuf> = Vec::new();
+    for target in targets {
+        let path = absolute(target).with_context(|| format!("cannot use the target {}", target.display()))?;
+        if seen.contains(&path) {
+            return Err(UsageError::new(format!("the target {} is named twice", target.display())).into());
+        }
+        seen.push(path);
+    }
+    Ok(())
+}
+
+fn count(number: usize, what: &str) -> String {
+    let plural = if number == 1 { "" } else { "s" };
+    format!("{number} {what}{plural}")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_disks_name_stands_before_the_first_equals_sign_unless_it_has_a_slash() {
+        let parts = |text: &'static str| split(Path::new(text)).ok();
+        assert_eq!(parts("t.raw"), Some((None, Path::new("t.raw"))));
+        assert_eq!(parts("root=/x/t=1.raw"), Some((Some("root"), Path::new("/x/t=1.raw"))));
+        assert_eq!(parts("./a=b"), Some((None, Path::new("./a=b"))));
+        assert_eq!(parts("=b"), None);
+        assert_eq!(parts("root="), None);
+    }
+}
