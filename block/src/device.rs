@@ -148,6 +148,11 @@ pub trait BlockDevice {
     /// range's start; at most `limit` of them, so they may end before the range does.
     fn extents(&self, range: ByteRange, limit: usize) -> DeviceFuture<'_, Result<Vec<Extent>>>;
 
+    /// A handle for one client alone, where telling clients apart is of use; `None` where all may share this one.
+    fn for_client(&self) -> Option<Rc<dyn BlockDevice>> {
+        None
+    }
+
     /// Asks that `range` be fetched to where it is fast (NBD's CACHE).
     fn prefetch(&self, range: ByteRange) -> DeviceFuture<'_, Result<()>> {
         let _ = range;

@@ -50,6 +50,7 @@ pub(crate) async fn negotiate(mut socket: Socket, devices: &Rc<OpenDevices>) -> 
             Step::Closed(ending) => return Err(ending.into()),
             Step::Transmission(agreed) => {
                 let device = directory.into_device(agreed.export).ok_or(Failed::Gone)?;
+                let device = device.for_client().unwrap_or(device);
                 return Ok(Negotiated { socket, agreed: *agreed, device, rest: handshake.into_rest() });
             }
         }
