@@ -1,4 +1,4 @@
-//! JSON documents behind one line with their length and hash: the configuration and the manifests.
+//! JSON documents behind one line with their length and hash: the configuration, the manifests, the boot traces.
 
 use serde::Serialize;
 use serde::de::DeserializeOwned;
@@ -17,6 +17,7 @@ const MAX_LINE: usize = 256;
 pub(crate) enum Document {
     Config,
     Manifest,
+    Trace,
 }
 
 impl Document {
@@ -24,6 +25,7 @@ impl Document {
         match self {
             Self::Config => "config",
             Self::Manifest => "manifest",
+            Self::Trace => "trace",
         }
     }
 }

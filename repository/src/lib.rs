@@ -39,6 +39,7 @@ mod record;
 mod repository;
 mod snapshots;
 pub mod storage;
+mod traces;
 mod verify;
 
 pub use capture::{CaptureOptions, CaptureWriter, DiskWriter, Put};
@@ -59,4 +60,5 @@ pub use reader::{ChunkReader, Fetch, FetchLimits, plan_fetches};
 pub use record::{Codec, KeyRef, Location, RecordKind};
 pub use repository::Repository;
 pub use snapshots::SnapshotList;
+pub use traces::{MAX_TRACE_RUNS, TRACE_GRAIN, Trace};
 pub use verify::{Damage, VerifyOptions, VerifyProgress, VerifyReport};
