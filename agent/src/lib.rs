@@ -12,3 +12,4 @@ pub mod restore;
 pub mod serve;
 pub mod source;
 pub mod status;
+pub mod trace;

@@ -3,14 +3,20 @@
 use std::os::fd::BorrowedFd;
 use std::rc::Rc;
 use std::sync::Arc;
+use std::time::Duration;
 
 use block::{
     AlignedBuf, Attempt, BLOCK_SIZE, BlockDevice, ByteRange, DeviceFuture, Durability, Error, ErrorKind,
     Extent, Geometry, Result, ZeroMode,
 };
+use parking_lot::Mutex;
 
 use super::session::Session;
 use super::stats::Phase;
+use super::streams::Streams;
+
+/// Chunks of one read that are looked at: what a longer one asks for is no hint of what comes next.
+const MOST_SEEN: u64 = 64;
 
 /// One shard's handle of a session. Clones share everything.
 #[derive(Clone)]
@@ -18,6 +24,8 @@ pub struct LiveDevice {
     pub(super) session: Arc<Session>,
     pub(super) target: Rc<dyn BlockDevice>,
     pub(super) journal: Rc<dyn BlockDevice>,
+    /// The streams of the client whose handle this is.
+    streams: Rc<Mutex<Streams>>,
 }
 
 impl LiveDevice {
@@ -26,7 +34,7 @@ impl LiveDevice {
         target: Rc<dyn BlockDevice>,
         journal: Rc<dyn BlockDevice>,
     ) -> Self {
-        Self { session, target, journal }
+        Self { session, target, journal, streams: Rc::default() }
     }
 
     /// The session that all shards share.
@@ -52,6 +60,51 @@ impl LiveDevice {
         (result.and_then(|()| self.session.check_open()), buf)
     }
 
+    /// A guest reads this.
+    fn saw(&self, range: ByteRange) {
+        if self.session.is_watching() {
+            let map = &self.session.map;
+            let chunks = map.chunks_of(&map.blocks(range));
+            self.session.is_asked_for(chunks.start..chunks.end.min(chunks.start + MOST_SEEN), &self.streams);
+        }
+    }
+
+    async fn read_timed(&self, offset: u64, buf: AlignedBuf) -> (Result<()>, AlignedBuf) {
+        let session = &*self.session;
+        if !session.pace.is_watching() {
+            return self.read_target(offset, buf).await;
+        }
+        let begun = session.clock.now();
+        let done = self.read_target(offset, buf).await;
+        session.pace.took(session.clock.now().saturating_sub(begun));
+        done
+    }
+
+    /// A write of whole blocks that are not all home, where nobody has to be waited for.
+    fn try_write_absent(&self, range: ByteRange, data: &[u8]) -> Result<Attempt> {
+        let session = &*self.session;
+        let map = &session.map;
+        let blocks = map.blocks(range);
+        if range.is_empty() || session.makes_any() || map.whole_blocks(range) != blocks {
+            return Ok(Attempt::WouldWait);
+        }
+        let Some(_change) = session.try_begin_change()? else { return Ok(Attempt::WouldWait) };
+        if !session.needs_no_copy(&blocks) {
+            return Ok(Attempt::WouldWait);
+        }
+        let mut holds = Vec::new();
+        for chunk in map.chunks_of(&blocks).filter(|&chunk| !map.is_whole(chunk)) {
+            let Some(hold) = session.holds.try_shared(chunk) else { return Ok(Attempt::WouldWait) };
+            holds.push(hold);
+        }
+        map.mark_guest(blocks.clone());
+        let attempt = self.target.try_write(range.start(), data)?;
+        if attempt == Attempt::Done {
+            map.mark_home(blocks);
+        }
+        Ok(attempt)
+    }
+
     pub(super) fn is_home(&self, range: ByteRange) -> bool {
         let map = &self.session.map;
         self.session.phase() == Phase::Complete || map.v().all(map.blocks(range))
@@ -72,13 +125,21 @@ impl BlockDevice for LiveDevice {
     fn try_read(&self, offset: u64, buf: &mut [u8]) -> Result<Attempt> {
         let range = self.check(offset, buf.len() as u64)?;
         self.session.check_open()?;
-        if self.is_home(range) { self.target.try_read(offset, buf) } else { Ok(Attempt::WouldWait) }
+        if !self.is_home(range) {
+            return Ok(Attempt::WouldWait);
+        }
+        let attempt = self.target.try_read(offset, buf)?;
+        if attempt == Attempt::Done {
+            self.saw(range);
+            self.session.pace.took(Duration::ZERO);
+        }
+        Ok(attempt)
     }
 
     fn try_write(&self, offset: u64, data: &[u8]) -> Result<Attempt> {
         let range = self.check(offset, data.len() as u64)?;
         if !self.is_home(range) {
-            return Ok(Attempt::WouldWait);
+            return self.try_write_absent(range, data);
         }
         let Some(_change) = self.session.try_begin_change()? else { return Ok(Attempt::WouldWait) };
         if !self.session.needs_no_copy(&self.session.map.blocks(range)) {
@@ -92,17 +153,32 @@ impl BlockDevice for LiveDevice {
 
     fn resident(&self, range: ByteRange) -> Option<(BorrowedFd<'_>, u64)> {
         let is_served = range.fits(self.session.map.disk().size) && self.session.check_open().is_ok();
-        (is_served && self.is_home(range)).then(|| self.target.resident(range))?
+        if !is_served || !self.is_home(range) {
+            return None;
+        }
+        let resident = self.target.resident(range)?;
+        self.saw(range);
+        Some(resident)
     }
 
     fn read(&self, offset: u64, buf: AlignedBuf) -> DeviceFuture<'_, (Result<()>, AlignedBuf)> {
         let checked =
             self.check(offset, buf.len() as u64).and_then(|range| self.session.check_open().map(|()| range));
         match checked {
-            Ok(range) if self.is_home(range) => Box::pin(self.read_target(offset, buf)),
-            Ok(range) => Box::pin(self.read_mixed(range, buf)),
+            Ok(range) => {
+                self.saw(range);
+                if self.is_home(range) {
+                    Box::pin(self.read_timed(offset, buf))
+                } else {
+                    Box::pin(self.read_mixed(range, buf))
+                }
+            }
             Err(error) => Box::pin(std::future::ready((Err(error), buf))),
         }
+    }
+
+    fn for_client(&self) -> Option<Rc<dyn BlockDevice>> {
+        Some(Rc::new(Self { streams: Rc::default(), ..self.clone() }))
     }
 
     fn write(

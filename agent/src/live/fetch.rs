@@ -16,6 +16,8 @@ use super::stats::Stats;
 
 const FIRST_BACKOFF: Duration = Duration::from_millis(50);
 const LONGEST_BACKOFF: Duration = Duration::from_secs(5);
+/// How long a piece may be about to be asked for.
+const ABOUT_TO: Duration = Duration::from_millis(1);
 
 impl Session {
     /// The chunk's bytes, if they were fetched and are on their way home.
@@ -23,10 +25,39 @@ impl Session {
         self.decoded.lock().get(&chunk).cloned()
     }
 
+    /// A chunk that a guest waits for. Where it is on its way home already, that fetch becomes the guest's; `None` where
+    /// it came home meanwhile. The flag says whether somebody brings it home.
+    pub(super) async fn fetch_for_guest(&self, chunk: u64) -> Result<Option<(ChunkData, bool)>> {
+        let _waiting = Waiting::new(self);
+        loop {
+            if let Some(data) = self.decoded(chunk) {
+                return Ok(Some((data, true)));
+            }
+            if self.map.is_whole(chunk) {
+                return Ok(None);
+            }
+            let ended = self.piece_ended.notified();
+            if !self.fills.lock().plan.is_in_flight(chunk) {
+                return Ok(Some((self.fetch(chunk, Urgency::Demand).await?, false)));
+            }
+            match self.source.join(chunk, Urgency::Demand) {
+                Some(fetch) => match fetch.await {
+                    Ok(data) if data.len() as u64 == self.map.disk().chunk_range(chunk).len() => {
+                        return Ok(Some((data, true)));
+                    }
+                    // Whoever brings it home deals with that; this asks once more by itself.
+                    _ => return Ok(Some((self.fetch(chunk, Urgency::Demand).await?, false))),
+                },
+                // It was fetched and is being written, or is about to be asked for.
+                None => first_of(self.clock.sleep(ABOUT_TO), ended).await,
+            }
+            self.check_open()?;
+        }
+    }
+
     /// Fetches a chunk. While the source is out of reach this waits and tries again, up to
     /// [`super::SessionOptions::source_timeout`]. A chunk that cannot be had is an error, never zeroes.
     pub(super) async fn fetch(&self, chunk: u64, urgency: Urgency) -> Result<ChunkData> {
-        let _waiting = (urgency == Urgency::Demand).then(|| Waiting::new(self));
         let start = self.clock.now();
         let mut backoff = FIRST_BACKOFF;
         loop {
@@ -136,9 +167,7 @@ struct Waiting<'a> {
 impl<'a> Waiting<'a> {
     fn new(session: &'a Session) -> Self {
         session.waiting.fetch_add(1, Ordering::Relaxed);
-        let since = session.clock.now();
-        session.fills.lock().last_miss = Some(since);
-        Self { session, since }
+        Self { session, since: session.clock.now() }
     }
 }
 
@@ -146,7 +175,6 @@ impl Drop for Waiting<'_> {
     fn drop(&mut self) {
         let now = self.session.clock.now();
         self.session.stats.waited(now.saturating_sub(self.since));
-        self.session.fills.lock().last_miss = Some(now);
         self.session.waiting.fetch_sub(1, Ordering::Relaxed);
     }
 }

@@ -14,29 +14,32 @@ use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use block::{AlignedBuf, Durability, ErrorKind, Result};
+use parking_lot::Mutex;
 
 use super::damage::Lasting;
 use super::device::LiveDevice;
 use super::holds::Hold;
 use super::join::first_of;
 use super::mistakes::Mistake;
-use super::plan::{Chunk, Piece};
+use super::plan::{Chunk, Lane, Piece, Sizes};
 use super::session::{Fills, Session};
 use super::source::{ChunkData, RunData, SourceErrorKind, Urgency};
 use super::stats::{Phase, Stats};
+use super::streams::Streams;
 
 /// How long a worker that found nothing to do sleeps before it looks again unasked.
 const IDLE: Duration = Duration::from_secs(1);
-/// How long a worker steps aside for guests' misses before it looks again.
-const ASIDE: Duration = Duration::from_millis(2);
-/// For how long after a miss the background goes gently.
-const GENTLE: Duration = Duration::from_millis(50);
 const FIRST_BACKOFF: Duration = Duration::from_millis(200);
 const LONGEST_BACKOFF: Duration = Duration::from_secs(10);
 /// For how long no write may fail for want of room before the target counts as full no longer.
 const FULL_QUIET: Duration = Duration::from_secs(5);
 /// Zero chunks are made zero in pieces of this size.
 const ZERO_PIECE_BYTES: u64 = 256 << 20;
+/// What is wanted before the sweep is brought home in pieces of this size.
+const WANTED_PIECE_BYTES: u64 = 512 << 10;
+/// This much on either side of what a guest asked for is wanted before the sweep. Replaying a boot over 5 and 20 ms, twice
+/// and half as much were slower.
+const NEAR_BYTES: u64 = 2 << 20;
 
 enum Work {
     /// A chunk that a guest asked for is decoded.
@@ -64,9 +67,10 @@ impl LiveDevice {
                     let again = if piece.is_zero {
                         session.after_fill(self.zero_fill(&piece.chunks).await)
                     } else {
-                        self.fill_piece(&piece.chunks).await
+                        self.fill_piece(&piece).await
                     };
                     session.fills.lock().plan.ended(&piece.chunks, again);
+                    session.piece_ended.notify_waiters();
                     session.work.notify_one();
                 }
                 Work::Wait(time) => first_of(session.clock.sleep(time), session.work.notified()).await,
@@ -84,9 +88,10 @@ impl LiveDevice {
     }
 
     /// True where some of it must be tried again.
-    async fn fill_piece(&self, chunks: &Range<u64>) -> bool {
+    async fn fill_piece(&self, Piece { chunks, lane, .. }: &Piece) -> bool {
         let session = &*self.session;
-        let RunData { bytes, failed } = session.source.fetch_run(chunks.clone(), Urgency::Background).await;
+        let urgency = lane.urgency();
+        let RunData { bytes, failed } = session.source.fetch_run(chunks.clone(), urgency).await;
         let mut again = false;
         for (chunk, error) in &failed {
             match error.kind() {
@@ -114,13 +119,13 @@ impl LiveDevice {
         chunks.clone().filter(|&chunk| is_good(chunk)).for_each(|chunk| session.was_had(chunk));
         if failed.is_empty() {
             session.source_answered();
-            return session.after_fill(self.fill(chunks.clone(), bytes, Urgency::Background).await) || again;
+            return session.after_fill(self.fill(chunks.clone(), bytes, urgency).await) || again;
         }
         for chunk in chunks.clone().filter(|&chunk| is_good(chunk)) {
             let range = session.map.disk().chunk_range(chunk);
             let at = (range.start() - whole.start()) as usize;
             let part = AlignedBuf::from_slice(&bytes[at..at + range.len() as usize]);
-            again |= session.after_fill(self.fill(chunk..chunk + 1, part, Urgency::Background).await);
+            again |= session.after_fill(self.fill(chunk..chunk + 1, part, urgency).await);
         }
         session.source.recycle(bytes);
         again
@@ -133,14 +138,15 @@ impl LiveDevice {
         if session.source.is_zero(chunk) {
             return self.zero_fill(&(chunk..chunk + 1)).await;
         }
-        let data = match session.decoded(chunk) {
-            Some(data) => data,
-            None => {
-                if session.map.is_whole(chunk) {
-                    return Ok(());
-                }
-                session.fetch(chunk, urgency).await?
-            }
+        let data = if urgency == Urgency::Demand {
+            let Some((data, _)) = session.fetch_for_guest(chunk).await? else { return Ok(()) };
+            data
+        } else if let Some(data) = session.decoded(chunk) {
+            data
+        } else if session.map.is_whole(chunk) {
+            return Ok(());
+        } else {
+            session.fetch(chunk, urgency).await?
         };
         self.fill(chunk..chunk + 1, data.into_buf(), urgency).await
     }
@@ -202,7 +208,7 @@ impl LiveDevice {
             self.leak_to_journal().await;
         }
         let counter = match urgency {
-            Urgency::Background => &session.stats.filled_in_background,
+            Urgency::Background | Urgency::Expected => &session.stats.filled_in_background,
             Urgency::Readahead | Urgency::Demand => &session.stats.filled_on_demand,
         };
         Stats::add(counter, written);
@@ -240,9 +246,6 @@ impl Session {
         if now < fills.not_before {
             return Work::Wait(fills.not_before - now);
         }
-        if !fills.background {
-            return Work::Wait(IDLE);
-        }
         self.next_piece(&mut fills, now)
     }
 
@@ -251,25 +254,62 @@ impl Session {
             fills.plan.begin_again();
         }
         let chunk_size = u64::from(self.map.disk().chunk_size);
-        let is_gentle = self.waiting.load(Ordering::Relaxed) > 0
-            || fills.last_miss.is_some_and(|at| now.saturating_sub(at) < GENTLE);
-        if is_gentle && fills.plan.in_flight() > 0 {
-            return Work::Wait(ASIDE);
+        // What lies ahead of a guest's stream is the guest's: no limit holds it back.
+        let held_back = fills.limit.take(now, 0).and_then(|()| self.pace.take(now, 0));
+        let fetching = fills.plan.fetching() * chunk_size;
+        let most = self.source.prefetch_bytes().max(chunk_size);
+        let least = if !fills.background || held_back.is_err() {
+            Lane::Stream
+        } else if fetching >= most {
+            Lane::Near
+        } else {
+            Lane::Sweep
+        };
+        if fetching >= 2 * most {
+            return Work::Wait(IDLE);
         }
-        if let Err(wait) = fills.limit.take(now, 0) {
-            return Work::Wait(wait.min(IDLE));
-        }
-        let piece_bytes = if is_gentle { chunk_size } else { fills.limit.piece(self.options.piece_bytes) };
-        let most_data = (piece_bytes / chunk_size).max(1);
-        let most_zero = (ZERO_PIECE_BYTES / chunk_size).max(1);
-        let piece = fills.plan.next(most_data, most_zero, |chunk| self.chunk_state(chunk));
-        let Some(piece) = piece else { return Work::Wait(IDLE) };
-        if !piece.is_zero {
+        let in_chunks = |bytes: u64| (bytes / chunk_size).max(1);
+        let sizes = Sizes {
+            sweep: in_chunks(fills.limit.piece(self.options.piece_bytes)),
+            wanted: in_chunks(fills.limit.piece(WANTED_PIECE_BYTES)),
+            zero: in_chunks(ZERO_PIECE_BYTES),
+        };
+        let Some(piece) = fills.plan.next(least, sizes, |chunk| self.chunk_state(chunk)) else {
+            return Work::Wait(held_back.err().unwrap_or(IDLE).min(IDLE));
+        };
+        if !piece.is_zero && piece.lane != Lane::Stream {
             let bytes = self.map.disk().run_range(&piece.chunks).len();
-            // It was asked with nothing just above, so this takes in advance.
+            // They were asked with nothing just above, so this takes in advance.
             let _ = fills.limit.take(now, bytes);
+            let _ = self.pace.take(now, bytes);
         }
+        // There may be more: the next worker looks.
+        self.work.notify_one();
         Work::Piece(piece)
+    }
+
+    /// A guest reads `chunks`: what it will probably read next is wanted.
+    pub(super) fn is_asked_for(&self, chunks: Range<u64>, streams: &Mutex<Streams>) {
+        let chunk_size = u64::from(self.map.disk().chunk_size);
+        let is_filling = self.phase() == Phase::Filling;
+        for chunk in chunks {
+            // Zeroes need no fetch, so nobody has to expect them.
+            let is_new = !self.source.is_zero(chunk) && self.asked.is_new(chunk, || self.clock.now());
+            if !is_filling {
+                continue;
+            }
+            let ahead = streams.lock().saw(chunk, self.map.disk().chunk_count());
+            if !is_new && ahead.is_empty() {
+                continue;
+            }
+            let mut fills = self.fills.lock();
+            fills.plan.want_ahead(ahead);
+            if is_new && fills.background {
+                fills.plan.want_near(chunk, NEAR_BYTES / chunk_size);
+            }
+            drop(fills);
+            self.work.notify_one();
+        }
     }
 
     fn chunk_state(&self, chunk: u64) -> Chunk {
@@ -335,6 +375,16 @@ impl Session {
     fn back_off(&self) {
         let now = self.clock.now();
         self.fills.lock().back_off(now);
+    }
+}
+
+impl Lane {
+    const fn urgency(self) -> Urgency {
+        match self {
+            Self::Stream => Urgency::Readahead,
+            Self::Trace | Self::Near => Urgency::Expected,
+            Self::Sweep => Urgency::Background,
+        }
     }
 }
 

@@ -48,6 +48,13 @@ impl Holds {
         hold
     }
 
+    /// A shared hold where nobody has to be waited for.
+    pub(super) fn try_shared(&self, chunk: u64) -> Option<Hold> {
+        let mut hold = self.place(chunk);
+        hold.guard = Some(Guard::Shared(self.lock(chunk).try_read_owned().ok()?));
+        Some(hold)
+    }
+
     /// Waits until nobody holds the chunk. Who asks later waits behind this.
     pub(super) async fn exclusive(&self, chunk: u64) -> Hold {
         let mut hold = self.place(chunk);

@@ -51,6 +51,7 @@
 //! [`SessionOptions::decoded_bytes`], beyond that a miss writes its own home; a worker has one piece in hand; `V`, `G` and
 //! `P` take a bit a block each (32 MiB for 1 TiB).
 
+mod asked;
 mod bits;
 mod clock;
 mod commit;
@@ -72,6 +73,7 @@ mod limit;
 mod live_file;
 mod map;
 mod mistakes;
+mod pace;
 mod parts;
 mod peek;
 mod plan;
@@ -79,11 +81,13 @@ mod read;
 mod session;
 mod source;
 mod stats;
+mod streams;
 #[cfg(test)]
 mod tests;
 mod write;
 mod zero;
 
+pub use asked::Recorded;
 pub use clock::{Clock, TokioClock};
 pub use damage::DamagedRun;
 pub use device::LiveDevice;

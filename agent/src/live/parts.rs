@@ -42,6 +42,9 @@ pub struct SessionOptions {
     pub limit: u64,
     /// Whether the background brings home what nobody asked for.
     pub background: bool,
+    /// What the slowest hundredth of guests' requests that need nothing of the source should stay within: the background
+    /// steps back for it.
+    pub guest_p99: Option<Duration>,
     /// Pages of the journal's log, where it must not be 4096.
     pub log_pages: Option<u32>,
 }
@@ -56,6 +59,7 @@ impl Default for SessionOptions {
             decoded_bytes: 32 << 20,
             limit: 0,
             background: true,
+            guest_p99: None,
             log_pages: None,
         }
     }
@@ -80,6 +84,8 @@ pub struct SessionParts {
     /// Chunks in the order in which the background should fetch them, as runs of neighbours. What is
     /// left out comes afterwards.
     pub plan: Vec<Range<u64>>,
+    /// The boot trace: chunks that guests will probably ask for, in that order.
+    pub trace: Vec<u64>,
     /// What may be chosen.
     pub options: SessionOptions,
 }

@@ -1,4 +1,4 @@
-//! Which chunks the background brings home next. Pure.
+//! Which chunks are brought home next that no guest waits for. Pure.
 
 use std::collections::VecDeque;
 use std::ops::Range;
@@ -14,49 +14,110 @@ pub(super) enum Chunk {
     Data,
 }
 
+/// Why a chunk is brought home. An earlier one goes before a later one.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) enum Lane {
+    /// It lies ahead of a stream of a guest's reads.
+    Stream,
+    /// The boot trace has it.
+    Trace,
+    /// A guest asked for a neighbour.
+    Near,
+    /// It is absent.
+    Sweep,
+}
+
+const WANTED: [Lane; 3] = [Lane::Stream, Lane::Trace, Lane::Near];
+/// Ranges that are wanted ahead of streams, or near what was asked for: of more the oldest are left to the sweep.
+const MOST_WANTED: usize = 256;
+
 /// Neighbouring chunks to bring home in one piece.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Piece {
     pub(super) chunks: Range<u64>,
     pub(super) is_zero: bool,
+    pub(super) lane: Lane,
 }
 
-/// The order of the background: first the runs that the caller gave (pack order), then everything
-/// that was left out, from the disk's start to its end, as often as it is asked to begin again.
+/// How much a piece may be.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Sizes {
+    /// Chunks of a piece of the sweep.
+    pub(super) sweep: u64,
+    /// Chunks of a piece that is wanted before the sweep: few, since others may be wanted before the rest of it.
+    pub(super) wanted: u64,
+    /// Zero chunks of a piece.
+    pub(super) zero: u64,
+}
+
+/// The order: what is wanted, in the order of [`Lane`]; then the runs that the caller gave (pack order); then
+/// everything that was left out, from the disk's start to its end, as often as it is asked to begin again.
 #[derive(Debug)]
 pub(super) struct FillPlan {
+    wanted: [VecDeque<Range<u64>>; WANTED.len()],
     runs: VecDeque<Range<u64>>,
     chunk_count: u64,
     sweep: u64,
-    in_flight: Vec<Range<u64>>,
+    in_flight: Vec<Piece>,
     again: bool,
 }
 
 impl FillPlan {
-    pub(super) fn new(runs: Vec<Range<u64>>, chunk_count: u64) -> Self {
-        let runs = runs.into_iter().map(|run| run.start..run.end.min(chunk_count)).collect();
-        Self { runs, chunk_count, sweep: 0, in_flight: Vec::new(), again: false }
+    pub(super) fn new(runs: Vec<Range<u64>>, trace: &[u64], chunk_count: u64) -> Self {
+        let within = |run: Range<u64>| run.start..run.end.min(chunk_count);
+        Self {
+            wanted: [VecDeque::new(), join_trace(trace, chunk_count), VecDeque::new()],
+            runs: runs.into_iter().map(within).collect(),
+            chunk_count,
+            sweep: 0,
+            in_flight: Vec::new(),
+            again: false,
+        }
     }
 
-    /// The next piece: of one kind, of at most `most_data` chunks to fetch or `most_zero` zero ones.
-    /// `None` where nothing is left to begin.
-    pub(super) fn next(
-        &mut self,
-        most_data: u64,
-        most_zero: u64,
-        state: impl Fn(u64) -> Chunk,
-    ) -> Option<Piece> {
+    /// These chunks lie ahead of a stream.
+    pub(super) fn want_ahead(&mut self, chunks: impl IntoIterator<Item = Range<u64>>) {
+        let lane = &mut self.wanted[Lane::Stream as usize];
+        lane.extend(chunks);
+        let most = lane.len().saturating_sub(MOST_WANTED);
+        lane.drain(..most);
+    }
+
+    /// A guest asked for `chunk`: up to `reach` chunks on either side of it are likely next, those behind it less.
+    pub(super) fn want_near(&mut self, chunk: u64, reach: u64) {
+        let lane = &mut self.wanted[Lane::Near as usize];
+        lane.push_front(chunk.saturating_sub(reach)..chunk);
+        lane.push_front(chunk + 1..(chunk + 1).saturating_add(reach).min(self.chunk_count));
+        lane.truncate(MOST_WANTED);
+    }
+
+    /// The next piece: of one kind, and no less urgent than `least`. `None` where there is nothing of that to begin.
+    pub(super) fn next(&mut self, least: Lane, sizes: Sizes, state: impl Fn(u64) -> Chunk) -> Option<Piece> {
+        // Zeroes need no fetch, so nobody waits for them.
+        let data = |chunk| if state(chunk) == Chunk::Data { Chunk::Data } else { Chunk::Skip };
+        for lane in WANTED.into_iter().filter(|lane| *lane <= least) {
+            while let Some(run) = self.wanted[lane as usize].front_mut() {
+                if let Some((chunks, is_zero)) = take(run, &self.in_flight, sizes.wanted, 0, data) {
+                    return Some(self.begun(Piece { chunks, is_zero, lane }));
+                }
+                self.wanted[lane as usize].pop_front();
+            }
+        }
+        if least < Lane::Sweep {
+            return None;
+        }
+        let lane = Lane::Sweep;
         while let Some(run) = self.runs.front_mut() {
-            if let Some(piece) = take(run, &self.in_flight, most_data, most_zero, &state) {
-                return Some(self.begun(piece));
+            if let Some((chunks, is_zero)) = take(run, &self.in_flight, sizes.sweep, sizes.zero, &state) {
+                return Some(self.begun(Piece { chunks, is_zero, lane }));
             }
             self.runs.pop_front();
         }
         let mut rest = self.sweep..self.chunk_count;
-        let piece = take(&mut rest, &self.in_flight, most_data, most_zero, &state);
+        let taken = take(&mut rest, &self.in_flight, sizes.sweep, sizes.zero, &state);
         self.sweep = rest.start;
-        if let Some(piece) = piece {
-            return Some(self.begun(piece));
+        if let Some((chunks, is_zero)) = taken {
+            return Some(self.begun(Piece { chunks, is_zero, lane }));
         }
         if self.again && self.in_flight.is_empty() {
             self.again = false;
@@ -67,12 +128,24 @@ impl FillPlan {
 
     /// The piece is home, or was given up; `again` where it must be tried later.
     pub(super) fn ended(&mut self, chunks: &Range<u64>, again: bool) {
-        self.in_flight.retain(|piece| piece != chunks);
+        self.in_flight.retain(|piece| piece.chunks != *chunks);
         self.again |= again;
     }
 
-    pub(super) fn in_flight(&self) -> usize {
-        self.in_flight.len()
+    /// Chunks that are being fetched.
+    pub(super) fn fetching(&self) -> u64 {
+        let fetched = self.in_flight.iter().filter(|piece| !piece.is_zero);
+        fetched.map(|piece| piece.chunks.end - piece.chunks.start).sum()
+    }
+
+    /// Whether a piece with this chunk is on its way home.
+    pub(super) fn is_in_flight(&self, chunk: u64) -> bool {
+        self.in_flight.iter().any(|piece| piece.chunks.contains(&chunk))
+    }
+
+    /// Chunks of the boot trace that were not begun yet.
+    pub(super) fn trace_left(&self) -> u64 {
+        self.wanted[Lane::Trace as usize].iter().map(|run| run.end - run.start).sum()
     }
 
     /// Looks at every chunk once more after what is in flight.
@@ -81,20 +154,48 @@ impl FillPlan {
     }
 
     fn begun(&mut self, piece: Piece) -> Piece {
-        self.in_flight.push(piece.chunks.clone());
+        self.in_flight.push(piece.clone());
         piece
     }
 }
 
+/// Chunks of a trace whose neighbours follow soon are fetched with these: this far ahead is looked for them.
+const TRACE_LOOKAHEAD: usize = 64;
+/// So many are joined at most.
+const TRACE_JOINED: u64 = 4;
+
+/// A trace as runs: in its order, but with neighbours that come soon after taken along.
+fn join_trace(trace: &[u64], chunk_count: u64) -> VecDeque<Range<u64>> {
+    let mut places = std::collections::HashMap::new();
+    for (place, chunk) in trace.iter().enumerate().filter(|(_, chunk)| **chunk < chunk_count) {
+        places.entry(*chunk).or_insert(place);
+    }
+    let mut runs = VecDeque::new();
+    for (place, &chunk) in trace.iter().enumerate() {
+        if places.remove(&chunk).is_none() {
+            continue;
+        }
+        let mut end = chunk + 1;
+        let is_soon = |at: &usize| *at < place + TRACE_LOOKAHEAD;
+        while end - chunk < TRACE_JOINED && places.get(&end).is_some_and(is_soon) {
+            places.remove(&end);
+            end += 1;
+        }
+        runs.push_back(chunk..end);
+    }
+    runs
+}
+
+/// Takes the first chunks of one kind off `run`, and whether they are zeroes.
 fn take(
     run: &mut Range<u64>,
-    in_flight: &[Range<u64>],
+    in_flight: &[Piece],
     most_data: u64,
     most_zero: u64,
     state: impl Fn(u64) -> Chunk,
-) -> Option<Piece> {
+) -> Option<(Range<u64>, bool)> {
     let state = |chunk: u64| {
-        if in_flight.iter().any(|piece| piece.contains(&chunk)) { Chunk::Skip } else { state(chunk) }
+        if in_flight.iter().any(|piece| piece.chunks.contains(&chunk)) { Chunk::Skip } else { state(chunk) }
     };
     let (start, kind) =
         run.clone().map(|chunk| (chunk, state(chunk))).find(|(_, kind)| *kind != Chunk::Skip).or_else(
@@ -110,7 +211,7 @@ fn take(
         end += 1;
     }
     run.start = end;
-    Some(Piece { chunks: start..end, is_zero })
+    Some((start..end, is_zero))
 }
 
 #[cfg(test)]
@@ -121,17 +222,26 @@ mod tests {
 
     use super::*;
 
+    const TWO: Sizes = Sizes { sweep: 2, wanted: 1, zero: 2 };
+
     proptest! {
         #[test]
         fn every_chunk_comes_once_in_pieces_of_one_kind(
             kinds in prop::collection::vec(0_u8..3, 1..80),
             runs in prop::collection::vec((0_u64..80, 1_u64..20), 0..6),
+            trace in prop::collection::vec(0_u64..100, 0..40),
+            near in prop::collection::vec(0_u64..80, 0..4),
             most in 1_u64..8,
         ) {
             let count = kinds.len() as u64;
             let runs = runs.into_iter().map(|(start, len)| start.min(count)..(start + len).min(count)).collect();
-            let mut plan = FillPlan::new(runs, count);
+            let mut plan = FillPlan::new(runs, &trace, count);
+            for chunk in near {
+                plan.want_near(chunk.min(count - 1), 5);
+            }
+            plan.want_ahead(std::iter::once(3.min(count)..7.min(count)));
             let mut home = BTreeSet::new();
+            let mut last = Lane::Stream;
             loop {
                 let state = |chunk: u64| match kinds[chunk as usize] {
                     _ if home.contains(&chunk) => Chunk::Skip,
@@ -139,9 +249,12 @@ mod tests {
                     1 => Chunk::Zero,
                     _ => Chunk::Data,
                 };
-                let Some(piece) = plan.next(most, 2 * most, state) else { break };
-                let limit = if piece.is_zero { 2 * most } else { most };
+                let sizes = Sizes { sweep: most, wanted: 2, zero: 2 * most };
+                let Some(piece) = plan.next(Lane::Sweep, sizes, state) else { break };
+                let limit = if piece.is_zero { 2 * most } else { most.max(2) };
                 prop_assert!(piece.chunks.end - piece.chunks.start <= limit);
+                prop_assert!(last <= piece.lane, "{:?} after {:?}", piece, last);
+                last = piece.lane;
                 for chunk in piece.chunks.clone() {
                     prop_assert_eq!(kinds[chunk as usize], if piece.is_zero { 1 } else { 2 });
                     prop_assert!(home.insert(chunk), "chunk {} came twice", chunk);
@@ -154,14 +267,36 @@ mod tests {
 
     #[test]
     fn a_piece_that_must_be_tried_again_comes_again_once_the_others_have_ended() {
-        let mut plan = FillPlan::new(Vec::new(), 4);
-        let first = plan.next(2, 2, |_| Chunk::Data).unwrap();
-        let second = plan.next(2, 2, |_| Chunk::Data).unwrap();
-        assert_eq!(plan.next(2, 2, |_| Chunk::Data), None);
+        let mut plan = FillPlan::new(Vec::new(), &[], 4);
+        let next = |plan: &mut FillPlan| plan.next(Lane::Sweep, TWO, |_| Chunk::Data);
+        let first = next(&mut plan).unwrap();
+        let second = next(&mut plan).unwrap();
+        assert_eq!(next(&mut plan), None);
         plan.ended(&first.chunks, true);
-        assert_eq!(plan.next(2, 2, |_| Chunk::Data), None);
+        assert_eq!(next(&mut plan), None);
         plan.ended(&second.chunks, false);
-        assert_eq!(plan.next(2, 2, |_| Chunk::Data), None, "the sweep is wound back here");
-        assert_eq!(plan.next(2, 2, |_| Chunk::Data), Some(first));
+        assert_eq!(next(&mut plan), None, "the sweep is wound back here");
+        assert_eq!(next(&mut plan), Some(first));
+    }
+
+    #[test]
+    fn a_trace_comes_in_its_order_with_neighbours_that_follow_soon() {
+        let plan = FillPlan::new(Vec::new(), &[9, 4, 2, 5, 10, 3, 99, 4], 50);
+        let runs: Vec<_> = plan.wanted[Lane::Trace as usize].iter().cloned().collect();
+        assert_eq!(runs, [9..11, 4..6, 2..4]);
+        assert_eq!(plan.trace_left(), 6);
+    }
+
+    #[test]
+    fn what_is_near_the_last_read_comes_first_and_the_sweep_waits_when_it_is_told_to() {
+        let mut plan = FillPlan::new(Vec::new(), &[], 100);
+        plan.want_near(20, 2);
+        plan.want_near(50, 2);
+        let chunks: Vec<u64> = std::iter::from_fn(|| plan.next(Lane::Near, TWO, |_| Chunk::Data))
+            .map(|piece| piece.chunks.start)
+            .collect();
+        assert_eq!(chunks, [51, 52, 48, 49, 21, 22, 18, 19]);
+        assert_eq!(plan.fetching(), 8);
+        assert!(plan.is_in_flight(49) && !plan.is_in_flight(50));
     }
 }

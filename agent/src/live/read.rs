@@ -96,8 +96,12 @@ impl LiveDevice {
             return self.read_home(range).await;
         }
         Stats::add(&self.session.stats.missed, range.len());
-        let data = self.session.fetch(chunk, Urgency::Demand).await?;
-        self.offer(chunk, &data).await;
+        let Some((data, is_brought_home)) = self.session.fetch_for_guest(chunk).await? else {
+            return self.read_home(range).await;
+        };
+        if !is_brought_home {
+            self.offer(chunk, &data).await;
+        }
         Ok(Bytes::Chunk(chunk, data))
     }
 

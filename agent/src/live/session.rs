@@ -10,6 +10,7 @@ use block::{BLOCK_SIZE, BlockDevice};
 use parking_lot::Mutex;
 use tokio::sync::Notify;
 
+use super::asked::{Asked, Recorded};
 use super::bits::{Bits, words_for, zeroed_words};
 use super::clock::Clock;
 use super::device::LiveDevice;
@@ -22,6 +23,7 @@ use super::limit::RateLimit;
 use super::live_file::{Credulity, LiveFile};
 use super::map::BlockMap;
 use super::mistakes::Mistake;
+use super::pace::Pace;
 use super::parts::{Identity, Resumed, SessionOptions, SessionParts};
 use super::plan::FillPlan;
 use super::source::{ChunkData, ChunkSource, DiskLayout};
@@ -35,6 +37,7 @@ pub struct Session {
     pub(super) source: Arc<dyn ChunkSource>,
     pub(super) clock: Arc<dyn Clock>,
     pub(super) options: SessionOptions,
+    data_chunks: u64,
     pub(super) stats: Stats,
     /// The flushes that have arrived, by number.
     pub(super) flushes: AtomicU64,
@@ -47,6 +50,12 @@ pub struct Session {
     /// Wakes whoever waits for another phase, or for the workers' end.
     pub(super) ending: Notify,
     pub(super) idle: Notify,
+    /// Wakes whoever waits for a piece that is on its way home.
+    pub(super) piece_ended: Notify,
+    /// What guests asked for.
+    pub(super) asked: Asked,
+    /// Holds the background back where guests' latency has a target.
+    pub(super) pace: Pace,
     pub(super) waiting: AtomicU64,
     pub(super) changes: AtomicU64,
     pub(super) stopping: AtomicBool,
@@ -80,7 +89,6 @@ pub(super) struct Fills {
     pub(super) source_away_since: Option<Duration>,
     /// The target is full, at least until no write failed for want of room up to then.
     pub(super) full_until: Option<Duration>,
-    pub(super) last_miss: Option<Duration>,
 }
 
 impl Session {
@@ -212,15 +220,16 @@ impl Session {
     }
 
     fn assemble(parts: SessionParts, map: BlockMap, journal: Journal, phase: Phase) -> Arc<Self> {
-        let plan = FillPlan::new(parts.plan, map.disk().chunk_count());
+        let data_chunks = parts.plan.iter().map(|run| run.end - run.start).sum();
+        let plan = FillPlan::new(parts.plan, &parts.trace, map.disk().chunk_count());
         Arc::new(Self {
             id: journal.header().session,
             holds: Holds::new(),
             source: parts.source,
             clock: parts.clock,
             options: parts.options,
+            data_chunks,
             stats: Stats::new(map.disk().chunk_count()),
-            map,
             flushes: AtomicU64::new(0),
             committer: tokio::sync::Mutex::new(Committer { journal, covered: 0 }),
             fills: Mutex::new(Fills {
@@ -233,17 +242,20 @@ impl Session {
                 backoff: Duration::ZERO,
                 source_away_since: None,
                 full_until: None,
-                last_miss: None,
             }),
             decoded: Mutex::new(HashMap::new()),
             work: Notify::new(),
             ending: Notify::new(),
             idle: Notify::new(),
+            piece_ended: Notify::new(),
+            asked: Asked::new(map.disk().chunk_count()),
+            pace: Pace::new(parts.options.guest_p99),
             waiting: AtomicU64::new(0),
             changes: AtomicU64::new(0),
             stopping: AtomicBool::new(false),
             views: Views::default(),
             phase: AtomicU8::new(phase as u8),
+            map,
             #[cfg(test)]
             mistake: None,
             #[cfg(test)]
@@ -317,6 +329,33 @@ impl Session {
         self.work.notify_waiters();
     }
 
+    /// Whether what guests read tells anything: what they may read next, or what a start reads.
+    pub(super) fn is_watching(&self) -> bool {
+        self.phase() == Phase::Filling || self.asked.is_recording()
+    }
+
+    /// What guests asked for since the session's start: the boot trace, once it has settled.
+    #[must_use]
+    pub fn recorded(&self) -> Recorded {
+        self.asked.recorded(self.clock.now())
+    }
+
+    /// How many chunks the order of the background has: those of the snapshot's disk that are not zeroes.
+    #[must_use]
+    pub const fn data_chunks(&self) -> u64 {
+        self.data_chunks
+    }
+
+    /// Begins to record anew: what guests ask for from now on is the trace.
+    pub fn begin_recording(&self) {
+        self.asked.begin();
+    }
+
+    /// Ends the recording: what guests asked for until now is the trace.
+    pub fn end_recording(&self) {
+        self.asked.end();
+    }
+
     /// Tells the fill and commit workers to end after the piece in hand.
     pub fn stop_workers(&self) {
         self.stopping.store(true, Ordering::Release);
@@ -360,6 +399,8 @@ impl Session {
             target_errors: Stats::read(&self.stats.target_errors),
             commits: Stats::read(&self.stats.commits),
             limit: fills.limit.rate(),
+            paced_to: self.pace.rate(),
+            trace_left: fills.plan.trace_left(),
             damaged_bytes: damage.bytes,
             damaged_due_bytes: damage.due_bytes,
             damaged: damage.runs,
@@ -382,6 +423,15 @@ impl Session {
     #[cfg(test)]
     pub(super) fn makes(&self, mistake: Mistake) -> bool {
         self.mistake == Some(mistake)
+    }
+
+    /// Whether a test asked for any mistake.
+    #[allow(clippy::unused_self, clippy::missing_const_for_fn, reason = "it looks only in tests")]
+    pub(super) fn makes_any(&self) -> bool {
+        #[cfg(test)]
+        return self.mistake.is_some();
+        #[cfg(not(test))]
+        false
     }
 
     /// Whether a test asked for this mistake. Never outside tests.

@@ -51,7 +51,9 @@ impl DiskLayout {
 pub enum Urgency {
     /// The sweep that brings the whole disk home.
     Background,
-    /// Somebody will probably ask soon.
+    /// Somebody may ask soon: the boot trace says so, or a neighbour was asked for.
+    Expected,
+    /// Somebody will probably ask next: it lies ahead of a stream of reads.
     Readahead,
     /// A guest waits.
     Demand,
@@ -59,7 +61,7 @@ pub enum Urgency {
 
 impl Urgency {
     /// Every urgency, the least first.
-    pub const ALL: [Self; 3] = [Self::Background, Self::Readahead, Self::Demand];
+    pub const ALL: [Self; 4] = [Self::Background, Self::Expected, Self::Readahead, Self::Demand];
 
     /// Its place in [`Urgency::ALL`].
     #[must_use]
@@ -158,7 +160,7 @@ pub trait ChunkSource: Send + Sync {
     fn fetch(&self, chunk: u64, urgency: Urgency) -> FetchFuture<'_, Result<ChunkData, SourceError>>;
 
     /// The bytes of neighbouring chunks in one buffer, so that they are written home in one piece.
-    /// The engine asks for runs of up to 4 MiB in which no chunk is zero, at [`Urgency::Background`].
+    /// The engine asks for runs of up to 4 MiB in which no chunk is zero, at less than [`Urgency::Demand`].
     ///
     /// The default fetches each chunk, all at once, and copies them together. An implementation
     /// that decodes straight into the run's buffer saves that copy.
@@ -188,6 +190,17 @@ pub trait ChunkSource: Send + Sync {
             .await;
             run
         })
+    }
+
+    /// Joins a fetch of this chunk that is wanted or under way already, which becomes as urgent as this; `None`
+    /// where there is no such fetch.
+    fn join(&self, chunk: u64, urgency: Urgency) -> Option<FetchFuture<'_, Result<ChunkData, SourceError>>> {
+        Some(self.fetch(chunk, urgency))
+    }
+
+    /// How many bytes of fetches that nobody waits for keep the source busy: the engine asks for no more at once.
+    fn prefetch_bytes(&self) -> u64 {
+        8 << 20
     }
 
     /// Takes back the buffer of a [`RunData`] or a [`ChunkData::into_buf`] that is home, to be used again.

@@ -86,6 +86,10 @@ pub struct StatsSnapshot {
     pub commits: u64,
     /// Bytes a second that the background may take; 0 is no limit.
     pub limit: u64,
+    /// Bytes a second that it may take for the guests' sake (`--guest-p99`); 0 is no limit.
+    pub paced_to: u64,
+    /// Chunks of the boot trace that are still to be begun.
+    pub trace_left: u64,
     /// Bytes that are not home because the repository could not give their chunks: all of them.
     pub damaged_bytes: u64,
     /// Those among them that the background is to ask for once more.

@@ -132,6 +132,15 @@ pub(crate) struct SessionArgs {
     #[arg(long, value_name = "ENGINE", default_value = "auto")]
     io_engine: IoEngine,
 
+    /// Neither use the boot trace that is kept with the group nor record one
+    #[arg(long)]
+    no_trace: bool,
+
+    /// Hold the background back so that 99 of 100 requests of guests that need nothing of the repository stay within
+    /// this time, like 5ms
+    #[arg(long, value_name = "TIME", value_parser = parse_time)]
+    guest_p99: Option<Duration>,
+
     #[command(flatten)]
     source: SourceArgs,
 }
@@ -152,6 +161,8 @@ impl SessionArgs {
             source_timeout: self.source_timeout,
             limit: self.limit.limit().map_or(0, NonZeroU64::get),
             background,
+            guest_p99: self.guest_p99,
+            decoded_bytes: self.source.cache_bytes(),
             ..SessionOptions::default()
         };
         Ok(Order {
@@ -163,6 +174,7 @@ impl SessionArgs {
             state: self.state,
             engine: Engine::choose(self.io_engine)?,
             pool: self.source.pool_options(),
+            uses_trace: !self.no_trace,
             options,
         })
     }

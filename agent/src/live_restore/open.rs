@@ -22,7 +22,7 @@ use std::sync::Arc;
 
 use anyhow::Context as _;
 use block::{DirectIo, Engine, FileDisk, FileOptions, OpenDevice};
-use repository::{ChunkId, DiskEntry, DiskMap, MapEntry, Repository, Snapshot};
+use repository::{ChunkId, DiskEntry, DiskMap, GroupName, MapEntry, Repository, Snapshot, SnapshotName};
 
 use super::fetching::{Fetching, SharedPool};
 use super::identity::TargetIdentity;
@@ -70,6 +70,8 @@ pub(super) struct Wish<'a> {
     pub(super) engine: Engine,
     pub(super) pool: &'a SharedPool,
     pub(super) options: SessionOptions,
+    /// Whether the boot trace of the group is used, and one recorded.
+    pub(super) uses_trace: bool,
 }
 
 impl Wish<'_> {
@@ -148,7 +150,7 @@ impl Found<'_> {
         match &self.restored {
             Restored::Begun(record, disk) => {
                 let parts = match disk {
-                    Some(disk) => needed(Parts::new(self.wish, disk), self.state, record)?,
+                    Some(disk) => needed(Parts::new(self.wish, &self.group()?, disk), self.state, record)?,
                     None => None,
                 };
                 let parts = match parts {
@@ -158,10 +160,16 @@ impl Found<'_> {
                 self.resume((**record).clone(), parts, interrupt)
             }
             Restored::New(snapshot, disk) => {
-                let parts = Parts::new(self.wish, disk)?;
+                let parts = Parts::new(self.wish, snapshot.name().group(), disk)?;
                 self.create(snapshot, disk, parts, interrupt)
             }
         }
+    }
+
+    fn group(&self) -> anyhow::Result<GroupName> {
+        let (snapshot, _) = self.names();
+        let name: SnapshotName = snapshot.parse()?;
+        Ok(name.group().clone())
     }
 
     /// The full name of the snapshot, and the name of its disk.
@@ -332,23 +340,25 @@ struct Parts {
     source: Arc<dyn ChunkSource>,
     check: Option<Arc<dyn ChunkCheck>>,
     plan: Vec<std::ops::Range<u64>>,
+    trace: Vec<u64>,
     options: SessionOptions,
     boot: BootId,
 }
 
 impl Parts {
-    fn new(wish: &Wish<'_>, disk: &DiskEntry) -> anyhow::Result<Self> {
+    fn new(wish: &Wish<'_>, group: &GroupName, disk: &DiskEntry) -> anyhow::Result<Self> {
         let layout = DiskLayout { size: disk.size, chunk_size: disk.chunk_size };
         let repository = wish.repository()?;
         let map = repository.disk_map(disk)?;
         let zero = zero_chunks(&map).context("cannot read the map of the snapshot's disk")?;
         let plan = pack_order(repository, &map)?;
+        let trace = if wish.uses_trace { trace_of(repository, group, disk) } else { Vec::new() };
         let fetching = wish.pool.add(repository, map.clone())?;
         let check: Arc<dyn ChunkCheck> = Arc::new(MapCheck(map));
         let source = Arc::new(DiskSource::new(Arc::clone(&fetching.pool), fetching.disk, layout, zero));
         let boot = BootId::current().context("cannot read the kernel's boot id")?;
         let (fetching, check) = (Some(fetching), Some(check));
-        Ok(Self { layout, fetching, source, check, plan, options: wish.options, boot })
+        Ok(Self { layout, fetching, source, check, plan, trace, options: wish.options, boot })
     }
 
     /// For a session that is wholly home.
@@ -356,8 +366,8 @@ impl Parts {
         let layout = DiskLayout { size: record.size, chunk_size: record.chunk_size };
         let source = Arc::new(NoSource::new(layout));
         let boot = BootId::current().context("cannot read the kernel's boot id")?;
-        let plan = Vec::new();
-        Ok(Self { layout, fetching: None, source, check: None, plan, options: wish.options, boot })
+        let (plan, trace) = (Vec::new(), Vec::new());
+        Ok(Self { layout, fetching: None, source, check: None, plan, trace, options: wish.options, boot })
     }
 
     fn into_session(
@@ -377,9 +387,22 @@ impl Parts {
             last_boot: record.boot.as_ref().and_then(|boot| boot.parse().ok()),
             check: self.check,
             plan: self.plan,
+            trace: self.trace,
             options: self.options,
         };
         (parts, self.fetching, self.boot)
+    }
+}
+
+/// What guests of this group read of the disk when they started before. It is advice: without it all goes on.
+fn trace_of(repository: &Repository, group: &GroupName, disk: &DiskEntry) -> Vec<u64> {
+    match repository.trace(group, &disk.name) {
+        Ok(Some(trace)) => trace.chunks(disk.chunk_size, disk.size),
+        Ok(None) => Vec::new(),
+        Err(error) => {
+            tracing::warn!(%error, "the boot trace cannot be used");
+            Vec::new()
+        }
     }
 }
 

@@ -35,6 +35,8 @@ pub(crate) struct Order {
     pub(crate) engine: Engine,
     /// How the repository is read.
     pub(crate) pool: PoolOptions,
+    /// Whether the boot trace of the group is used, and one recorded.
+    pub(crate) uses_trace: bool,
     /// What may be chosen for each session; its limit is that of all together.
     pub(crate) options: SessionOptions,
 }

@@ -34,15 +34,16 @@ use super::story::{End, Story};
 use super::target;
 use crate::cli::{Context, Failure, Interrupt};
 use crate::in_use::Claim;
-use crate::live::{LiveDisk, SessionOptions};
+use crate::live::{DiskLayout, LiveDisk, Session, SessionOptions};
 use crate::status::Status;
+use crate::trace::TraceKeeper;
 
 pub(crate) use super::story::{Until, Watcher};
 
-/// Fills in flight on each shard, of all disks together.
-const FILLS_PER_SHARD: usize = 8;
+/// Fills in flight on each shard at most, of all disks together: how many there are is up to what keeps the source busy.
+const FILLS_PER_SHARD: usize = 32;
 /// Each disk has at least so many of them.
-const LEAST_FILLS: usize = 2;
+const LEAST_FILLS: usize = 8;
 
 /// A service that runs: guests may connect.
 pub(crate) struct Running {
@@ -91,6 +92,7 @@ pub(crate) fn start(
             engine: order.engine,
             pool: &pool,
             options,
+            uses_trace: order.uses_trace,
         })
         .collect();
     let found = wishes.iter().zip(&wanted).map(|(wish, wanted)| open::find(wish, &wanted.state));
@@ -105,7 +107,7 @@ pub(crate) fn start(
         Binding { server, lates },
         claims,
         limit,
-        order.engine,
+        order,
         repository.ok(),
         context,
         interrupt,
@@ -125,11 +127,12 @@ fn serve(
     binding: Binding,
     claims: Vec<Claim>,
     limit: u64,
-    engine: Engine,
+    order: &Order,
     repository: Option<Repository>,
     context: &Context,
     interrupt: &Interrupt,
 ) -> anyhow::Result<Running> {
+    let engine = order.engine;
     let disks: Vec<Arc<LiveDisk>> = opened.iter().map(live_disk).collect();
     for ((opened, wanted), (disk, late)) in opened.iter().zip(&wanted).zip(disks.iter().zip(&binding.lates)) {
         damage::recall(&opened.session, &wanted.state, &opened.record);
@@ -149,7 +152,12 @@ fn serve(
         if let Some(made) = made {
             made.keep();
         }
-        ServedDisk::new(record, wanted.state, disk, fetching, handle.addresses(), resumed)
+        let trace = repository.as_ref().filter(|_| order.uses_trace);
+        let trace =
+            trace.and_then(|repository| trace_keeper(repository, &record, disk.session(), resumed.is_some()));
+        let mut served = ServedDisk::new(record, wanted.state, disk, fetching, handle.addresses(), resumed);
+        served.trace = trace.map(Arc::new);
+        served
     });
     let served = served.collect();
     let service = Service::new(context, interrupt, engine, repository, handle.monitor(), served, limit);
@@ -171,6 +179,9 @@ impl Running {
         let service = Arc::clone(&self.service);
         let mut story = Story::new(&service, until);
         let told = story.tell(watcher);
+        for disk in self.service.disks() {
+            disk.look_at_trace(true);
+        }
         let parked = self.stop();
         for disk in self.service.disks() {
             disk.rates.home.store(0, std::sync::atomic::Ordering::Relaxed);
@@ -211,6 +222,19 @@ impl Drop for Running {
             tracing::error!(error = format_args!("{error:#}"), "the service ended badly");
         }
     }
+}
+
+/// Records what the guests of a disk read while they start.
+fn trace_keeper(
+    repository: &Repository,
+    record: &SessionRecord,
+    session: &Session,
+    is_resumed: bool,
+) -> Option<TraceKeeper> {
+    let (snapshot, disk) = (record.snapshot.parse().ok()?, record.disk.parse().ok()?);
+    let layout = DiskLayout { size: record.size, chunk_size: record.chunk_size };
+    let data_chunks = session.data_chunks();
+    Some(TraceKeeper::new(repository.clone(), &snapshot, disk, layout, data_chunks, is_resumed))
 }
 
 /// Keeps others from a target until the session ends. An agent that serves it already is named.

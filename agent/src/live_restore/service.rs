@@ -15,6 +15,7 @@ use crate::cli::{Context, Failure, Interrupt};
 use crate::live::{LiveDisk, Phase, Resumed, Session, StatsSnapshot};
 use crate::source::FetchStats;
 use crate::status::Status;
+use crate::trace::TraceKeeper;
 
 /// An agent that serves.
 pub(crate) struct Service {
@@ -56,6 +57,8 @@ pub(crate) struct ServedDisk {
     pub(crate) addresses: Vec<ListenAddress>,
     /// How its session was found; `None` where it is new.
     pub(crate) resumed: Option<Resumed>,
+    /// Keeps what guests read while they start, where that is wanted and there is a repository.
+    pub(crate) trace: Option<Arc<TraceKeeper>>,
     pub(super) rates: Rates,
     /// Its share of the limit, as it was set last.
     share: AtomicU64,
@@ -186,6 +189,7 @@ impl ServedDisk {
             fetching,
             addresses: addresses.to_vec(),
             resumed,
+            trace: None,
             rates: Rates::default(),
             share: AtomicU64::new(share),
             is_idle: AtomicBool::new(false),
@@ -195,6 +199,13 @@ impl ServedDisk {
     /// The session.
     pub(crate) fn session(&self) -> &Arc<Session> {
         self.disk.session()
+    }
+
+    /// Keeps the boot trace if its time has come. It may wait for the repository: for a thread that may.
+    pub(super) fn look_at_trace(&self, is_ending: bool) {
+        if let Some(trace) = &self.trace {
+            trace.look(self.session(), is_ending);
+        }
     }
 
     /// Where it is served.

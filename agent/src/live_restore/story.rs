@@ -19,6 +19,8 @@ use crate::status::Status;
 const TICK: Duration = Duration::from_millis(50);
 /// How often progress is told.
 const PROGRESS_INTERVAL: Duration = Duration::from_secs(1);
+/// How often it is looked whether guests have settled.
+const TRACE_INTERVAL: Duration = Duration::from_secs(2);
 
 /// How long a service goes on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -132,6 +134,7 @@ impl<'a> Story<'a> {
         }
         let mut ticks = tokio::time::interval(TICK);
         let mut is_complete = false;
+        let mut looked_at = Instant::now();
         loop {
             tokio::select! {
                 () = changed.notified() => {}
@@ -157,6 +160,13 @@ impl<'a> Story<'a> {
                 watcher.complete(&self.service.statuses());
             }
             let now = Instant::now();
+            if now.duration_since(looked_at) >= TRACE_INTERVAL {
+                looked_at = now;
+                let service = Arc::clone(self.service);
+                tokio::task::spawn_blocking(move || {
+                    service.disks().iter().for_each(|disk| disk.look_at_trace(false));
+                });
+            }
             if !is_complete && now.duration_since(self.told_at) >= PROGRESS_INTERVAL {
                 self.told_at = now;
                 self.progress(now, watcher);

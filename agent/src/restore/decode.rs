@@ -3,6 +3,7 @@
 use std::ops::Range;
 use std::sync::Arc;
 use std::sync::mpsc;
+use std::time::Instant;
 
 use block::{AlignedBuf, ByteRange};
 use parking_lot::Mutex;
@@ -14,6 +15,7 @@ use super::plan::Wanted;
 use super::writer::Write;
 use crate::capture::Stop;
 use crate::output::Progress;
+use crate::source::Throttle;
 
 /// How many buffers one decoder fills before it gives any away. There are more in all, or copies would
 /// be waited for in a circle.
@@ -36,6 +38,7 @@ pub(super) struct Decoders<'a> {
     pub(super) damage: &'a DamageLog,
     pub(super) stop: &'a Stop,
     pub(super) progress: &'a Progress,
+    pub(super) throttle: &'a Throttle,
     pub(super) free: Mutex<mpsc::Receiver<AlignedBuf>>,
     pub(super) piece_len: usize,
 }
@@ -143,6 +146,9 @@ impl Hands<'_> {
         let (first, last) = (fetch.place(&chunks[0].at), fetch.place(&chunks[chunks.len() - 1].at));
         let skip = first.start;
         self.stored.resize(last.end - skip, 0);
+        if let Some(arrives) = self.shared.throttle.reserve(Instant::now(), self.stored.len() as u64) {
+            std::thread::sleep(arrives.saturating_duration_since(Instant::now()));
+        }
         let offset = fetch.offset + skip as u64;
         let reader = &self.shared.reader;
         let places = chunks.iter().map(|chunk| {

@@ -17,6 +17,7 @@ use serde::Serialize;
 
 use crate::cli::{Context, Failure, Outcome, Verb};
 use crate::output::{Output, human_count, human_duration, human_size};
+use crate::source::{PaceArgs, Throttle};
 use damage::{Damage, DamageLog};
 use pipeline::Restore;
 use target::Target;
@@ -61,6 +62,9 @@ pub struct Args {
     /// Whether to write around the page cache
     #[arg(long, value_enum, default_value_t = Direct::Auto, value_name = "WHEN")]
     direct: Direct,
+
+    #[command(flatten)]
+    pace: PaceArgs,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
@@ -118,6 +122,8 @@ impl Verb for Args {
             engine,
             damage: &damage,
             progress: &progress,
+            slots: self.pace.restore_slots(),
+            throttle: Throttle::new(self.pace.pace()),
         };
         restore.run(interrupt.clone())?;
         interrupt.check()?;

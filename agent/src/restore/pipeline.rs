@@ -17,6 +17,7 @@ use super::writer::{self, Write};
 use crate::capture::Stop;
 use crate::cli::Interrupt;
 use crate::output::Progress;
+use crate::source::Throttle;
 
 /// Chunks that are planned together, in pack order: 8 GiB of disk at the usual chunk size, a few MiB of memory.
 const STRETCH: u64 = 64 << 10;
@@ -37,6 +38,10 @@ pub(super) struct Restore<'a> {
     pub(super) engine: Engine,
     pub(super) damage: &'a DamageLog,
     pub(super) progress: &'a Progress,
+    /// Reads in flight, where there is reason for another number than that of the cores.
+    pub(super) slots: Option<usize>,
+    /// How slow the source is made.
+    pub(super) throttle: Throttle,
 }
 
 impl Restore<'_> {
@@ -47,7 +52,8 @@ impl Restore<'_> {
     pub(super) fn run(&self, interrupt: Interrupt) -> anyhow::Result<()> {
         let stop = Stop::new(interrupt);
         let piece_len = PIECE_LEN.max(self.map.chunk_size() as usize);
-        let threads = std::thread::available_parallelism().map_or(2, usize::from).min(MAX_DECODERS);
+        let cores = std::thread::available_parallelism().map_or(2, usize::from).min(MAX_DECODERS);
+        let threads = self.slots.unwrap_or(cores);
         let pieces = threads * decode::PIECES_AT_ONCE + PIECES_IN_FLIGHT;
         let (job_sender, jobs) = mpsc::sync_channel(QUEUED_JOBS);
         let jobs = Arc::new(Mutex::new(jobs));
@@ -60,6 +66,7 @@ impl Restore<'_> {
             damage: self.damage,
             stop: &stop,
             progress: self.progress,
+            throttle: &self.throttle,
             free: Mutex::new(free),
             piece_len,
         };

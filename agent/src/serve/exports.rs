@@ -5,15 +5,17 @@ use std::sync::Arc;
 
 use block::{Engine, OpenDevice};
 use nbd_server::Export;
-use repository::{DiskEntry, Repository, Snapshot};
+use repository::{DiskEntry, Repository, Snapshot, SnapshotName};
 
 use super::SnapshotDisk;
 use crate::cli::Failure;
-use crate::live::DiskLayout;
+use crate::live::{DiskLayout, Session};
 use crate::source::{DiskSource, FetchPool, RepositoryStore, zero_chunks};
+use crate::trace::TraceKeeper;
 
 /// A disk that is to be served under these names.
 pub(super) struct Wanted {
+    snapshot: SnapshotName,
     names: Vec<String>,
     description: String,
     disk: DiskEntry,
@@ -23,6 +25,19 @@ pub(super) struct Wanted {
 pub(super) struct Opened {
     pub(super) export: Export,
     pub(super) size: u64,
+}
+
+/// What the clients of a disk that may be written to read while they start.
+pub(super) struct Recording {
+    session: Arc<Session>,
+    keeper: TraceKeeper,
+}
+
+impl Recording {
+    /// Keeps it if its time has come.
+    pub(super) fn look(&self, is_ending: bool) {
+        self.keeper.look(&self.session, is_ending);
+    }
 }
 
 /// The disks that these specifications mean; all of the repository where there is none.
@@ -68,7 +83,8 @@ fn add(wanted: &mut Vec<Wanted>, snapshot: &Snapshot, disk: &DiskEntry, alias: O
     let known = wanted.iter().position(|known| known.names.contains(&full));
     let at = known.unwrap_or_else(|| {
         let description = format!("disk {} of snapshot {}", disk.name, snapshot.name());
-        wanted.push(Wanted { names: vec![full], description, disk: disk.clone() });
+        let snapshot = snapshot.name();
+        wanted.push(Wanted { snapshot, names: vec![full], description, disk: disk.clone() });
         wanted.len() - 1
     });
     if let Some(alias) = alias
@@ -84,10 +100,11 @@ pub(super) fn open(
     pool: FetchPool<RepositoryStore>,
     repository: &Repository,
     scratch: Option<(&Path, Engine)>,
-) -> anyhow::Result<Vec<Opened>> {
+) -> anyhow::Result<(Vec<Opened>, Vec<Recording>)> {
     let pool = Arc::new(pool);
     let mut exports = Vec::new();
-    for Wanted { names, description, disk } in wanted {
+    let mut recordings = Vec::new();
+    for Wanted { snapshot, names, description, disk } in wanted {
         let map = repository.disk_map(&disk)?;
         let layout = DiskLayout { size: disk.size, chunk_size: disk.chunk_size };
         let zero = zero_chunks(&map)?;
@@ -95,7 +112,15 @@ pub(super) fn open(
         let source = Arc::new(DiskSource::new(Arc::clone(&pool), number, layout, zero));
         let device: Arc<dyn OpenDevice> = match scratch {
             None => Arc::new(SnapshotDisk::new(source)),
-            Some((dir, engine)) => super::scratch::open(source, dir, engine)?,
+            Some((dir, engine)) => {
+                let device = super::scratch::open(source, dir, engine)?;
+                let session = Arc::clone(device.session());
+                let (name, data_chunks) = (disk.name.clone(), disk.stats.data_chunks);
+                let keeper =
+                    TraceKeeper::new(repository.clone(), &snapshot, name, layout, data_chunks, false);
+                recordings.push(Recording { session, keeper });
+                device
+            }
         };
         for name in names {
             let mut export = Export::new(name, Arc::clone(&device));
@@ -104,5 +129,5 @@ pub(super) fn open(
             exports.push(Opened { export, size: disk.size });
         }
     }
-    Ok(exports)
+    Ok((exports, recordings))
 }

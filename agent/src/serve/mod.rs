@@ -6,7 +6,7 @@ mod exports;
 mod scratch;
 
 use std::path::PathBuf;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
 use block::{Engine, IoEngine};
@@ -21,6 +21,8 @@ pub use device::SnapshotDisk;
 
 /// How often the command looks for Ctrl-C.
 const TICK: Duration = Duration::from_millis(50);
+/// How often it is looked whether clients that may write have settled: what they read while they started is kept.
+const TRACE_INTERVAL: Duration = Duration::from_secs(2);
 
 /// Serve snapshots over NBD, one export per disk
 ///
@@ -40,7 +42,8 @@ pub struct Args {
     #[arg(short, long, required = true, value_name = "ADDRESS")]
     listen: Vec<ListenAddress>,
 
-    /// Let clients write, into files in this directory that have no name and are gone at the end
+    /// Let clients write, into files in this directory that have no name and are gone at the end. What a machine reads
+    /// of a disk while it starts is kept with the group, for the next live-restore
     #[arg(long, value_name = "DIR")]
     scratch: Option<PathBuf>,
 
@@ -78,7 +81,7 @@ impl Verb for Args {
         let pool = FetchPool::start(store, self.source.pool_options())
             .context("cannot start the fetching threads")?;
         let scratch = self.scratch.as_deref().map(|dir| (dir, engine));
-        let exports = exports::open(wanted, pool, &repository, scratch)?;
+        let (exports, recordings) = exports::open(wanted, pool, &repository, scratch)?;
         let sizes: Vec<(String, u64)> =
             exports.iter().map(|export| (export.export.name.clone(), export.size)).collect();
         let exports = exports.into_iter().map(|export| export.export).collect();
@@ -86,11 +89,17 @@ impl Verb for Args {
         let shards = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
         let handle = server.run(shards, engine)?;
         say_ready(context, &handle, &sizes)?;
+        let mut looked_at = Instant::now();
         while !interrupt.is_raised() {
             std::thread::sleep(TICK);
+            if looked_at.elapsed() >= TRACE_INTERVAL {
+                looked_at = Instant::now();
+                recordings.iter().for_each(|recording| recording.look(false));
+            }
         }
         handle.shutdown();
         handle.join()?;
+        recordings.iter().for_each(|recording| recording.look(true));
         Ok(Outcome::Done)
     }
 }

@@ -21,7 +21,7 @@ pub(super) fn open(
     source: Arc<dyn ChunkSource>,
     dir: &Path,
     engine: Engine,
-) -> anyhow::Result<Arc<dyn OpenDevice>> {
+) -> anyhow::Result<Arc<LiveDisk>> {
     let layout = source.layout();
     let target = nameless(dir, layout.size, engine)?;
     let journal = nameless(dir, Session::journal_layout(&*source, true).len_bytes(), engine)?;
@@ -34,6 +34,7 @@ pub(super) fn open(
         last_boot: None,
         check: None,
         plan: Vec::new(),
+        trace: Vec::new(),
         options: SessionOptions { background: false, ..SessionOptions::default() },
     };
     let mut id = [0; 16];

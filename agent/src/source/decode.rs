@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use block::{AlignedBuf, BufPart};
-use parking_lot::MutexGuard;
+use parking_lot::{Condvar, MutexGuard};
 
 use super::chunk_store::{ChunkStore, Decode, Key, Placed, Undecoded};
 use super::piece::{Piece, RunSlot, Waiter};
@@ -18,6 +18,8 @@ use crate::live::{ChunkData, SourceError, Urgency};
 const BATCH_CHUNKS: usize = 16;
 /// Plain bytes that are decoded together at most, unless one piece is longer.
 const BATCH_PLAIN_BYTES: usize = 4 << 20;
+/// How far the decoding threads step back.
+const DECODE_NICENESS: i32 = 3;
 
 /// Where a chunk is decoded to.
 enum Room {
@@ -36,17 +38,39 @@ impl Room {
 }
 
 impl<S: ChunkStore> Shared<S> {
-    /// Decodes until the pool is closed and nothing is left.
+    /// Decodes until the pool is closed and nothing is left. It steps back behind whatever else wants the processor: a
+    /// guest and who serves it come first.
     pub(super) fn decode_loop(&self) {
+        // Where that is not allowed, all is as it would be without.
+        if let Ok(own) = rustix::process::getpriority_process(None) {
+            let _ = rustix::process::setpriority_process(None, own + DECODE_NICENESS);
+        }
+        self.decode_those(Urgency::Background, &self.to_decode);
+    }
+
+    /// The same for what guests wait for alone, and at a guest's priority.
+    pub(super) fn decode_urgent_loop(&self) {
+        self.decode_those(Urgency::Demand, &self.to_decode_urgent);
+    }
+
+    /// Wakes a thread to decode what arrived.
+    pub(super) fn wake_decoder(&self, urgency: Urgency) {
+        if urgency == Urgency::Demand {
+            self.to_decode_urgent.notify_one();
+        }
+        self.to_decode.notify_one();
+    }
+
+    fn decode_those(&self, at_least: Urgency, wakes: &Condvar) {
         let mut decoder = self.store.decoder();
         let mut state = self.state.lock();
         loop {
-            let batch = self.next_batch(&mut state);
+            let batch = self.next_batch(&mut state, at_least);
             if batch.is_empty() {
                 if state.closed {
                     return;
                 }
-                self.to_decode.wait(&mut state);
+                wakes.wait(&mut state);
                 continue;
             }
             let len: u64 = batch.iter().map(Piece::stored_len).sum();
@@ -56,11 +80,11 @@ impl<S: ChunkStore> Shared<S> {
         }
     }
 
-    /// The most urgent piece; of the background as many as make up a batch.
-    fn next_batch(&self, state: &mut State<S::Place>) -> Vec<Piece<S::Place>> {
+    /// The most urgent piece; of what no guest waits for as many as make up a batch.
+    fn next_batch(&self, state: &mut State<S::Place>, at_least: Urgency) -> Vec<Piece<S::Place>> {
         let mut batch = Vec::new();
         let (mut chunks, mut bytes) = (0, 0);
-        for (lane, arrived) in state.arrived.iter_mut().enumerate().rev() {
+        for (lane, arrived) in state.arrived.iter_mut().enumerate().skip(at_least.lane()).rev() {
             while let Some(piece) = arrived.front() {
                 let len: usize = piece.chunks.iter().map(|(key, _)| self.store.plain_len(*key)).sum();
                 chunks += piece.chunks.len();
@@ -69,7 +93,7 @@ impl<S: ChunkStore> Shared<S> {
                     break;
                 }
                 batch.extend(arrived.pop_front());
-                if lane != Urgency::Background.lane() {
+                if lane >= Urgency::Readahead.lane() {
                     break;
                 }
             }

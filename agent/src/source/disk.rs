@@ -80,6 +80,14 @@ impl<S: ChunkStore> ChunkSource for DiskSource<S> {
         self.pool.fetch_run(self.disk, chunks, urgency)
     }
 
+    fn join(&self, chunk: u64, urgency: Urgency) -> Option<FetchFuture<'_, Result<ChunkData, SourceError>>> {
+        self.pool.join(Key { disk: self.disk, chunk }, urgency)
+    }
+
+    fn prefetch_bytes(&self) -> u64 {
+        self.pool.prefetch_bytes()
+    }
+
     fn recycle(&self, buf: block::AlignedBuf) {
         self.pool.recycle(buf);
     }

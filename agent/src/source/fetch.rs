@@ -4,7 +4,7 @@
 //! however much becomes possible at once.
 
 use std::sync::atomic::Ordering;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use parking_lot::MutexGuard;
 
@@ -13,14 +13,23 @@ use super::piece::{Piece, Waiter};
 use super::pool::{Shared, State, deliver};
 use crate::live::{SourceErrorKind, Urgency};
 
-/// The background fetches neighbours together up to so many plain bytes.
+/// Neighbours are fetched together up to so many plain bytes.
 const PIECE_PLAIN_BYTES: usize = 512 << 10;
-/// Stored bytes that may wait for the decode pool before the background stops fetching.
+/// The same while guests ask: what they ask for waits behind the rest of a piece.
+const SMALL_PIECE_PLAIN_BYTES: usize = 256 << 10;
+/// For how long after a guest asked pieces are small.
+const GUESTS_ASK: Duration = Duration::from_secs(1);
+/// Stored bytes that may wait for the decode pool before nothing more is prefetched.
 const DECODE_BACKLOG_BYTES: u64 = 3 << 20;
 
 /// What a fetching thread takes: a piece to read, or chunks still to be found.
-enum Order<P> {
-    Find { keys: Vec<Key>, urgency: Urgency },
+struct Order<P> {
+    what: What<P>,
+    urgency: Urgency,
+}
+
+enum What<P> {
+    Find(Vec<Key>),
     Read(Piece<P>),
 }
 
@@ -28,19 +37,20 @@ impl<S: ChunkStore> Shared<S> {
     /// Wakes a fetching thread if there is anything for it. That one wakes the next when it has taken its
     /// order, and so on: whoever makes something possible need not know how much.
     pub(super) fn wake_fetcher(&self, state: &State<S::Place>) {
-        let is_urgent = state.queue.may_start(Urgency::Readahead) || has_urgent_piece(state);
-        let has_more = !state.located.is_empty() || state.queue.may_start(Urgency::Background);
-        if is_urgent || (has_more && self.may_begin(state)) {
+        let may_prefetch = self.may_prefetch(state);
+        let has_work = |urgency: Urgency| {
+            (urgency == Urgency::Demand || may_prefetch)
+                && (!state.located[urgency.lane()].is_empty() || state.queue.may_start(urgency))
+        };
+        if Urgency::ALL.into_iter().any(has_work) {
             self.to_fetch.notify_one();
         }
     }
 
-    /// Whether the background may begin another fetch.
-    fn may_begin(&self, state: &State<S::Place>) -> bool {
+    /// Whether another fetch may begin that no guest waits for.
+    fn may_prefetch(&self, state: &State<S::Place>) -> bool {
         let slots = self.options.slots.saturating_sub(self.options.reserved_for_demand).max(1);
-        state.background_slots < slots
-            && state.window.has_room()
-            && state.arrived_bytes < DECODE_BACKLOG_BYTES
+        state.prefetch_slots < slots && state.window.has_room() && state.arrived_bytes < DECODE_BACKLOG_BYTES
     }
 
     /// Fetches until the pool is closed.
@@ -58,55 +68,68 @@ impl<S: ChunkStore> Shared<S> {
         }
     }
 
+    /// The most urgent thing to do. What no guest waits for is held back by the window and by the slots that are kept
+    /// for guests.
     fn next_order(&self, state: &mut State<S::Place>) -> Option<Order<S::Place>> {
-        if let Some((key, urgency)) = state.queue.start(Urgency::Readahead) {
-            self.wake_fetcher(state);
-            return Some(Order::Find { keys: vec![key], urgency });
-        }
-        if has_urgent_piece(state) {
-            // Somebody urgent joined it meanwhile: no window holds it back.
-            state.background_slots += 1;
-            return state.located.pop().map(Order::Read);
-        }
-        if !self.may_begin(state) {
-            return None;
-        }
-        let order = if let Some(piece) = state.located.pop() {
-            Order::Read(piece)
-        } else {
-            let (first, urgency) = state.queue.start(Urgency::Background)?;
-            let mut keys = vec![first];
-            let mut plain = self.store.plain_len(first);
-            while plain + self.store.plain_len(first) <= PIECE_PLAIN_BYTES {
-                let Some((key, _)) = state.queue.start(Urgency::Background) else { break };
-                plain += self.store.plain_len(key);
-                keys.push(key);
+        for urgency in Urgency::ALL.into_iter().rev() {
+            if urgency < Urgency::Demand && !self.may_prefetch(state) {
+                return None;
             }
-            Order::Find { keys, urgency }
-        };
-        state.background_slots += 1;
-        Some(order)
+            let what = match state.located[urgency.lane()].pop() {
+                Some(piece) => Some(What::Read(piece)),
+                None => self.next_keys(state, urgency).map(What::Find),
+            };
+            let Some(what) = what else { continue };
+            if urgency < Urgency::Demand {
+                state.prefetch_slots += 1;
+            } else {
+                self.wake_fetcher(state);
+            }
+            return Some(Order { what, urgency });
+        }
+        None
+    }
+
+    /// Chunks to look for together. A guest's are neighbours: it does not wait for others' chunks.
+    fn next_keys(&self, state: &mut State<S::Place>, urgency: Urgency) -> Option<Vec<Key>> {
+        let first = state.queue.start_next(urgency, |_| true)?;
+        let guests_ask = state.last_demand.is_some_and(|at| at.elapsed() < GUESTS_ASK);
+        let most = if guests_ask { SMALL_PIECE_PLAIN_BYTES } else { PIECE_PLAIN_BYTES };
+        let mut keys = vec![first];
+        let mut plain = self.store.plain_len(first);
+        let mut last = first;
+        while plain + self.store.plain_len(first) <= most {
+            let follows = |key: Key| key.disk == last.disk && key.chunk == last.chunk + 1;
+            let fits = |key: Key| urgency < Urgency::Demand || follows(key);
+            let Some(key) = state.queue.start_next(urgency, fits) else { break };
+            plain += self.store.plain_len(key);
+            keys.push(key);
+            last = key;
+        }
+        Some(keys)
     }
 
     /// Finds chunks, reads them and hands them to the decode pool. No lock is held meanwhile.
-    fn carry_out(&self, order: Order<S::Place>) {
+    fn carry_out(&self, Order { what, urgency }: Order<S::Place>) {
         let begun = Instant::now();
-        let (piece, background) = match order {
-            Order::Read(piece) => (Some(piece), true),
-            Order::Find { keys, urgency } => (self.find(keys), urgency == Urgency::Background),
+        let is_prefetch = urgency < Urgency::Demand;
+        let piece = match what {
+            What::Read(piece) => Some(piece),
+            What::Find(keys) => self.find(keys, urgency),
         };
         let Some(mut piece) = piece else {
-            if background {
-                self.state.lock().background_slots -= 1;
+            if is_prefetch {
+                self.state.lock().prefetch_slots -= 1;
             }
             return;
         };
         let len = piece.stored_len();
-        if background {
+        let flight = is_prefetch.then(|| {
             let mut state = self.state.lock();
-            state.window.begin(len);
+            let flight = state.window.begin(len);
             self.wake_fetcher(&state);
-        }
+            flight
+        });
         let arrives = self.throttle.reserve(begun, len);
         let mut stored = self.stored_buffer(len);
         let result = self.store.read(&piece.chunks[0].1, &mut stored);
@@ -115,11 +138,11 @@ impl<S: ChunkStore> Shared<S> {
         }
         self.counters.requests.fetch_add(1, Ordering::Relaxed);
         let mut state = self.state.lock();
-        if background {
-            state.background_slots -= 1;
+        if let Some(flight) = flight {
+            state.prefetch_slots -= 1;
             match result {
-                Ok(()) => state.window.end(len, begun.elapsed()),
-                Err(_) => state.window.cancel(len),
+                Ok(()) => state.window.end(flight, begun.elapsed(), self.begun.elapsed()),
+                Err(_) => state.window.cancel(flight),
             }
         }
         match result {
@@ -129,12 +152,14 @@ impl<S: ChunkStore> Shared<S> {
                 let urgency = urgency_of(&state, &piece);
                 state.arrived_bytes += len;
                 state.arrived[urgency.lane()].push_back(piece);
-                drop(state);
-                self.to_decode.notify_one();
+                self.wake_decoder(urgency);
             }
             Err(error) if error.kind() == SourceErrorKind::Missing && piece.chunks.len() > 1 => {
                 // A pack that is cut short may hold some of them: each alone.
-                state.located.extend(piece.into_single_chunks().rev());
+                for single in piece.into_single_chunks().rev() {
+                    let urgency = urgency_of(&state, &single);
+                    state.located[urgency.lane()].push(single);
+                }
                 self.wake_fetcher(&state);
             }
             Err(error) => {
@@ -147,7 +172,7 @@ impl<S: ChunkStore> Shared<S> {
     }
 
     /// Finds where chunks are; the first piece is for the caller, the others for whoever has a slot.
-    fn find(&self, keys: Vec<Key>) -> Option<Piece<S::Place>> {
+    fn find(&self, keys: Vec<Key>, urgency: Urgency) -> Option<Piece<S::Place>> {
         let mut found = Vec::with_capacity(keys.len());
         for key in keys {
             match self.store.place(key) {
@@ -164,17 +189,13 @@ impl<S: ChunkStore> Shared<S> {
         if !others.is_empty() {
             others.reverse();
             let mut state = self.state.lock();
-            let waiting = std::mem::take(&mut state.located);
+            let waiting = std::mem::take(&mut state.located[urgency.lane()]);
             // The last is taken first: what was located before goes before these.
-            state.located = others.into_iter().chain(waiting).collect();
+            state.located[urgency.lane()] = others.into_iter().chain(waiting).collect();
+            self.wake_fetcher(&state);
         }
         first
     }
-}
-
-/// Whether somebody urgent has joined the located piece that is next.
-fn has_urgent_piece<P: Placed>(state: &State<P>) -> bool {
-    state.located.last().is_some_and(|piece| urgency_of(state, piece) > Urgency::Background)
 }
 
 /// How urgent the most urgent chunk of a piece is by now.

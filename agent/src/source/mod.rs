@@ -23,10 +23,10 @@ mod tests;
 mod throttle;
 mod window;
 
-pub use args::{SourceArgs, parse_time};
+pub use args::{PaceArgs, SourceArgs, parse_time};
 pub use chunk_store::{ChunkStore, Decode, Key, Placed, Undecoded};
 pub use disk::{DiskSource, ZeroChunks};
 pub use nothing::NoSource;
 pub use pool::{FetchPool, FetchStats, PoolOptions};
 pub use repository_store::{RepositoryStore, pack_order, zero_chunks};
-pub use throttle::SourcePace;
+pub use throttle::{SourcePace, Throttle};

@@ -4,6 +4,7 @@ use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread::JoinHandle;
+use std::time::Instant;
 
 use block::{AlignedBuf, BufferPool};
 use parking_lot::{Condvar, Mutex};
@@ -20,6 +21,8 @@ use crate::live::{ChunkData, FetchFuture, RunData, SourceError, SourceErrorKind,
 const LANES: usize = Urgency::ALL.len();
 /// Buffers kept to be used again.
 const SPARE_BYTES: usize = 32 << 20;
+/// Plain bytes that are being decoded and written home, beside those that are in flight.
+const DECODING_BYTES: u64 = 8 << 20;
 
 /// How a pool works.
 #[derive(Clone, Copy, Debug)]
@@ -40,8 +43,8 @@ impl Default for PoolOptions {
     fn default() -> Self {
         let cores = std::thread::available_parallelism().map_or(2, std::num::NonZero::get);
         Self {
-            slots: 32,
-            reserved_for_demand: 8,
+            slots: 64,
+            reserved_for_demand: 16,
             decoders: cores,
             cache_bytes: 64 << 20,
             pace: SourcePace::default(),
@@ -81,13 +84,16 @@ impl quick_cache::Weighter<Key, ChunkData> for ByBytes {
 
 pub(super) struct State<P> {
     pub(super) queue: FetchQueue<Key, Waiter>,
-    /// Pieces of the background that were located and wait for a slot.
-    pub(super) located: Vec<Piece<P>>,
+    /// Pieces that were located and wait for a slot, by urgency; the last of each is taken first.
+    pub(super) located: [Vec<Piece<P>>; LANES],
     /// Pieces that arrived, by urgency.
     pub(super) arrived: [std::collections::VecDeque<Piece<P>>; LANES],
     pub(super) arrived_bytes: u64,
     pub(super) window: Window,
-    pub(super) background_slots: usize,
+    /// Slots that are taken by what no guest waits for.
+    pub(super) prefetch_slots: usize,
+    /// When a guest asked last.
+    pub(super) last_demand: Option<Instant>,
     pub(super) closed: bool,
 }
 
@@ -101,8 +107,11 @@ pub(super) struct Shared<S: ChunkStore> {
     pub(super) to_fetch: Condvar,
     /// Wakes a decoding thread.
     pub(super) to_decode: Condvar,
+    /// Wakes the decoding thread that is there for guests alone.
+    pub(super) to_decode_urgent: Condvar,
     spares: Mutex<Vec<AlignedBuf>>,
     pub(super) counters: Counters,
+    pub(super) begun: Instant,
 }
 
 /// Fetches chunks for any number of disks of one store. Dropping it ends its threads.
@@ -128,17 +137,20 @@ impl<S: ChunkStore> FetchPool<S> {
             ),
             state: Mutex::new(State {
                 queue: FetchQueue::default(),
-                located: Vec::new(),
+                located: std::array::from_fn(|_| Vec::new()),
                 arrived: std::array::from_fn(|_| std::collections::VecDeque::new()),
                 arrived_bytes: 0,
                 window: Window::default(),
-                background_slots: 0,
+                prefetch_slots: 0,
+                last_demand: None,
                 closed: false,
             }),
             to_fetch: Condvar::new(),
             to_decode: Condvar::new(),
+            to_decode_urgent: Condvar::new(),
             spares: Mutex::new(Vec::new()),
             counters: Counters::default(),
+            begun: Instant::now(),
         });
         let mut pool = Self { shared, threads: Vec::new() };
         for number in 0..options.slots.max(1) {
@@ -147,6 +159,7 @@ impl<S: ChunkStore> FetchPool<S> {
         for number in 0..options.decoders.max(1) {
             pool.spawn(format!("decode-{number}"), Shared::decode_loop)?;
         }
+        pool.spawn("decode-urgent".to_owned(), Shared::decode_urgent_loop)?;
         Ok(pool)
     }
 
@@ -180,7 +193,37 @@ impl<S: ChunkStore> FetchPool<S> {
         join(&mut state, key, urgency, Waiter::One(sender));
         self.shared.wake_fetcher(&state);
         drop(state);
+        if urgency == Urgency::Demand {
+            // It may have arrived, and wait to be decoded.
+            self.shared.to_decode_urgent.notify_one();
+        }
         Box::pin(async move { receiver.await.unwrap_or_else(|_| Err(closed())) })
+    }
+
+    /// The chunk where a fetch of it is wanted or under way already, which becomes as urgent as this; `None`
+    /// where there is no such fetch.
+    pub fn join(
+        &self,
+        key: Key,
+        urgency: Urgency,
+    ) -> Option<FetchFuture<'static, Result<ChunkData, SourceError>>> {
+        let mut state = self.shared.state.lock();
+        state.queue.urgency(key)?;
+        let (sender, receiver) = oneshot::channel();
+        join(&mut state, key, urgency, Waiter::One(sender));
+        self.shared.wake_fetcher(&state);
+        drop(state);
+        if urgency == Urgency::Demand {
+            // It may have arrived, and wait to be decoded.
+            self.shared.to_decode_urgent.notify_one();
+        }
+        Some(Box::pin(async move { receiver.await.unwrap_or_else(|_| Err(closed())) }))
+    }
+
+    /// How many plain bytes of prefetching keep the source busy.
+    pub fn prefetch_bytes(&self) -> u64 {
+        // Stored bytes are about half of the plain ones; as much again waits for them, and some is being decoded.
+        self.shared.state.lock().window.size() * 4 + DECODING_BYTES
     }
 
     /// Neighbouring chunks of one disk in one buffer.
@@ -241,6 +284,7 @@ impl<S: ChunkStore> Drop for FetchPool<S> {
         }
         self.shared.to_fetch.notify_all();
         self.shared.to_decode.notify_all();
+        self.shared.to_decode_urgent.notify_all();
         for thread in self.threads.drain(..) {
             // A thread that panicked has said so; there is nothing to add.
             let _ = thread.join();
@@ -296,6 +340,9 @@ pub(super) fn deliver(waiter: Waiter, result: Result<ChunkData, SourceError>) {
 }
 
 fn join<P: Placed>(state: &mut State<P>, key: Key, urgency: Urgency, waiter: Waiter) {
+    if urgency == Urgency::Demand {
+        state.last_demand = Some(Instant::now());
+    }
     if state.queue.join(key, urgency, waiter) == Joined::Raised {
         raise(state, key, urgency);
     }
@@ -303,12 +350,12 @@ fn join<P: Placed>(state: &mut State<P>, key: Key, urgency: Urgency, waiter: Wai
 
 /// Moves what is already under way for `key` to where it is taken first.
 fn raise<P: Placed>(state: &mut State<P>, key: Key, urgency: Urgency) {
-    if let Some(at) = state.located.iter().position(|piece| piece.holds(key)) {
-        let piece = state.located.remove(at);
-        state.located.push(piece);
-        return;
-    }
     for lane in 0..urgency.lane() {
+        if let Some(at) = state.located[lane].iter().position(|piece| piece.holds(key)) {
+            let piece = state.located[lane].remove(at);
+            state.located[urgency.lane()].push(piece);
+            return;
+        }
         if let Some(at) = state.arrived[lane].iter().position(|piece| piece.holds(key)) {
             let piece = state.arrived[lane].remove(at).expect("it was found there");
             state.arrived[urgency.lane()].push_back(piece);

@@ -75,23 +75,29 @@ impl<K: Copy + Eq + Hash, W> FetchQueue<K, W> {
         }
     }
 
-    /// The next chunk to fetch whose urgency is at least `at_least`; it counts as running from now on.
-    pub(super) fn start(&mut self, at_least: Urgency) -> Option<(K, Urgency)> {
-        for urgency in Urgency::ALL.into_iter().rev().take_while(|urgency| *urgency >= at_least) {
-            while let Some(chunk) = self.lanes[urgency.lane()].pop_front() {
-                let Some(fetch) = self.fetches.get_mut(&chunk) else { continue };
-                if fetch.stage == Stage::Queued && fetch.urgency == urgency {
-                    fetch.stage = Stage::Running;
-                    return Some((chunk, urgency));
-                }
+    /// The next chunk of this urgency, where it is one that `fits`; it counts as running from now on.
+    pub(super) fn start_next(&mut self, urgency: Urgency, fits: impl Fn(K) -> bool) -> Option<K> {
+        let lane = &mut self.lanes[urgency.lane()];
+        while let Some(&chunk) = lane.front() {
+            let fetch = self.fetches.get_mut(&chunk);
+            let Some(fetch) = fetch.filter(|it| it.stage == Stage::Queued && it.urgency == urgency) else {
+                lane.pop_front();
+                continue;
+            };
+            if !fits(chunk) {
+                return None;
             }
+            fetch.stage = Stage::Running;
+            lane.pop_front();
+            return Some(chunk);
         }
         None
     }
 
-    /// Whether [`start`](Self::start) may find something; it is certain to find nothing where this is false.
-    pub(super) fn may_start(&self, at_least: Urgency) -> bool {
-        self.lanes[at_least.lane()..].iter().any(|lane| !lane.is_empty())
+    /// Whether [`start_next`](Self::start_next) may find something of this urgency; it is certain to find nothing
+    /// where this is false.
+    pub(super) fn may_start(&self, urgency: Urgency) -> bool {
+        !self.lanes[urgency.lane()].is_empty()
     }
 
     /// How urgent a fetch is by now, where it is known.
@@ -126,14 +132,18 @@ impl<K: Copy + Eq + Hash, W> FetchQueue<K, W> {
 mod tests {
     use super::*;
 
+    fn next(queue: &mut FetchQueue<u64, &'static str>, urgency: Urgency) -> Option<u64> {
+        queue.start_next(urgency, |_| true)
+    }
+
     #[test]
     fn one_fetch_serves_everybody_who_wants_the_chunk() {
         let mut queue = FetchQueue::default();
         assert_eq!(queue.join(7, Urgency::Background, "a"), Joined::Queued);
         assert_eq!(queue.join(7, Urgency::Background, "b"), Joined::Shared);
-        assert_eq!(queue.start(Urgency::Background), Some((7, Urgency::Background)));
+        assert_eq!(next(&mut queue, Urgency::Background), Some(7));
         assert_eq!(queue.join(7, Urgency::Demand, "c"), Joined::Raised);
-        assert_eq!(queue.start(Urgency::Background), None, "it is running already");
+        assert_eq!(next(&mut queue, Urgency::Demand), None, "it is running already");
         assert_eq!(queue.urgency(7), Some(Urgency::Demand));
         assert_eq!(queue.finish(7), ["a", "b", "c"]);
         assert_eq!(queue.join(7, Urgency::Demand, "d"), Joined::Queued, "a later wish is a new fetch");
@@ -143,21 +153,30 @@ mod tests {
     fn demand_overtakes_the_background_and_a_raised_chunk_is_fetched_once() {
         let mut queue = FetchQueue::default();
         for chunk in 0..4 {
-            queue.join(chunk, Urgency::Background, ());
+            queue.join(chunk, Urgency::Background, "sweep");
         }
-        assert_eq!(queue.join(2, Urgency::Demand, ()), Joined::Raised);
-        assert_eq!(queue.start(Urgency::Demand), Some((2, Urgency::Demand)));
-        assert_eq!(queue.start(Urgency::Demand), None, "the background does not count as demand");
-        let rest: Vec<u64> =
-            std::iter::from_fn(|| queue.start(Urgency::Background)).map(|(chunk, _)| chunk).collect();
+        assert_eq!(queue.join(2, Urgency::Demand, "guest"), Joined::Raised);
+        assert_eq!(next(&mut queue, Urgency::Demand), Some(2));
+        assert_eq!(next(&mut queue, Urgency::Demand), None, "the background does not count as demand");
+        let rest: Vec<u64> = std::iter::from_fn(|| next(&mut queue, Urgency::Background)).collect();
         assert_eq!(rest, [0, 1, 3]);
+    }
+
+    #[test]
+    fn what_does_not_fit_keeps_its_place() {
+        let mut queue = FetchQueue::default();
+        queue.join(1, Urgency::Demand, "one");
+        queue.join(5, Urgency::Demand, "other");
+        assert_eq!(next(&mut queue, Urgency::Demand), Some(1));
+        assert_eq!(queue.start_next(Urgency::Demand, |chunk| chunk == 2), None);
+        assert_eq!(next(&mut queue, Urgency::Demand), Some(5));
     }
 
     #[test]
     fn closing_gives_back_those_whose_fetch_has_not_begun() {
         let mut queue = FetchQueue::default();
         queue.join(1, Urgency::Demand, "running");
-        queue.start(Urgency::Demand);
+        next(&mut queue, Urgency::Demand);
         queue.join(2, Urgency::Demand, "queued");
         assert_eq!(queue.close(), ["queued"]);
         assert_eq!(queue.finish(1), ["running"]);

@@ -18,20 +18,21 @@ pub struct SourcePace {
 
 /// The link itself: knows until when its wire is taken.
 #[derive(Debug)]
-pub(super) struct Throttle {
+pub struct Throttle {
     pace: SourcePace,
     wire_free: Mutex<Option<Instant>>,
 }
 
 impl Throttle {
     /// A link of this pace, idle.
-    pub(super) const fn new(pace: SourcePace) -> Self {
+    #[must_use]
+    pub const fn new(pace: SourcePace) -> Self {
         Self { pace, wire_free: Mutex::new(None) }
     }
 
     /// When the last byte of a fetch of `len` bytes arrives that begins at `now`. The wire is taken
     /// until then; `None` where this source is not slowed at all.
-    pub(super) fn reserve(&self, now: Instant, len: u64) -> Option<Instant> {
+    pub fn reserve(&self, now: Instant, len: u64) -> Option<Instant> {
         if self.pace == SourcePace::default() {
             return None;
         }

@@ -116,6 +116,7 @@ impl World {
             decoded_bytes: self.rng.below(4) * u64::from(CHUNK_SIZE),
             limit: 0,
             background: true,
+            guest_p99: None,
             log_pages: Some(self.log_pages),
         };
         SessionParts {
@@ -128,6 +129,7 @@ impl World {
             // After the loss of the host what a guest wrote and did not flush cannot be told from another disk.
             check: (!self.host_died).then(|| Arc::clone(&self.source) as _),
             plan: plan(&mut self.rng, self.disk.chunk_count()),
+            trace: (0..self.rng.below(6)).map(|_| self.rng.below(self.disk.chunk_count())).collect(),
             options,
         }
     }

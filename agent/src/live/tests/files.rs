@@ -34,6 +34,7 @@ fn parts(dir: &Path, source: &Arc<TestSource>) -> SessionParts {
         last_boot: None,
         check: Some(Arc::clone(source) as _),
         plan: Vec::new(),
+        trace: Vec::new(),
         options: SessionOptions::default(),
     }
 }

@@ -168,6 +168,7 @@ impl Rig {
             last_boot: self.last_boot,
             check: Some(Arc::clone(&self.source) as _),
             plan: Vec::new(),
+            trace: Vec::new(),
             options: self.options,
         }
     }

@@ -1,8 +1,12 @@
 //! What is done for each request. The work itself lives with its subject; see the module above for how one is added.
 
+use std::sync::Arc;
+
 use serde_json::{Value, to_value};
 
 use super::{Asked, LimitChanged, Request};
+use crate::cli::Failure;
+use crate::trace::TraceKeeper;
 
 /// Does what was asked, and returns what `done` is to carry.
 pub(super) async fn answer(request: Request, asked: &Asked) -> anyhow::Result<Value> {
@@ -13,5 +17,24 @@ pub(super) async fn answer(request: Request, asked: &Asked) -> anyhow::Result<Va
             let old = asked.service().set_limit(rate);
             Ok(to_value(LimitChanged { old, new: rate })?)
         }
+        Request::TraceBegin => {
+            trace_of(asked)?.begin(asked.disk().session());
+            Ok(Value::Null)
+        }
+        Request::TraceTake => {
+            let (trace, session) = (trace_of(asked)?, Arc::clone(asked.disk().session()));
+            let kept = asked.blocking(move || trace.take(&session)).await?;
+            Ok(to_value(kept)?)
+        }
     }
+}
+
+fn trace_of(asked: &Asked) -> anyhow::Result<Arc<TraceKeeper>> {
+    asked.disk().trace.clone().ok_or_else(|| {
+        Failure::new(
+            "this agent records no boot trace",
+            "start it with its repository, and without --no-trace",
+        )
+        .into()
+    })
 }

@@ -16,6 +16,10 @@ pub enum Request {
         /// Bytes a second that the background may take; 0 is no limit.
         rate: u64,
     },
+    /// What the guests of this socket's disk read from now on is its boot trace.
+    TraceBegin,
+    /// What they read until now is its boot trace, and kept: [`crate::trace::KeptTrace`].
+    TraceTake,
 }
 
 /// What came of [`Request::Limit`].
