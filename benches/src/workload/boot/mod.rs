@@ -1,5 +1,6 @@
 //! `boot`: a guest's boot, replayed request by request over a slow source, ours beside what people do today.
 
+mod later;
 pub(crate) mod players;
 mod record;
 mod replay;
@@ -66,7 +67,8 @@ impl Options {
         source_rate: ByteSize,
         source_delay: u64,
     ) -> Self {
-        let only = [players::LIVE, players::ON_DEMAND, players::OVERLAY].map(str::to_owned).to_vec();
+        let only =
+            [players::LIVE, players::FIRST, players::ON_DEMAND, players::OVERLAY].map(str::to_owned).to_vec();
         Self { image, trace, source_rate, source_delay, only, chunk_size: None, record: None, guest: None }
     }
 
@@ -109,6 +111,20 @@ pub(crate) fn run(common: &Common, options: &Options) -> Result<Report> {
         child::run(&mut common.programs.init(&repo)?)?;
         child::run(&mut common.programs.capture(&repo, &options.image, options.chunk_size)?)?;
     }
+    let image = scratch.path().join("later.raw");
+    later::make(&options.image, &image)?;
+    if players.contains(&Who::Live) {
+        // The start from the earlier snapshot, whose trace is kept.
+        let dir = scratch.path().join("earlier");
+        std::fs::create_dir(&dir)?;
+        let set = players::start(Who::Live, &common.programs, &repo, &options.image, options.pace(), &dir)?;
+        replay::run((&set.socket, set.export), &trace, Instant::now(), None)?;
+        set.finish()?;
+        remove(&dir)?;
+    }
+    if players.iter().any(|who| who.side() == Side::Ours) {
+        child::run(&mut common.programs.capture(&repo, &image, options.chunk_size)?)?;
+    }
 
     common.contest().run(&mut report, &players, |who, turn, report| {
         let dir = scratch.path().join("turn");
@@ -116,10 +132,10 @@ pub(crate) fn run(common: &Common, options: &Options) -> Result<Report> {
         std::fs::create_dir(&dir)?;
         settle();
         let begin = Instant::now();
-        let set = players::start(*who, &common.programs, &repo, &options.image, options.pace(), &dir)?;
+        let set = players::start(*who, &common.programs, &repo, &image, options.pace(), &dir)?;
         report.ran(who.name(), set.line.clone());
         // The warm-up round is not timed, so this is where what was read is checked.
-        let check = turn.round.is_none().then_some(options.image.as_path());
+        let check = turn.round.is_none().then_some(image.as_path());
         let replayed = replay::run((&set.socket, set.export), &trace, begin, check)
             .with_context(|| format!("the replay over {} failed", who.name()))?;
         let mut sample: Sample = vec![

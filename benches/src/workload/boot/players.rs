@@ -16,8 +16,10 @@ use crate::report::Side;
 /// A way to boot.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Who {
-    /// live-restore as one uses it: fetching what the guest asks for, and the rest behind it.
+    /// live-restore as one uses it, with the trace of a start from an earlier snapshot.
     Live,
+    /// The first start of a machine: nobody knows what it will read.
+    LiveFirst,
     /// live-restore with its background off.
     LiveOnDemand,
     /// A qcow2 overlay with copy-on-read, and block-stream behind it.
@@ -31,11 +33,13 @@ pub(super) enum Who {
 }
 
 /// In the order of the table.
-pub(super) const EVERYONE: [Who; 6] =
-    [Who::Live, Who::LiveOnDemand, Who::Overlay, Who::Scan, Who::Direct, Who::Local];
+pub(super) const EVERYONE: [Who; 7] =
+    [Who::Live, Who::LiveFirst, Who::LiveOnDemand, Who::Overlay, Who::Scan, Who::Direct, Who::Local];
 
 /// lifeboot live-restore, as one uses it.
 pub(crate) const LIVE: &str = "lifeboot live-restore";
+/// The same without a trace.
+pub(crate) const FIRST: &str = "lifeboot, first start (no trace)";
 /// The same without its background.
 pub(crate) const ON_DEMAND: &str = "lifeboot, background off";
 /// QEMU's own way.
@@ -45,6 +49,7 @@ impl Contender for Who {
     fn name(&self) -> &str {
         match self {
             Self::Live => LIVE,
+            Self::LiveFirst => FIRST,
             Self::LiveOnDemand => ON_DEMAND,
             Self::Overlay => OVERLAY,
             Self::Scan => "nbdkit scan, cow-on-read",
@@ -55,7 +60,7 @@ impl Contender for Who {
 
     fn side(&self) -> Side {
         match self {
-            Self::Live | Self::LiveOnDemand => Side::Ours,
+            Self::Live | Self::LiveFirst | Self::LiveOnDemand => Side::Ours,
             Self::Overlay | Self::Scan | Self::Direct => Side::Peer,
             Self::Local => Side::Reference,
         }
@@ -66,7 +71,7 @@ impl Who {
     /// The programs that this way needs beside ours.
     pub(super) fn programs(self) -> &'static [&'static str] {
         match self {
-            Self::Live | Self::LiveOnDemand => &[],
+            Self::Live | Self::LiveFirst | Self::LiveOnDemand => &[],
             Self::Overlay => &["nbdkit", "qemu-img", "qemu-storage-daemon"],
             Self::Scan | Self::Direct | Self::Local => &["nbdkit"],
         }
@@ -108,15 +113,18 @@ pub(super) fn start(
         Who::Overlay | Who::Scan | Who::Direct => {
             Some(Server::listening(&mut peers::slow_source(image, &source_socket, pace), &source_socket)?)
         }
-        Who::Live | Who::LiveOnDemand | Who::Local => None,
+        Who::Live | Who::LiveFirst | Who::LiveOnDemand | Who::Local => None,
     };
     let mut command = match who {
-        Who::Live | Who::LiveOnDemand => {
+        Who::Live | Who::LiveFirst | Who::LiveOnDemand => {
             let mut command = programs.live_restore(repo, &dir.join("target.raw"), &socket)?;
             command.arg(format!("--source-rate={}", pace.bytes_per_second));
             command.arg(format!("--source-delay={}ms", pace.delay.as_millis()));
             if who == Who::LiveOnDemand {
                 command.arg("--no-background");
+            }
+            if who != Who::Live {
+                command.arg("--no-trace");
             }
             command
         }
