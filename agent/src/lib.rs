@@ -9,6 +9,7 @@ pub mod live;
 pub mod live_restore;
 pub mod output;
 pub mod restore;
+pub mod save;
 pub mod serve;
 pub mod source;
 pub mod status;

@@ -20,6 +20,8 @@ use repository::{
 };
 use serde::Serialize;
 
+pub(crate) use pipeline::{Feed, feed};
+pub(crate) use reader::{PIECE_LEN, Piece};
 pub(crate) use stop::Stop;
 
 use crate::cli::{Context, Failure, Outcome, Size, UsageError, Verb};

@@ -1,5 +1,5 @@
 //! The threads of a capture: one reads, as many as there are cores hash and compress, and the repository's
-//! own write the packs.
+//! own write the packs. What is read is the caller's affair: files here, views of a live-restore in `save`.
 
 use std::sync::mpsc;
 
@@ -9,7 +9,7 @@ use parking_lot::Mutex;
 use repository::DiskWriter;
 
 use super::order::InOrder;
-use super::reader::{self, Plan};
+use super::reader::{self, Freed, Piece, Plan};
 use super::source::Source;
 use super::stop::Stop;
 use super::workers::Workers;
@@ -19,7 +19,19 @@ use crate::output::Progress;
 /// More workers than this would only hold more memory: a disk is slower.
 const MAX_WORKERS: usize = 16;
 
-/// Reads all sources and puts every chunk of them.
+/// What the one who reads is given: buffers to fill, and where pieces go, numbered from 0 on.
+pub(crate) struct Feed<'a> {
+    /// How many buffers it may make at the start.
+    pub(crate) buffers: usize,
+    pub(crate) pieces: mpsc::Sender<Piece>,
+    /// Buffers come back here.
+    pub(crate) freed: tokio::sync::mpsc::UnboundedReceiver<Freed>,
+    /// Where new ones are put in.
+    pub(crate) free: tokio::sync::mpsc::UnboundedSender<Freed>,
+    pub(crate) stop: &'a Stop,
+}
+
+/// Reads all sources and puts every chunk of them that their plans name; holes are zeroes.
 ///
 /// # Errors
 /// The first thing that failed, or the interrupt.
@@ -33,10 +45,25 @@ pub(super) fn run(
     interrupt: Interrupt,
 ) -> anyhow::Result<()> {
     for (plan, disk) in plans.iter().zip(disks) {
-        for hole in plan.holes(disk.chunk_count()) {
-            disk.put_zero(hole)?;
+        for hole in &plan.holes {
+            disk.put_zero(hole.clone())?;
         }
     }
+    feed(engine, disks, level, progress, interrupt, async |feed| reader::read_all(plans, sources, feed).await)
+}
+
+/// Puts every chunk of the pieces that `read` feeds.
+///
+/// # Errors
+/// The first thing that failed, or the interrupt.
+pub(crate) fn feed(
+    engine: Engine,
+    disks: &[DiskWriter],
+    level: i32,
+    progress: &Progress,
+    interrupt: Interrupt,
+    read: impl AsyncFnOnce(Feed<'_>) -> anyhow::Result<()>,
+) -> anyhow::Result<()> {
     let stop = Stop::new(interrupt);
     let (piece_sender, pieces) = mpsc::channel();
     let (freed, freed_receiver) = tokio::sync::mpsc::unbounded_channel();
@@ -61,7 +88,7 @@ pub(super) fn run(
         }
         // The reader needs no thread of its own: this one has nothing else to do.
         let read = spawned.context("cannot start a thread").and_then(|()| {
-            engine.run(reader::read_all(plans, sources, buffers, piece_sender, freed_receiver, free, &stop))
+            engine.run(read(Feed { buffers, pieces: piece_sender, freed: freed_receiver, free, stop: &stop }))
         });
         if let Err(error) = read {
             stop.keep(error);

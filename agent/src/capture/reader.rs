@@ -7,23 +7,24 @@ use std::sync::mpsc;
 
 use block::{AlignedBuf, BlockDevice, ByteRange, DirectIo, FileDisk, FileOptions, OpenDevice};
 use rustix::io::ReadWriteFlags;
-use tokio::sync::mpsc as local;
 use tokio::task::JoinSet;
 
+use super::pipeline::Feed;
 use super::source::Source;
-use super::stop::Stop;
 
 /// Bytes of a piece, unless a chunk is longer: so many that the chunks of one are hashed side by side.
-pub(super) const PIECE_LEN: usize = 2 << 20;
+pub(crate) const PIECE_LEN: usize = 2 << 20;
 
 /// Consecutive chunks of a disk, as read.
 #[derive(Debug)]
-pub(super) struct Piece {
+pub(crate) struct Piece {
     /// Its place in the order of capture.
-    pub(super) sequence: u64,
-    pub(super) disk: usize,
-    pub(super) first_chunk: u64,
-    pub(super) bytes: AlignedBuf,
+    pub(crate) sequence: u64,
+    pub(crate) disk: usize,
+    pub(crate) first_chunk: u64,
+    pub(crate) bytes: AlignedBuf,
+    /// Chunks among them that could not be had: nothing is said of them.
+    pub(crate) left_out: Vec<u64>,
 }
 
 /// A disk as the reader sees it.
@@ -33,6 +34,8 @@ pub(super) struct Plan {
     pub(super) chunk_size: u32,
     /// The chunks that may hold data, in order.
     pub(super) data: Vec<std::ops::Range<u64>>,
+    /// The chunks that are zeroes without being read, in order.
+    pub(super) holes: Vec<std::ops::Range<u64>>,
     size: u64,
 }
 
@@ -42,14 +45,20 @@ impl Plan {
         let file = FileDisk::open(source.path(), options.read_only(true))?;
         let whole = ByteRange::from_bounds(0, source.size.min(file.size()));
         let data = chunk_runs(&file.data_ranges(whole)?, u64::from(chunk_size));
-        Ok(Self { file, chunk_size, data, size: source.size })
+        let holes = between(&data, source.size.div_ceil(u64::from(chunk_size)));
+        Ok(Self { file, chunk_size, data, holes, size: source.size })
     }
 
-    /// The chunks between the data: zeroes without reading them.
-    pub(super) fn holes(&self, chunk_count: u64) -> impl Iterator<Item = std::ops::Range<u64>> {
-        let starts = std::iter::once(0).chain(self.data.iter().map(|run| run.end));
-        let ends = self.data.iter().map(|run| run.start).chain(std::iter::once(chunk_count));
-        starts.zip(ends).map(|(start, end)| start..end).filter(|hole| !hole.is_empty())
+    /// Looks at these chunks alone: in order, neither touching nor overlapping.
+    pub(super) fn only(mut self, chunks: &[std::ops::Range<u64>]) -> Self {
+        self.data = common(&self.data, chunks);
+        self.holes = common(&self.holes, chunks);
+        self
+    }
+
+    /// How many chunks are looked at, holes among them.
+    pub(super) fn chunks(&self) -> u64 {
+        self.data.iter().chain(&self.holes).map(|run| run.end - run.start).sum()
     }
 
     /// How many bytes will be read.
@@ -57,6 +66,32 @@ impl Plan {
         let chunk_size = u64::from(self.chunk_size);
         self.data.iter().map(|run| (run.end * chunk_size).min(self.size) - run.start * chunk_size).sum()
     }
+}
+
+/// What lies between these runs, up to `end`.
+fn between(runs: &[std::ops::Range<u64>], end: u64) -> Vec<std::ops::Range<u64>> {
+    let starts = std::iter::once(0).chain(runs.iter().map(|run| run.end));
+    let ends = runs.iter().map(|run| run.start).chain(std::iter::once(end));
+    starts.zip(ends).map(|(start, end)| start..end).filter(|hole| !hole.is_empty()).collect()
+}
+
+/// What two lists of runs, each in order, have in common.
+fn common(a: &[std::ops::Range<u64>], b: &[std::ops::Range<u64>]) -> Vec<std::ops::Range<u64>> {
+    let (mut a, mut b) = (a.iter().peekable(), b.iter().peekable());
+    let mut runs = Vec::new();
+    while let (Some(x), Some(y)) = (a.peek(), b.peek()) {
+        let run = x.start.max(y.start)..x.end.min(y.end);
+        let a_ends_first = x.end < y.end;
+        if !run.is_empty() {
+            runs.push(run);
+        }
+        if a_ends_first {
+            a.next()
+        } else {
+            b.next()
+        };
+    }
+    runs
 }
 
 /// The chunks that the ranges touch, as runs that neither touch nor overlap.
@@ -93,18 +128,11 @@ pub(super) fn how_to_read(source: &Source) -> DirectIo {
 }
 
 /// A buffer that may be filled again, or the word that nothing more is wanted.
-pub(super) type Freed = Option<AlignedBuf>;
+pub(crate) type Freed = Option<AlignedBuf>;
 
 /// Reads all data of all disks and sends it as pieces. Runs on a thread of its own, inside the engine.
-pub(super) async fn read_all(
-    plans: &[Plan],
-    sources: &[Source],
-    buffers: usize,
-    pieces: mpsc::Sender<Piece>,
-    mut freed: local::UnboundedReceiver<Freed>,
-    free: local::UnboundedSender<Freed>,
-    stop: &Stop,
-) -> anyhow::Result<()> {
+pub(super) async fn read_all(plans: &[Plan], sources: &[Source], feed: Feed<'_>) -> anyhow::Result<()> {
+    let Feed { buffers, pieces, mut freed, free, stop } = feed;
     let piece_len = plans.iter().map(piece_len).max().unwrap_or(PIECE_LEN);
     for _ in 0..buffers {
         // The receiver is here.
@@ -126,7 +154,7 @@ pub(super) async fn read_all(
             };
             let Some(Some(mut bytes)) = free else { return stop.check() };
             bytes.set_len(usize::try_from(range.len()).expect("a piece is a few MiB"));
-            let piece = Piece { sequence, disk, first_chunk, bytes };
+            let piece = Piece { sequence, disk, first_chunk, bytes, left_out: Vec::new() };
             reads.spawn_local(read_one(Rc::clone(&device), range, piece, pieces.clone()));
             sequence += 1;
         }
@@ -197,6 +225,8 @@ fn pieces_of(plan: &Plan, size: u64) -> impl Iterator<Item = (u64, ByteRange)> {
 
 #[cfg(test)]
 mod tests {
+    use tokio::sync::mpsc as local;
+
     use super::*;
 
     fn range(start: u64, end: u64) -> ByteRange {
@@ -209,6 +239,13 @@ mod tests {
         assert_eq!(runs, [0..2, 3..4]);
         assert_eq!(chunk_runs(&[range(0, 100), range(100, 200), range(300, 301)], 100), [0..2, 3..4]);
         assert!(chunk_runs(&[], 100).is_empty());
+    }
+
+    #[test]
+    fn runs_have_in_common_what_is_in_both() {
+        assert_eq!(common(&[0..4, 6..9], &[1..2, 3..7, 8..20]), [1..2, 3..4, 6..7, 8..9]);
+        assert!(common(&[0..2, 3..4], &[4..5, 6..9]).is_empty());
+        assert_eq!(between(&[1..2, 4..5], 5), [0..1, 2..4]);
     }
 
     #[test]
@@ -233,9 +270,10 @@ mod tests {
             }
             read
         });
-        let stop = Stop::new(crate::cli::Interrupt::default());
+        let stop = crate::capture::Stop::new(crate::cli::Interrupt::default());
         let (plans, sources) = ([plan], [source]);
-        let reading = read_all(&plans, &sources, 2, piece_sender, freed, free, &stop);
+        let feed = Feed { buffers: 2, pieces: piece_sender, freed, free, stop: &stop };
+        let reading = read_all(&plans, &sources, feed);
         block::Engine::THREADS.run(reading).unwrap();
         let read = consumer.join().unwrap();
         assert!(read[..100] == bytes[..100] && read[100..].iter().all(|byte| *byte == 0));

@@ -33,6 +33,7 @@ pub(super) struct Finished {
 }
 
 enum Decided {
+    LeftOut,
     Zero,
     Known(ChunkId),
     New { id: ChunkId, crc: u32, codec: Codec, key: KeyRef, bytes: StoredBytes },
@@ -77,14 +78,19 @@ impl Workers<'_> {
         let mut data = data.into_iter().peekable();
         let mut chunks = Vec::with_capacity(plains.len());
         let mut compressed = Vec::new();
-        for plain in plains {
+        for (index, plain) in (piece.first_chunk..).zip(plains) {
             let id = match data.next_if(|data| std::ptr::eq(*data, plain)) {
                 Some(_) => ids.next().expect("each chunk with data has an id"),
                 None => {
-                    chunks.push(Decided::Zero);
+                    let is_left_out = piece.left_out.contains(&index);
+                    chunks.push(if is_left_out { Decided::LeftOut } else { Decided::Zero });
                     continue;
                 }
             };
+            if piece.left_out.contains(&index) {
+                chunks.push(Decided::LeftOut);
+                continue;
+            }
             if disk.known(&id)? {
                 chunks.push(Decided::Known(id));
                 continue;
@@ -108,6 +114,7 @@ impl Workers<'_> {
         let plains = piece.bytes.chunks(disk.chunk_size() as usize);
         for ((index, plain), decided) in (piece.first_chunk..).zip(plains).zip(chunks) {
             match decided {
+                Decided::LeftOut => {}
                 Decided::Zero => disk.put_zero(index..index + 1)?,
                 Decided::Known(id) => {
                     let known = disk.put_known(index, &id)?;

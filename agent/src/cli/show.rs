@@ -4,7 +4,7 @@ use std::io::Write;
 use std::path::{Path, PathBuf};
 
 use anyhow::Context as _;
-use repository::{Attachment, Manifest, Repository, Snapshot};
+use repository::{Attachment, Manifest, Repository, SavedUpTo, Snapshot};
 use serde::Serialize;
 
 use super::snapshots::one_line;
@@ -115,6 +115,13 @@ fn describe(output: &Output, repository: &Repository, manifest: &Manifest) -> an
     ];
     if let Some(parent) = manifest.parent {
         facts.push(("parent", format!("{}@{parent}", manifest.group)));
+    }
+    if let Some(saved) = &manifest.saved {
+        let up_to = match saved.up_to {
+            SavedUpTo::Acknowledged => "everything that the guest was told was written",
+            SavedUpTo::Flushed => "everything that the guest had flushed",
+        };
+        facts.push(("saved", format!("of the live-restore of {}: {up_to}", saved.live_restore_of)));
     }
     if let Some(note) = &manifest.note {
         facts.push(("note", one_line(note)));

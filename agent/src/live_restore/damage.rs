@@ -19,7 +19,7 @@ use super::state_dir::StateDir;
 use crate::live::Session;
 use crate::status::{DamagedRange, Status};
 
-const FILE: &str = "damaged.json";
+pub(super) const FILE: &str = "damaged.json";
 const VERSION: u32 = 1;
 
 /// What could not be brought home.

@@ -25,8 +25,10 @@ mod open;
 mod order;
 mod record;
 mod report;
+mod rest;
 pub(crate) mod serve;
 pub(crate) mod service;
+mod stamp;
 mod state_dir;
 mod stopped;
 mod story;
@@ -47,6 +49,7 @@ use crate::source::{SourceArgs, parse_time};
 use narrate::Narrator;
 use serve::Until;
 
+pub(crate) use control::Asked;
 pub use control::{LimitChanged, Reply, Request, ask, ask_status, ask_telling};
 pub use damage::{KeptDamage, kept_damage};
 pub use identity::TargetIdentity;
@@ -54,8 +57,12 @@ pub use identity::TargetIdentity;
 pub(crate) use narrate::qemu_arguments;
 pub(crate) use order::Order;
 pub use record::SessionRecord;
+pub(crate) use rest::{Rest, check_identity, lock_target};
+pub(crate) use service::ServedDisk;
+pub(crate) use stamp::changed_since_parked;
 pub use state_dir::{DEFAULT_STATE_ROOT, StateDir, absolute};
 pub use stopped::stopped_status;
+pub(crate) use wanted::base_of;
 
 /// The name of the bitmap of what the guest wrote: `qemu:dirty-bitmap:lifeboot`.
 pub const DIRTY_BITMAP: &str = "lifeboot";

@@ -376,10 +376,7 @@ impl Parts {
         live: LiveWords,
     ) -> (SessionParts, Option<Fetching>, BootId) {
         let parts = SessionParts {
-            identity: Identity {
-                snapshot: format!("{}/{} {}", record.snapshot, record.disk, record.map),
-                target: record.identity.to_string().chars().take(TARGET_NAME_CHARS).collect(),
-            },
+            identity: journal_identity(record),
             source: self.source,
             clock: Arc::new(TokioClock::new()),
             live,
@@ -407,7 +404,7 @@ fn trace_of(repository: &Repository, group: &GroupName, disk: &DiskEntry) -> Vec
 }
 
 /// Tells chunks by their ids in the disk map.
-struct MapCheck(DiskMap);
+pub(super) struct MapCheck(pub(super) DiskMap);
 
 impl ChunkCheck for MapCheck {
     fn is_chunk(&self, chunk: u64, bytes: &[u8]) -> Option<bool> {
@@ -422,13 +419,21 @@ impl ChunkCheck for MapCheck {
     }
 }
 
+/// What a session's journal says that it is of.
+pub(super) fn journal_identity(record: &SessionRecord) -> Identity {
+    Identity {
+        snapshot: format!("{}/{} {}", record.snapshot, record.disk, record.map),
+        target: record.identity.to_string().chars().take(TARGET_NAME_CHARS).collect(),
+    }
+}
+
 fn new_id() -> [u8; 16] {
     let mut id = [0; 16];
     getrandom::fill(&mut id).expect("the kernel's random numbers do not fail once it has booted");
     id
 }
 
-fn parse_id(text: &str) -> anyhow::Result<[u8; 16]> {
+pub(super) fn parse_id(text: &str) -> anyhow::Result<[u8; 16]> {
     let number = u128::from_str_radix(text, 16).with_context(|| format!("{text:?} is no session's id"))?;
     Ok(number.to_be_bytes())
 }

@@ -30,6 +30,7 @@ use super::open::{self, Found, Opened, Wish};
 use super::order::{Order, Wanted};
 use super::record::SessionRecord;
 use super::service::{ServedDisk, Service};
+use super::stamp;
 use super::story::{End, Story};
 use super::target;
 use crate::cli::{Context, Failure, Interrupt};
@@ -207,9 +208,10 @@ impl Running {
         let mut result = handle.join().map_err(anyhow::Error::from);
         for disk in self.service.disks() {
             let parked = park(&disk.disk, self.service.engine);
-            if let Err(error) = parked {
+            match parked {
+                Ok(()) => stamp::keep(&disk.state, &disk.record),
                 // The first that failed is the one to look after.
-                result = result.and_then(|()| Err(poisoned(&disk.record, error).into()));
+                Err(error) => result = result.and_then(|()| Err(poisoned(&disk.record, error).into())),
             }
         }
         result

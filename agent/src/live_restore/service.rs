@@ -162,7 +162,6 @@ impl Service {
     ///
     /// # Errors
     /// [`crate::cli::Interrupted`] or a [`Failure`].
-    #[allow(dead_code, reason = "for requests that take long")]
     pub(crate) fn check_ending(&self) -> anyhow::Result<()> {
         self.interrupt.check()?;
         if self.is_to_end() || self.ending.has_begun.load(Ordering::Relaxed) {

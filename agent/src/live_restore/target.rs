@@ -21,7 +21,7 @@ use crate::blank;
 use crate::cli::{Failure, Interrupt};
 
 /// How long a successor waits for the operations that a killed agent left in flight.
-const LOCK_PATIENCE: Duration = Duration::from_secs(30);
+pub(super) const LOCK_PATIENCE: Duration = Duration::from_secs(30);
 const LOCK_RETRY: Duration = Duration::from_millis(20);
 
 /// What a new session may assume of its target.
@@ -205,7 +205,7 @@ pub(super) fn in_use(path: &Path, state: &Path) -> anyhow::Error {
 }
 
 /// Takes the lock. An agent that is alive is told of at once; what a dead one left in flight is waited for.
-fn lock(
+pub(super) fn lock(
     target: impl AsFd,
     path: &Path,
     state: &Path,

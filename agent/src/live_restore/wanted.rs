@@ -4,7 +4,7 @@
 
 use std::path::Path;
 
-use repository::{DiskEntry, Snapshot, SnapshotName};
+use repository::{DiskEntry, Repository, Snapshot, SnapshotName};
 
 use super::open::Wish;
 use super::record::SessionRecord;
@@ -43,19 +43,26 @@ pub(super) fn belongs_elsewhere(target: &Path, record: &SessionRecord, spec: &st
 
 /// The disk that a session restores.
 pub(super) fn of_record(wish: &Wish<'_>, record: &SessionRecord) -> anyhow::Result<DiskEntry> {
-    let gone = |error: repository::Error| {
-        Failure::new(
-            format!(
-                "the session of {} restores {}, which cannot be had",
-                wish.target.display(),
-                record.snapshot
-            ),
-            "name the repository that the session was begun with",
-        )
-        .because(error)
-    };
-    let name = record.snapshot.parse().map_err(gone)?;
-    let snapshot = wish.repository().and_then(|repository| repository.snapshot(&name)).map_err(gone)?;
+    let repository = wish.repository().map_err(|error| gone(record, error))?;
+    base_of(repository, record)
+}
+
+fn gone(record: &SessionRecord, error: repository::Error) -> Failure {
+    Failure::new(
+        format!(
+            "the session of {} restores {}, which cannot be had",
+            record.target.display(),
+            record.snapshot
+        ),
+        "name the repository that the session was begun with",
+    )
+    .because(error)
+}
+
+/// The disk that a session restores, in `repository`.
+pub(crate) fn base_of(repository: &Repository, record: &SessionRecord) -> anyhow::Result<DiskEntry> {
+    let name = record.snapshot.parse().map_err(|error| gone(record, error))?;
+    let snapshot = repository.snapshot(&name).map_err(|error| gone(record, error))?;
     let disk = snapshot.manifest().disks.iter().find(|disk| {
         disk.name.as_str() == record.disk && map_name(disk) == record.map && disk.size == record.size
     });
@@ -63,7 +70,7 @@ pub(super) fn of_record(wish: &Wish<'_>, record: &SessionRecord) -> anyhow::Resu
         return Err(Failure::new(
             format!(
                 "the session of {} restores disk {} of {}, which is another disk in this repository",
-                wish.target.display(),
+                record.target.display(),
                 record.disk,
                 record.snapshot
             ),

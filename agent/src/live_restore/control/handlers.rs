@@ -26,6 +26,7 @@ pub(super) async fn answer(request: Request, asked: &Asked) -> anyhow::Result<Va
             let kept = asked.blocking(move || trace.take(&session)).await?;
             Ok(to_value(kept)?)
         }
+        Request::Save(request) => Ok(to_value(crate::save::answer(request, asked).await?)?),
     }
 }
 

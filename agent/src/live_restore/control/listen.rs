@@ -69,7 +69,6 @@ impl Asked {
     }
 
     /// Tells the requester how far it is. It never waits; what the requester does not read in time is left out.
-    #[allow(dead_code, reason = "for requests that take long")]
     pub(crate) fn progress(&self, progress: &impl Serialize) {
         if let Ok(progress) = serde_json::to_value(progress) {
             let _ = self.progress.try_send(progress);
@@ -77,7 +76,6 @@ impl Asked {
     }
 
     /// Whether the requester is known to have gone away.
-    #[allow(dead_code, reason = "for requests that take long")]
     pub(crate) fn is_abandoned(&self) -> bool {
         self.progress.is_closed()
     }
@@ -86,7 +84,6 @@ impl Asked {
     ///
     /// # Errors
     /// What `work` says, and where it panicked.
-    #[allow(dead_code, reason = "for requests that take long")]
     pub(crate) async fn blocking<T: Send + 'static>(
         &self,
         work: impl FnOnce() -> anyhow::Result<T> + Send + 'static,

@@ -43,7 +43,7 @@ use std::io;
 use std::os::fd::AsRawFd as _;
 use std::path::{Path, PathBuf};
 
-const SOCKET: &str = "control.sock";
+pub(super) const SOCKET: &str = "control.sock";
 
 /// The path of the socket through a descriptor of its directory: a unix socket's address holds 108
 /// bytes, and a target's path may be longer.

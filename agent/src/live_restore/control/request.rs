@@ -20,6 +20,8 @@ pub enum Request {
     TraceBegin,
     /// What they read until now is its boot trace, and kept: [`crate::trace::KeptTrace`].
     TraceTake,
+    /// Make a snapshot of what the guests of this agent wrote: a [`crate::save::Report`].
+    Save(crate::save::SaveRequest),
 }
 
 /// What came of [`Request::Limit`].

@@ -1,0 +1,155 @@
+//! A session that no agent serves, opened to be read: for `save`, `discard` and `capture`.
+//!
+//! The target's lock is taken, so that no agent begins meanwhile. The target is opened for reading, and nothing of the session
+//! is changed: it is afterwards what it was before, whatever its state.
+
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::Context as _;
+use block::{DirectIo, Engine, FileDisk, FileOptions, OpenDevice as _};
+use repository::{DiskEntry, Repository};
+
+use super::identity::TargetIdentity;
+use super::open::{MapCheck, cannot_resume, journal_identity, parse_id};
+use super::record::SessionRecord;
+use super::state_dir::{JOURNAL, LIVE_FILE, StateDir};
+use super::{target, wanted};
+use crate::cli::{Failure, Interrupt};
+use crate::live::{
+    AtRest, BootId, ChunkCheck, ChunkSource, DiskLayout, Frozen, FrozenReader, LiveWords, RestParts,
+    SessionId, TokioClock,
+};
+use crate::source::{DiskSource, FetchPool, PoolOptions, RepositoryStore, zero_chunks};
+
+/// How long a repository that is out of reach is waited for.
+const SOURCE_PATIENCE: Duration = Duration::from_secs(30);
+
+/// A session at rest. Its target is locked as long as this lives.
+pub(crate) struct Rest {
+    pub(crate) view: AtRest,
+    /// The disk that it restores, in the repository.
+    pub(crate) base: DiskEntry,
+    target: FileDisk,
+    _pool: Arc<FetchPool<RepositoryStore>>,
+}
+
+impl Rest {
+    /// Opens the session in `state`, whose target stands at `path`.
+    ///
+    /// # Errors
+    /// Where the target is in use, is gone, or is not the session's (unless it was `moved`); where the repository does not have
+    /// what the session restores; where neither the journal nor the live file can be used.
+    pub(crate) fn open(
+        state: &StateDir,
+        record: &SessionRecord,
+        path: &Path,
+        repository: &Repository,
+        engine: Engine,
+        moved: bool,
+        interrupt: &Interrupt,
+    ) -> anyhow::Result<Self> {
+        let target = lock_target(state, path, engine, interrupt)?;
+        if !moved {
+            check_identity(state, record, &target)?;
+        }
+        let base = wanted::base_of(repository, record)?;
+        let map = repository.disk_map(&base)?;
+        let layout = DiskLayout { size: base.size, chunk_size: base.chunk_size };
+        let zero = zero_chunks(&map).context("cannot read the map of the snapshot's disk")?;
+        let store = RepositoryStore::new(repository.clone());
+        let number = store.add(map.clone());
+        let pool = FetchPool::start(store, PoolOptions::default());
+        let pool = Arc::new(pool.context("cannot start the fetching threads")?);
+        let live = state.file(LIVE_FILE);
+        let is_whole =
+            live.metadata().is_ok_and(|live| live.len() == LiveWords::count_for(layout) as u64 * 8);
+        let parts = RestParts {
+            identity: journal_identity(record),
+            session: SessionId(parse_id(&record.session)?),
+            source: Arc::new(DiskSource::new(Arc::clone(&pool), number, layout, zero))
+                as Arc<dyn ChunkSource>,
+            clock: Arc::new(TokioClock::new()),
+            source_timeout: SOURCE_PATIENCE,
+            live: if is_whole { Some(LiveWords::open(&live, layout)?) } else { None },
+            boot: BootId::current().context("cannot read the kernel's boot id")?,
+            last_boot: record.boot.as_ref().and_then(|boot| boot.parse().ok()),
+            check: Some(Arc::new(MapCheck(map)) as Arc<dyn ChunkCheck>),
+        };
+        let journal = state.file(JOURNAL);
+        let options = FileOptions::new(engine).direct(DirectIo::Off).read_only(true);
+        let journal = journal.exists().then(|| FileDisk::open(&journal, options)).transpose()?;
+        let opened = engine.run(async {
+            let journal = journal.as_ref().map(|journal| journal.open()).transpose()?;
+            let target = target.open()?;
+            anyhow::Ok(AtRest::open(parts, &*target, journal.as_deref()).await)
+        })?;
+        let view = opened.map_err(|error| cannot_resume(state, error))?;
+        if view.ended().is_from_journal_alone() {
+            // A sync may have failed: what the kernel kept of it in memory is not to be believed.
+            target.forget_clean_pages()?;
+        }
+        Ok(Self { view, base, target, _pool: pool })
+    }
+
+    /// What of the disk was changed.
+    pub(crate) const fn frozen(&self) -> &Frozen {
+        self.view.frozen()
+    }
+
+    /// What reads it on the calling thread.
+    pub(crate) fn reader(&self) -> anyhow::Result<FrozenReader> {
+        Ok(self.view.reader(self.target.open()?))
+    }
+}
+
+/// Opens the target of the session in `state` for reading, and locks it.
+///
+/// # Errors
+/// Where it is gone, or in use.
+pub(crate) fn lock_target(
+    state: &StateDir,
+    path: &Path,
+    engine: Engine,
+    interrupt: &Interrupt,
+) -> anyhow::Result<FileDisk> {
+    if !path.exists() {
+        let dir = state.path().display();
+        return Err(Failure::new(
+            format!("the target {} of the session in {dir} is gone", path.display()),
+            "put it back: what the guest wrote is in it; or `lifeboot discard` gives the session up",
+        )
+        .into());
+    }
+    let disk = FileDisk::open(path, FileOptions::new(engine).read_only(true))?;
+    target::lock(&disk, path, state.path(), target::LOCK_PATIENCE, interrupt)?;
+    Ok(disk)
+}
+
+/// Fails where `disk` is not the target that the session's record names.
+///
+/// # Errors
+/// A [`Failure`].
+pub(crate) fn check_identity(
+    state: &StateDir,
+    record: &SessionRecord,
+    disk: &FileDisk,
+) -> anyhow::Result<()> {
+    let path = disk.path().display();
+    let identity =
+        TargetIdentity::of(disk).with_context(|| format!("cannot tell what the target {path} is"))?;
+    if identity.is_same(&record.identity) {
+        return Ok(());
+    }
+    Err(Failure::new(
+        format!(
+            "the session in {} restores to {}, and {path} is another target now: {identity}",
+            state.path().display(),
+            record.identity,
+        ),
+        "name the target that the session belongs to; or give --moved where it was copied or moved as a whole, together \
+         with its session",
+    )
+    .into())
+}

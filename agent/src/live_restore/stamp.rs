@@ -1,0 +1,156 @@
+//! Whether a target was written to past us since its session was parked: `parked.json`.
+//!
+//! When a session is parked, and everything is on stable storage, the target's size, inode, and times of modification and change
+//! are written down. As long as they are the same, nobody has written to the file, and `G` names all that differs from
+//! the backup: then the first backup after the restore need not read the whole disk. It is a permission to save work and
+//! nothing else: where the file is missing, older, or cannot be understood, the whole disk is read.
+//!
+//! Times are as fine as the kernel's clock ticks. A write in the tick of our own last one would leave them as they are, so
+//! that tick is waited out before they are read. A block device has no such times.
+
+use std::io;
+use std::os::fd::AsFd;
+use std::path::Path;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use rustix::fs::{AtFlags, FileType, StatxFlags, StatxTimestamp};
+use serde::{Deserialize, Serialize};
+
+use super::record::SessionRecord;
+use super::state_dir::StateDir;
+
+pub(super) const FILE: &str = "parked.json";
+const VERSION: u32 = 1;
+/// Longer than a tick of any kernel's clock.
+const TICK: Duration = Duration::from_millis(20);
+
+/// What a file that nobody writes to keeps.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Stamp {
+    size: u64,
+    inode: u64,
+    /// Seconds and nanoseconds since 1970.
+    modified: (i64, u32),
+    changed: (i64, u32),
+}
+
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Parked {
+    version: u32,
+    session: String,
+    target: Stamp,
+}
+
+impl Stamp {
+    /// Of what is open; `None` for what has no such times.
+    fn of(file: impl AsFd) -> io::Result<Option<Self>> {
+        let flags = StatxFlags::BASIC_STATS;
+        let statx = rustix::fs::statx(file, "", AtFlags::EMPTY_PATH, flags)?;
+        if FileType::from_raw_mode(statx.stx_mode.into()) != FileType::RegularFile {
+            return Ok(None);
+        }
+        let time = |time: StatxTimestamp| (time.tv_sec, time.tv_nsec);
+        Ok(Some(Self {
+            size: statx.stx_size,
+            inode: statx.stx_ino,
+            modified: time(statx.stx_mtime),
+            changed: time(statx.stx_ctime),
+        }))
+    }
+
+    /// How long ago the file was changed, as far as the clock tells.
+    fn age(&self) -> Duration {
+        let (seconds, nanoseconds) = self.modified.max(self.changed);
+        let at = UNIX_EPOCH + Duration::new(u64::try_from(seconds).unwrap_or(0), nanoseconds);
+        SystemTime::now().duration_since(at).unwrap_or_default()
+    }
+}
+
+/// Writes down what the target of a session is like that was parked just now, its lock still held.
+pub(super) fn keep(state: &StateDir, record: &SessionRecord) {
+    let kept = (|| -> io::Result<()> {
+        let target = std::fs::File::open(&record.target)?;
+        let Some(mut stamp) = Stamp::of(&target)? else { return Ok(()) };
+        // The clock may have been set back: then this waits once, and the stamp is of no less use.
+        let age = stamp.age();
+        if age < TICK {
+            std::thread::sleep(TICK.saturating_sub(age));
+            stamp = Stamp::of(&target)?.unwrap_or(stamp);
+        }
+        let parked = Parked { version: VERSION, session: record.session.clone(), target: stamp };
+        state.replace(FILE, &parked)?;
+        std::fs::File::open(state.path())?.sync_all()
+    })();
+    if let Err(error) = kept {
+        tracing::warn!(%error, path = %state.file(FILE).display(), "the next backup will read the whole disk: cannot write");
+    }
+}
+
+/// Why it is not known that nobody has written to the target since its session was parked; `None` where that is known.
+pub(crate) fn changed_since_parked(
+    state: &StateDir,
+    record: &SessionRecord,
+    target: &Path,
+) -> Option<String> {
+    let now = match std::fs::File::open(target).and_then(|file| Stamp::of(&file)) {
+        Ok(Some(now)) => now,
+        Ok(None) => return Some("a block device does not tell whether it was written to since".to_owned()),
+        Err(error) => return Some(format!("the target cannot be looked at: {error}")),
+    };
+    let parked = match std::fs::read(state.file(FILE)).map(|text| serde_json::from_slice::<Parked>(&text)) {
+        Ok(Ok(parked)) if parked.version == VERSION && parked.session == record.session => parked,
+        _ => return Some("there is no record of how it was when it was parked".to_owned()),
+    };
+    let then = parked.target;
+    if now == then {
+        return None;
+    }
+    Some(if now.inode != then.inode {
+        "it is another file than the one that was parked".to_owned()
+    } else if now.size != then.size {
+        format!("its size went from {} to {} bytes since it was parked", then.size, now.size)
+    } else {
+        "it was written to, or its owner or mode were changed, since it was parked".to_owned()
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs::File;
+    use std::os::unix::fs::FileExt as _;
+
+    use super::*;
+    use crate::live_restore::record::tests::record;
+
+    #[test]
+    fn a_target_is_known_to_be_unchanged_until_somebody_writes_to_it() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("t.raw");
+        std::fs::write(&path, [1; 8192]).unwrap();
+        let state = StateDir::of(&path, None).unwrap();
+        state.create().unwrap();
+        let record = SessionRecord { target: path.clone(), ..record() };
+        let changed = || changed_since_parked(&state, &record, &path);
+        assert!(changed().unwrap().contains("no record"));
+        let file = File::options().read(true).write(true).open(&path).unwrap();
+        for _ in 0..20 {
+            file.write_all_at(&[2; 100], 0).unwrap();
+            keep(&state, &record);
+            assert_eq!(changed(), None);
+            // At once: in the same tick, were that not waited out.
+            file.write_all_at(&[3; 100], 0).unwrap();
+            assert!(changed().unwrap().contains("written to"));
+        }
+        keep(&state, &record);
+        file.set_len(100).unwrap();
+        assert!(changed().unwrap().contains("size"));
+        std::fs::copy(&path, dir.path().join("copy")).unwrap();
+        keep(&state, &record);
+        std::fs::rename(dir.path().join("copy"), &path).unwrap();
+        assert!(changed().unwrap().contains("another file"));
+        let other = SessionRecord { session: "11".repeat(16), ..record };
+        assert!(changed_since_parked(&state, &other, &path).unwrap().contains("no record"));
+    }
+}

@@ -1,0 +1,474 @@
+//! `lifeboot save`: what a live-restore's guest wrote becomes a snapshot on top of the one that it restores.
+//!
+//! | the session | what is saved | who does it |
+//! |---|---|---|
+//! | is served | the disk at one moment, everything acknowledged in it; guests go on | its agent, all its disks together |
+//! | was parked, or its agent was killed | everything acknowledged | this command, with the target's lock |
+//! | the host went down, a sync failed, the live file was lost | everything flushed; of what was not, any part | this command |
+//! | its journal is damaged or missing, and the live file is of this boot | everything acknowledged | this command |
+//! | never served | nothing: refused | |
+//! | handed over to QEMU | refused: its target is a disk of its own, which is captured | |
+//!
+//! `live::frozen` has how a moment is kept while guests write; `store` what is done with it. The session is the same
+//! afterwards, and may be saved again, gone on with, or discarded.
+
+mod live;
+mod store;
+
+use std::path::{Path, PathBuf};
+use std::time::Instant;
+
+use anyhow::Context as _;
+use block::{Engine, IoEngine};
+use jiff::Timestamp;
+use repository::{
+    ChunkEncoder, Consistency, DiskName, GroupName, MAX_NOTE_LEN, Repository, Saved, SavedUpTo, SnapshotName,
+};
+use serde::{Deserialize, Serialize};
+
+pub use live::SaveRequest;
+pub(crate) use live::answer;
+pub(crate) use store::{Disk, Order, Stored, View, store};
+
+use crate::cli::{Context, Failure, Interrupt, Outcome, UsageError, Verb};
+use crate::live::Resumed;
+use crate::live_restore::{self, Request, Rest, SessionRecord, StateDir};
+use crate::output::{Output, human_duration, human_size};
+use crate::status::DamagedRange;
+
+/// Make a snapshot of what a live-restore's guest wrote
+///
+/// The snapshot is the restored disk as the guest sees it. It is made on top of the one that is being restored: only what the
+/// guest wrote is read and stored. It can be made at any time, while an agent serves the disk and guests write to
+/// it, or after it was parked, killed or failed; the session goes on afterwards as if nothing had been done.
+#[derive(Debug, clap::Args)]
+#[command(after_help = "\
+Examples:
+  lifeboot save -r /backup /var/lib/vm/web01.raw
+  lifeboot save -r /backup /var/lib/vm/web01.raw web01-rescued --note 'before the rollback'
+
+While it is served the snapshot holds everything that the guest was told was written, as a power cut would leave it. After a
+crash of the host it holds everything that the guest had flushed. A chunk that the guest wrote in part and whose rest is
+damaged in the repository keeps what the restored snapshot has there; it is named, and the exit code is 3.")]
+pub struct Args {
+    /// The target of the live-restore
+    #[arg(value_name = "TARGET")]
+    target: PathBuf,
+
+    /// The group to save it in [default: that of the snapshot that is being restored]
+    #[arg(value_name = "GROUP")]
+    group: Option<String>,
+
+    /// Another target whose guest is the same machine: it becomes a disk of the same snapshot; may be repeated. Disks that
+    /// one agent serves are saved together without it
+    #[arg(long, value_name = "TARGET")]
+    with: Vec<PathBuf>,
+
+    /// Say what would be done, and do nothing
+    #[arg(long)]
+    dry_run: bool,
+
+    /// What to remember about this snapshot
+    #[arg(long, value_name = "TEXT")]
+    note: Option<String>,
+
+    /// The target was copied or moved as a whole, together with its session
+    #[arg(long)]
+    moved: bool,
+
+    /// zstd's compression level
+    #[arg(long, default_value_t = repository::DEFAULT_LEVEL, allow_negative_numbers = true)]
+    level: i32,
+
+    /// Where sessions are kept, if not beside the target
+    #[arg(long, value_name = "DIR")]
+    state: Option<PathBuf>,
+
+    /// How to do I/O: auto, uring or threads
+    #[arg(long, default_value_t = IoEngine::Auto, value_name = "ENGINE")]
+    io_engine: IoEngine,
+}
+
+/// What a save does, or has done.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub(crate) struct Report {
+    /// The snapshot's full name; of one that is still to be made, what it will be called unless that second is taken.
+    pub(crate) snapshot: String,
+    /// What it is made on top of.
+    pub(crate) live_restore_of: String,
+    /// How much of the guest's writes is in it.
+    pub(crate) up_to: SavedUpTo,
+    pub(crate) disks: Vec<ReportedDisk>,
+    pub(crate) damaged: Vec<ReportedDamage>,
+    pub(crate) dry_run: bool,
+    pub(crate) seconds: f64,
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub(crate) struct ReportedDisk {
+    pub(crate) name: String,
+    pub(crate) target: PathBuf,
+    pub(crate) size_bytes: u64,
+    /// Chunks of the disk.
+    pub(crate) chunks: u64,
+    /// Chunks that the guest wrote to: those that are looked at.
+    pub(crate) changed_chunks: u64,
+    /// The bytes of those.
+    pub(crate) changed_bytes: u64,
+    /// Of what was looked at, what the repository did not have.
+    pub(crate) new_chunks: u64,
+    pub(crate) new_bytes: u64,
+    pub(crate) new_stored_bytes: u64,
+}
+
+/// What could not be saved.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub(crate) struct ReportedDamage {
+    pub(crate) disk: String,
+    #[serde(flatten)]
+    pub(crate) range: DamagedRange,
+}
+
+/// One session that is to be saved.
+struct Wanted {
+    path: PathBuf,
+    state: StateDir,
+    record: SessionRecord,
+}
+
+impl Verb for Args {
+    fn run(self, context: &Context) -> anyhow::Result<Outcome> {
+        if self.note.as_ref().is_some_and(|note| note.len() > MAX_NOTE_LEN) {
+            return Err(UsageError::new(format_args!("a note has at most {MAX_NOTE_LEN} bytes")).into());
+        }
+        ChunkEncoder::new(self.level).map_err(UsageError::new)?;
+        let group: Option<GroupName> = self
+            .group
+            .as_ref()
+            .map(|group| group.parse().map_err(|error: repository::Error| UsageError::new(error)))
+            .transpose()?;
+        let wanted = std::iter::once(&self.target)
+            .chain(&self.with)
+            .map(|target| Wanted::find(target, self.state.as_deref()))
+            .collect::<anyhow::Result<Vec<_>>>()?;
+        let repository = Repository::open(context.repository_path()?)?;
+        for one in &wanted {
+            one.check_not_handed_over()?;
+        }
+        let mut is_served = false;
+        for one in &wanted {
+            is_served |= live_restore::ask_status(one.state.path())?.is_some();
+        }
+        if is_served {
+            return self.save_served(context, &repository, &wanted);
+        }
+        self.save_at_rest(context, &repository, &wanted, group)
+    }
+}
+
+impl Args {
+    /// Has the agent that serves them save all its disks.
+    fn save_served(
+        &self,
+        context: &Context,
+        repository: &Repository,
+        wanted: &[Wanted],
+    ) -> anyhow::Result<Outcome> {
+        let request = SaveRequest {
+            repository: repository.path().canonicalize().context("cannot find the repository")?,
+            group: self.group.clone(),
+            time: Timestamp::now(),
+            note: self.note.clone(),
+            level: self.level,
+            dry_run: true,
+            backup_of: None,
+        };
+        let interrupt = context.interrupt()?;
+        let agent = wanted[0].state.path();
+        let plan = ask_to_save(agent, &request, &interrupt, |_| {})?;
+        for one in wanted {
+            if !plan.disks.iter().any(|disk| disk.target == one.record.target) {
+                return Err(Failure::new(
+                    format!("{} is not served by the agent of {}", one.path.display(), wanted[0].path.display()),
+                    "disks of one agent are saved together; save others by themselves, or park all of them first",
+                )
+                .into());
+            }
+        }
+        let plan = Report { dry_run: self.dry_run, ..plan };
+        plan.announce(context.output())?;
+        if self.dry_run {
+            context.output().document(&plan)?;
+            return Ok(Outcome::Done);
+        }
+        let total = plan.disks.iter().map(|disk| disk.changed_bytes).sum();
+        let progress = context.output().progress(format_args!("saving {}", plan.snapshot), Some(total));
+        let request = SaveRequest { dry_run: false, ..request };
+        let report = ask_to_save(agent, &request, &interrupt, |bytes| progress.set(bytes))?;
+        drop(progress);
+        report.conclude(context.output())
+    }
+
+    /// Saves sessions that no agent serves.
+    fn save_at_rest(
+        &self,
+        context: &Context,
+        repository: &Repository,
+        wanted: &[Wanted],
+        group: Option<GroupName>,
+    ) -> anyhow::Result<Outcome> {
+        let started = Instant::now();
+        let engine = Engine::choose(self.io_engine)?;
+        let interrupt = context.interrupt()?;
+        let rests = wanted
+            .iter()
+            .map(|Wanted { path, state, record }| {
+                Rest::open(state, record, path, repository, engine, self.moved, &interrupt)
+            })
+            .collect::<anyhow::Result<Vec<_>>>()?;
+        let records: Vec<&SessionRecord> = wanted.iter().map(|wanted| &wanted.record).collect();
+        let names = disk_names(&records)?;
+        let up_to = if rests.iter().any(|rest| rest.view.ended().is_from_journal_alone()) {
+            SavedUpTo::Flushed
+        } else {
+            SavedUpTo::Acknowledged
+        };
+        let order = order(&records, group, up_to, self.note.clone(), self.level)?;
+        let planned = names.iter().zip(&rests).zip(wanted).map(|((name, rest), wanted)| {
+            let frozen = rest.frozen();
+            planned_disk(name, &wanted.path, &wanted.record, frozen.chunks().len() as u64, frozen.bytes())
+        });
+        let mut report = Report {
+            snapshot: order.name().to_string(),
+            live_restore_of: records[0].snapshot.clone(),
+            up_to,
+            disks: planned.collect(),
+            damaged: Vec::new(),
+            dry_run: self.dry_run,
+            seconds: 0.0,
+        };
+        for (rest, wanted) in rests.iter().zip(wanted) {
+            warn_of(context.output(), rest, &wanted.path);
+        }
+        report.announce(context.output())?;
+        if self.dry_run {
+            context.output().document(&report)?;
+            return Ok(Outcome::Done);
+        }
+        let total = report.disks.iter().map(|disk| disk.changed_bytes).sum();
+        let progress = context.output().progress(format_args!("saving {}", report.snapshot), Some(total));
+        let disks: Vec<Disk<'_>> = names
+            .into_iter()
+            .zip(&rests)
+            .map(|(name, rest)| Disk { name, base: rest.base.clone(), view: rest })
+            .collect();
+        let stored = store(repository, &disks, order, engine, &progress, &interrupt, &|| Ok(()))?;
+        drop(progress);
+        report.complete(&stored, started);
+        report.conclude(context.output())
+    }
+}
+
+/// Has the agent of the session in `dir` save, and hears of its progress in bytes. Where this is interrupted the agent
+/// gives up.
+pub(crate) fn ask_to_save(
+    dir: &Path,
+    request: &SaveRequest,
+    interrupt: &Interrupt,
+    mut tell: impl FnMut(u64),
+) -> anyhow::Result<Report> {
+    let tell = |progress: Option<serde_json::Value>| {
+        interrupt.check()?;
+        if let Some(progress) = progress {
+            let live::SaveProgress { bytes_done } = serde_json::from_value(progress)?;
+            tell(bytes_done);
+        }
+        Ok(())
+    };
+    let report = live_restore::ask_telling(dir, &Request::Save(request.clone()), tell)?;
+    report.ok_or_else(|| {
+        Failure::new(
+            format!("the agent of the session in {} ended before it had saved", dir.display()),
+            "what the guest wrote is kept: the same command saves it",
+        )
+        .into()
+    })
+}
+
+impl Wanted {
+    fn find(target: &Path, state: Option<&Path>) -> anyhow::Result<Self> {
+        let path = live_restore::absolute(target)?;
+        let state = StateDir::of(target, state)?;
+        let Some(record) = state.record()?.filter(SessionRecord::was_begun) else {
+            return Err(Failure::new(
+                format!("there is nothing to save: no live-restore to {} is known", target.display()),
+                format!(
+                    "its session would be kept in {}; --state names another place",
+                    state.path().display()
+                ),
+            )
+            .into());
+        };
+        Ok(Self { path, state, record })
+    }
+
+    /// Fails where a machine runs from the target itself: what it writes, we do not see.
+    fn check_not_handed_over(&self) -> anyhow::Result<()> {
+        if !self.record.handed_over {
+            return Ok(());
+        }
+        let path = self.path.display();
+        Err(Failure::new(
+            format!("a running machine was moved onto {path}: it is a disk of its own now, not a session's"),
+            format!("`lifeboot capture GROUP {path}` takes a snapshot of it"),
+        )
+        .into())
+    }
+}
+
+/// The names of the disks in the snapshot: those that they have in what is being restored.
+pub(crate) fn disk_names(records: &[&SessionRecord]) -> anyhow::Result<Vec<DiskName>> {
+    let mut names: Vec<DiskName> = Vec::with_capacity(records.len());
+    for record in records {
+        let name: DiskName = record.disk.parse().with_context(|| format!("disk {:?}", record.disk))?;
+        if names.contains(&name) {
+            return Err(Failure::new(
+                format!("two of the disks are called {name}: they cannot be disks of one snapshot"),
+                "save them one by one",
+            )
+            .into());
+        }
+        names.push(name);
+    }
+    Ok(names)
+}
+
+/// What a snapshot of these sessions is to be.
+pub(crate) fn order(
+    records: &[&SessionRecord],
+    group: Option<GroupName>,
+    up_to: SavedUpTo,
+    note: Option<String>,
+    level: i32,
+) -> anyhow::Result<Order> {
+    let base: SnapshotName = records[0].snapshot.parse()?;
+    if let Some(other) = records.iter().find(|record| record.snapshot != records[0].snapshot) {
+        return Err(Failure::new(
+            format!(
+                "the disks are not of one machine: {} is being restored, and {}",
+                records[0].snapshot, other.snapshot
+            ),
+            "save them one by one",
+        )
+        .into());
+    }
+    let group = group.unwrap_or_else(|| base.group().clone());
+    let parent = (group == *base.group()).then(|| base.time());
+    let saved = Saved { live_restore_of: base.to_string(), up_to };
+    let consistency = Consistency::Crash;
+    Ok(Order { group, time: Timestamp::now(), parent, consistency, saved: Some(saved), note, level })
+}
+
+pub(crate) fn planned_disk(
+    name: &DiskName,
+    target: &Path,
+    record: &SessionRecord,
+    changed_chunks: u64,
+    changed_bytes: u64,
+) -> ReportedDisk {
+    ReportedDisk {
+        name: name.to_string(),
+        target: target.to_owned(),
+        size_bytes: record.size,
+        chunks: record.size.div_ceil(u64::from(record.chunk_size)),
+        changed_chunks,
+        changed_bytes,
+        new_chunks: 0,
+        new_bytes: 0,
+        new_stored_bytes: 0,
+    }
+}
+
+/// What a user should know of a session that is saved.
+fn warn_of(output: &Output, rest: &Rest, path: &Path) {
+    let path = path.display();
+    match rest.view.ended() {
+        Resumed::Parked | Resumed::AgentDied => {}
+        Resumed::HostDied => output.warn(format_args!(
+            "the host went down under {path}: what is saved is as of the guest's last flush"
+        )),
+        Resumed::SyncFailed => output.warn(format_args!(
+            "a sync of {path} failed: what is saved is as of the guest's last flush before it"
+        )),
+        Resumed::LiveFileLost => output.warn(format_args!(
+            "the live file of {path} is lost: what is saved is as of the guest's last flush"
+        )),
+    }
+    if rest.view.journal_is_lost() {
+        output.warn(format_args!(
+            "the journal of {path} cannot be used; the live file has everything until the next reboot, so keep this snapshot"
+        ));
+    }
+}
+
+impl Report {
+    /// Says what will be done.
+    pub(crate) fn announce(&self, output: &Output) -> anyhow::Result<()> {
+        let doing = if self.dry_run { "would save" } else { "saving" };
+        for disk in &self.disks {
+            output.line(format_args!(
+                "{doing} {} as {}/{}: {} of {} to read, on top of {}",
+                disk.target.display(),
+                self.snapshot,
+                disk.name,
+                human_size(disk.changed_bytes),
+                human_size(disk.size_bytes),
+                self.live_restore_of,
+            ))?;
+        }
+        Ok(())
+    }
+
+    /// What was done.
+    pub(crate) fn complete(&mut self, stored: &Stored, started: Instant) {
+        let manifest = stored.snapshot.manifest();
+        self.snapshot = stored.snapshot.name().to_string();
+        for (disk, entry) in self.disks.iter_mut().zip(&manifest.disks) {
+            disk.new_chunks = entry.stats.new_chunks;
+            disk.new_bytes = entry.stats.new_bytes;
+            disk.new_stored_bytes = entry.stats.new_stored_bytes;
+        }
+        let damage = stored
+            .damaged
+            .iter()
+            .map(|(disk, range)| ReportedDamage { disk: disk.to_string(), range: range.clone() });
+        self.damaged = damage.collect();
+        self.seconds = started.elapsed().as_secs_f64();
+    }
+
+    /// Says what was done.
+    pub(crate) fn conclude(&self, output: &Output) -> anyhow::Result<Outcome> {
+        output.document(self)?;
+        let sum = |of: fn(&ReportedDisk) -> u64| self.disks.iter().map(of).sum::<u64>();
+        output.line(format_args!(
+            "saved {} in {}: {} of {} chunks looked at, {} of it new ({} stored)",
+            self.snapshot,
+            human_duration(std::time::Duration::from_secs_f64(self.seconds)),
+            sum(|disk| disk.changed_chunks),
+            sum(|disk| disk.chunks),
+            human_size(sum(|disk| disk.new_bytes)),
+            human_size(sum(|disk| disk.new_stored_bytes)),
+        ))?;
+        for ReportedDamage { disk, range } in &self.damaged {
+            output.damaged(format_args!(
+                "bytes {}..{} of {}/{disk}: not saved, they are as in {}: {}",
+                range.offset,
+                range.offset + range.len,
+                self.snapshot,
+                self.live_restore_of,
+                range.reason
+            ));
+        }
+        Ok(if self.damaged.is_empty() { Outcome::Done } else { Outcome::Damaged })
+    }
+}
