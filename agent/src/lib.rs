@@ -4,6 +4,7 @@
 mod blank;
 pub mod capture;
 pub mod cli;
+pub mod discard;
 mod in_use;
 pub mod live;
 pub mod live_restore;

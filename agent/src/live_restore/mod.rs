@@ -16,6 +16,7 @@
 mod advice;
 mod control;
 mod damage;
+mod discarded;
 mod fetching;
 mod identity;
 mod late;

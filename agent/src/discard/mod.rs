@@ -1,0 +1,284 @@
+//! `lifeboot discard`: gives a live-restore's session up.
+//!
+//! # Order, and why
+//! The target's lock; then `session.json` is replaced by one that says that nothing was ever served: from then on there is no session,
+//! whatever happens. Then the journal, the live file and the rest; `session.json` last, as it says what the others are; the
+//! directory; with `--remove-target` the target, while its lock is held. So a kill leaves the session as it was, or none with
+//! files that the same command removes, and that a new live-restore passes over.
+//!
+//! A session whose `session.json` cannot be understood cannot be replaced like that: its journal goes first, then the record.
+//!
+//! | the session | what is done |
+//! |---|---|
+//! | none | nothing: exit code 0 |
+//! | served by an agent | refused |
+//! | the target is gone, or is another | the session's files are removed, the target is left alone |
+//! | any other | as above |
+
+use std::io::{self, BufRead as _, IsTerminal as _, Write as _};
+use std::os::unix::fs::MetadataExt as _;
+use std::path::{Path, PathBuf};
+
+use anyhow::Context as _;
+use block::{Engine, FileDisk};
+use serde::Serialize;
+
+use crate::cli::{Context, Failure, Outcome, UsageError, Verb};
+use crate::live_restore::{self, SessionRecord, StateDir};
+use crate::output::{Output, human_size};
+use crate::status::{Phase, Status};
+
+/// Give up a live-restore: remove its session
+///
+/// What the guest wrote and nobody saved is lost with it, unless the whole disk is home: so it says what that is,
+/// and asks. `lifeboot save` keeps it before. TARGET itself stays as it is, unless --remove-target is given. A session that
+/// an agent serves is refused: end the agent first.
+#[derive(Debug, clap::Args)]
+#[command(after_help = "\
+Example: lifeboot save -r /backup /var/lib/vm/web01.raw && lifeboot discard --yes /var/lib/vm/web01.raw
+
+Where there is no session, nothing is done, and the exit code is 0. What is left of a discard that was killed is removed by the
+same command.")]
+pub struct Args {
+    /// The target of the live-restore
+    #[arg(value_name = "TARGET")]
+    target: PathBuf,
+
+    /// Do it without asking
+    #[arg(long)]
+    yes: bool,
+
+    /// Remove the target as well, where it is a file
+    #[arg(long)]
+    remove_target: bool,
+
+    /// Where sessions are kept, if not beside the target
+    #[arg(long, value_name = "DIR")]
+    state: Option<PathBuf>,
+}
+
+#[derive(Serialize)]
+struct Report<'a> {
+    /// Whether there was a session.
+    discarded: bool,
+    session: Option<&'a str>,
+    snapshot: Option<&'a str>,
+    target: &'a Path,
+    target_removed: bool,
+    /// Bytes that the guest wrote.
+    guest_bytes: Option<u64>,
+    /// Bytes that were on the target.
+    home_bytes: Option<u64>,
+    size_bytes: Option<u64>,
+    complete: bool,
+}
+
+impl Verb for Args {
+    fn run(self, context: &Context) -> anyhow::Result<Outcome> {
+        let output = context.output();
+        let path = live_restore::absolute(&self.target)?;
+        let state = StateDir::of(&self.target, self.state.as_deref())?;
+        if let Some(status) = live_restore::ask_status(state.path())? {
+            return Err(served(&path, &status));
+        }
+        // One that cannot be understood is given up all the same.
+        let (record, damage) = match state.record() {
+            Ok(record) => (record, None),
+            Err(error) => (None, Some(error)),
+        };
+        if record.is_none() && damage.is_none() {
+            return self.nothing(output, &path, &state);
+        }
+        let is_begun = record.as_ref().is_none_or(SessionRecord::was_begun);
+        let interrupt = context.interrupt()?;
+        // Nobody begins to serve it meanwhile.
+        let locked = path
+            .exists()
+            .then(|| live_restore::lock_target(&state, &path, Engine::THREADS, &interrupt))
+            .transpose()?;
+        let is_another = locked
+            .as_ref()
+            .zip(record.as_ref().filter(|record| record.was_begun()))
+            .and_then(|(disk, record)| live_restore::check_identity(&state, record, disk).err());
+        let target = locked.as_ref().filter(|_| is_another.is_none() && record.is_some());
+        if self.remove_target {
+            self.check_removable(target, &path)?;
+        }
+        let status = record.as_ref().map(|record| live_restore::stopped_status(&state, record));
+        let known = status.as_ref().and_then(|status| status.as_ref().ok());
+        if is_begun {
+            self.tell(output, record.as_ref(), known, damage.as_ref(), is_another.as_ref(), &path)?;
+            self.ask(output)?;
+        }
+        interrupt.check()?;
+        state.discard(record.as_ref())?;
+        let removed = match target {
+            Some(target) if self.remove_target => remove(target, &path)?,
+            _ => false,
+        };
+        output.document(&Report {
+            discarded: is_begun,
+            session: record.as_ref().map(|record| record.session.as_str()),
+            snapshot: record.as_ref().map(|record| record.snapshot.as_str()),
+            target: &path,
+            target_removed: removed,
+            guest_bytes: known.map(|status| status.guest_bytes),
+            home_bytes: known.map(|status| status.home_bytes),
+            size_bytes: known.map(|status| status.size),
+            complete: known.is_some_and(|status| status.phase == Phase::Complete),
+        })?;
+        let what =
+            if is_begun { "the session is discarded" } else { "what was left of a session is removed" };
+        let became = match (removed, path.exists(), known.map(|status| status.phase)) {
+            (true, ..) => format!("{} is removed", path.display()),
+            (false, false, _) => format!("{} does not exist", path.display()),
+            (false, true, Some(Phase::Complete)) => {
+                format!("{} stays: it is the whole disk", path.display())
+            }
+            (false, true, _) => format!(
+                "{} stays as it is: only part of a disk, of no use without its session but to look for data in",
+                path.display()
+            ),
+        };
+        output.line(format_args!("{what}; {became}"))?;
+        Ok(Outcome::Done)
+    }
+}
+
+impl Args {
+    fn nothing(&self, output: &Output, path: &Path, state: &StateDir) -> anyhow::Result<Outcome> {
+        // A directory that a discard was about to remove.
+        state.remove_if_empty();
+        output.document(&Report {
+            discarded: false,
+            session: None,
+            snapshot: None,
+            target: path,
+            target_removed: false,
+            guest_bytes: None,
+            home_bytes: None,
+            size_bytes: None,
+            complete: false,
+        })?;
+        output.line(format_args!(
+            "no live-restore to {} is known: there is nothing to discard",
+            path.display()
+        ))?;
+        if self.remove_target && path.exists() {
+            output.warn(format_args!("{} stays: nothing tells that a live-restore made it", path.display()));
+        }
+        Ok(Outcome::Done)
+    }
+
+    /// Says what would be lost.
+    fn tell(
+        &self,
+        output: &Output,
+        record: Option<&SessionRecord>,
+        status: Option<&Status>,
+        damage: Option<&anyhow::Error>,
+        is_another: Option<&anyhow::Error>,
+        path: &Path,
+    ) -> anyhow::Result<()> {
+        if let Some(record) = record {
+            output.line(format_args!(
+                "the session restores {}/{} to {}",
+                record.snapshot,
+                record.disk,
+                path.display()
+            ))?;
+        }
+        match (record, status) {
+            (Some(record), _) if record.handed_over => output.line(
+                "nothing is lost: a running machine was moved onto the target, which is a disk of its own",
+            )?,
+            (_, Some(status)) if status.phase == Phase::Complete => output.line(format_args!(
+                "nothing is lost but that the next capture reads the whole disk: all of it is home, {} written by the guest",
+                human_size(status.guest_bytes)
+            ))?,
+            (_, Some(status)) => output.line(format_args!(
+                "lost is what the guest wrote: up to {}, unless it was saved; {:.1} % of {} is home",
+                human_size(status.guest_bytes),
+                status.percent(),
+                human_size(status.size)
+            ))?,
+            _ => output.warn("what would be lost cannot be told: the session's files are damaged"),
+        }
+        if let Some(error) = damage {
+            output.warn(format_args!("{error:#}"));
+        }
+        if let Some(error) = is_another {
+            output.warn(format_args!("{error:#}; it is left alone"));
+        }
+        if self.remove_target {
+            output.line(format_args!("{} will be removed", path.display()))?;
+        }
+        Ok(())
+    }
+
+    /// Asks, unless told not to.
+    fn ask(&self, output: &Output) -> anyhow::Result<()> {
+        if self.yes {
+            return Ok(());
+        }
+        if output.is_json() || !io::stdin().is_terminal() || !io::stderr().is_terminal() {
+            return Err(Failure::new(
+                "nothing was discarded: nobody said yes",
+                "give --yes; `lifeboot save` keeps what the guest wrote before",
+            )
+            .into());
+        }
+        eprint_prompt()?;
+        let mut answer = String::new();
+        io::stdin().lock().read_line(&mut answer).context("cannot read the answer")?;
+        if matches!(answer.trim(), "y" | "yes") {
+            return Ok(());
+        }
+        Err(Failure::new("nothing was discarded", "answer y to discard it").into())
+    }
+
+    fn check_removable(&self, target: Option<&FileDisk>, path: &Path) -> anyhow::Result<()> {
+        match target {
+            Some(target) if target.is_block_device() => Err(UsageError::new(format_args!(
+                "{} is a block device: --remove-target is for files",
+                path.display()
+            ))
+            .into()),
+            None if path.exists() => Err(Failure::new(
+                format!("{} cannot be told to be the session's target, and is not removed", path.display()),
+                "leave out --remove-target, and remove it yourself if that is what you want",
+            )
+            .into()),
+            _ => Ok(()),
+        }
+    }
+}
+
+fn eprint_prompt() -> anyhow::Result<()> {
+    let mut stderr = io::stderr().lock();
+    stderr.write_all(b"discard it? [y/N] ").and_then(|()| stderr.flush()).context("cannot ask")
+}
+
+fn served(path: &Path, status: &Status) -> anyhow::Error {
+    Failure::new(
+        format!(
+            "{} is served by the agent with the process id {}",
+            path.display(),
+            status.pid.unwrap_or_default()
+        ),
+        "end it first (SIGTERM parks it), when no guest uses the disk any more",
+    )
+    .into()
+}
+
+/// Removes the target that is locked, unless something else stands under its name by now.
+fn remove(target: &FileDisk, path: &Path) -> anyhow::Result<bool> {
+    let removing = || format!("cannot remove the target {}", path.display());
+    let ours = rustix::fs::fstat(target).map_err(io::Error::from).with_context(removing)?;
+    let there = std::fs::symlink_metadata(path).with_context(removing)?;
+    if (ours.st_dev, ours.st_ino) != (there.dev(), there.ino()) {
+        return Ok(false);
+    }
+    std::fs::remove_file(path).with_context(removing)?;
+    Ok(true)
+}
