@@ -1,12 +1,13 @@
 //! `lifeboot capture`: disks into a repository.
 
+mod composed;
 mod format;
 mod order;
 mod pipeline;
 mod reader;
+mod session;
 mod source;
 mod stop;
-mod unfinished;
 mod workers;
 
 use std::path::{Path, PathBuf};
@@ -26,14 +27,17 @@ pub(crate) use stop::Stop;
 
 use crate::cli::{Context, Failure, Outcome, Size, UsageError, Verb};
 use crate::output::{Output, human_count, human_duration, human_size};
+use composed::Composed;
 use reader::Plan;
+use session::Scan;
 use source::{Source, SourceArg};
 
 /// Take a snapshot of one or more disks
 ///
 /// Reads raw disk images and block devices. What the repository has already is not stored again, so a
-/// second capture of a disk costs what has changed. Nothing of a capture can be seen until it is complete. The
-/// target of a live-restore is refused until that is complete.
+/// second capture of a disk costs what has changed. Nothing of a capture can be seen until it is complete. Of the
+/// target of a live-restore only what its guest wrote is read, where that is known for certain: while an agent serves it, and
+/// after it was parked; all else is as in the snapshot that it restores.
 #[derive(Debug, clap::Args)]
 #[command(after_help = "\
 Examples:
@@ -70,6 +74,14 @@ pub struct Args {
     #[arg(long, value_name = "TEXT")]
     note: Option<String>,
 
+    /// Read the whole target of a live-restore, not only what its guest wrote
+    #[arg(long)]
+    full: bool,
+
+    /// Where sessions of live-restores are kept, if not beside their targets
+    #[arg(long, value_name = "DIR")]
+    state: Option<PathBuf>,
+
     /// Capture image files such as qcow2 as they are, not the disks in them
     #[arg(long)]
     as_raw: bool,
@@ -91,6 +103,8 @@ struct ReportedDisk<'a> {
     source: &'a Path,
     size_bytes: u64,
     chunk_size_bytes: u32,
+    /// Chunks that were looked at, of a live-restore's target of which not all had to be.
+    chunks_looked_at: Option<u64>,
     data_chunks: u64,
     zero_chunks: u64,
     new_chunks: u64,
@@ -116,28 +130,66 @@ impl Verb for Args {
         let interrupt = context.interrupt()?;
         let sources = named
             .into_iter()
-            .map(|(name, path)| {
-                let source = Source::open(name, path, self.as_raw)?;
-                unfinished::refuse(source.path())?;
-                Ok(source)
-            })
+            .map(|(name, path)| Source::open(name, path, self.as_raw))
             .collect::<anyhow::Result<Vec<_>>>()?;
+        let wish = session::Wish {
+            repository: &repository,
+            state: self.state.as_deref(),
+            full: self.full,
+            chunk_size,
+            engine,
+            interrupt: &interrupt,
+        };
+        let scans =
+            sources.iter().map(|source| session::scan(source, &wish)).collect::<anyhow::Result<Vec<_>>>()?;
         let attachments = attached
             .into_iter()
             .map(|(name, path)| Ok((name, read_attachment(&path)?)))
             .collect::<anyhow::Result<Vec<_>>>()?;
 
+        for (source, scan) in sources.iter().zip(&scans) {
+            if let Scan::Whole { why: Some(why) } = scan {
+                context.output().line(format_args!("full scan of {}: {why}", source.path().display()))?;
+            }
+        }
+        let composed = Composed {
+            context,
+            repository: &repository,
+            group: &group,
+            sources: &sources,
+            note: self.note.clone(),
+            level: self.level,
+            engine,
+            started,
+        };
+        if scans.iter().any(|scan| matches!(scan, Scan::Served { .. })) {
+            return composed.by_agent(&scans, attachments.is_empty());
+        }
+        if scans.iter().any(|scan| matches!(scan, Scan::Changed(rest) if !rest.view.is_whole())) {
+            return composed.of_views(&scans, attachments.is_empty());
+        }
+
         let parent = find_parent(&repository, &group, context.output());
         let mut writer = repository.begin_capture(&group, CaptureOptions::default())?;
-        let disks = begin_disks(&repository, &mut writer, &sources, parent.as_ref(), chunk_size)?;
+        let disks = begin_disks(&repository, &mut writer, &sources, &scans, parent.as_ref(), chunk_size)?;
         let plans = sources
             .iter()
             .zip(&disks)
-            .map(|(source, disk)| {
+            .zip(&scans)
+            .map(|((source, disk), scan)| {
                 let options = FileOptions::new(engine).direct(reader::how_to_read(source));
-                Plan::new(source, disk.chunk_size(), options)
+                let plan = Plan::new(source, disk.chunk_size(), options)?;
+                Ok(match scan {
+                    Scan::Changed(rest) => plan.only(&session::runs(rest)),
+                    Scan::Whole { .. } | Scan::Served { .. } => plan,
+                })
             })
             .collect::<anyhow::Result<Vec<_>>>()?;
+        let looked_at: Vec<Option<u64>> = plans
+            .iter()
+            .zip(&scans)
+            .map(|(plan, scan)| matches!(scan, Scan::Changed(_)).then(|| plan.chunks()))
+            .collect();
         for (name, bytes) in &attachments {
             writer.add_attachment(name.clone(), bytes)?;
         }
@@ -161,7 +213,7 @@ impl Verb for Args {
         // From here on it either becomes a snapshot or fails: an interrupt comes too late.
         interrupt.check()?;
         let snapshot = writer.commit(meta)?;
-        report(context.output(), &snapshot, &sources, warnings, started)
+        report(context.output(), &snapshot, &sources, &looked_at, warnings, started)
     }
 }
 
@@ -182,11 +234,16 @@ fn begin_disks(
     repository: &Repository,
     writer: &mut CaptureWriter,
     sources: &[Source],
+    scans: &[Scan],
     parent: Option<&Snapshot>,
     chunk_size: Option<u32>,
 ) -> anyhow::Result<Vec<DiskWriter>> {
     let mut disks = Vec::with_capacity(sources.len());
-    for source in sources {
+    for (source, scan) in sources.iter().zip(scans) {
+        if let Scan::Changed(rest) = scan {
+            disks.push(writer.begin_disk_over(source.name.clone(), &rest.base)?);
+            continue;
+        }
         let before =
             parent.and_then(|parent| parent.manifest().disks.iter().find(|disk| disk.name == source.name));
         let chunk_size = chunk_size
@@ -255,22 +312,25 @@ fn report(
     output: &Output,
     snapshot: &Snapshot,
     sources: &[Source],
+    looked_at: &[Option<u64>],
     warnings: Vec<String>,
     started: Instant,
 ) -> anyhow::Result<Outcome> {
     let elapsed = started.elapsed();
     let manifest = snapshot.manifest();
-    let disks = manifest.disks.iter().zip(sources).map(|(disk, source)| ReportedDisk {
-        name: disk.name.as_str(),
-        source: source.path(),
-        size_bytes: disk.size,
-        chunk_size_bytes: disk.chunk_size,
-        data_chunks: disk.stats.data_chunks,
-        zero_chunks: disk.stats.zero_chunks,
-        new_chunks: disk.stats.new_chunks,
-        new_bytes: disk.stats.new_bytes,
-        new_stored_bytes: disk.stats.new_stored_bytes,
-    });
+    let disks =
+        manifest.disks.iter().zip(sources).zip(looked_at).map(|((disk, source), looked_at)| ReportedDisk {
+            chunks_looked_at: *looked_at,
+            name: disk.name.as_str(),
+            source: source.path(),
+            size_bytes: disk.size,
+            chunk_size_bytes: disk.chunk_size,
+            data_chunks: disk.stats.data_chunks,
+            zero_chunks: disk.stats.zero_chunks,
+            new_chunks: disk.stats.new_chunks,
+            new_bytes: disk.stats.new_bytes,
+            new_stored_bytes: disk.stats.new_stored_bytes,
+        });
     let report = Report {
         snapshot: snapshot.name().to_string(),
         consistency: manifest.consistency,
@@ -280,6 +340,13 @@ fn report(
         seconds: elapsed.as_secs_f64(),
     };
     output.document(&report)?;
+    for disk in &report.disks {
+        if let Some(looked_at) = disk.chunks_looked_at {
+            let chunks = disk.size_bytes.div_ceil(u64::from(disk.chunk_size_bytes));
+            output
+                .line(format_args!("{}: incremental: {looked_at} of {chunks} chunks looked at", disk.name))?;
+        }
+    }
     let new: u64 = report.disks.iter().map(|disk| disk.new_bytes).sum();
     let stored: u64 = report.disks.iter().map(|disk| disk.new_stored_bytes).sum();
     output.line(format_args!(

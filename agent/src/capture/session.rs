@@ -1,0 +1,180 @@
+//! Sources that are the targets of live-restores: what of them must be read.
+//!
+//! A session knows which chunks its guest wrote (`G`). All others are as in the snapshot that it restores, so the first backup
+//! after a restore reads the chunks of `G` alone and takes the rest from that snapshot's map. The result is the very same as that
+//! of a full scan, as long as `G` leaves nothing out:
+//!
+//! | the session | what is read |
+//! |---|---|
+//! | none | the whole source |
+//! | served by an agent | the chunks of `G`, by the agent, of a frozen view |
+//! | parked, and nobody has written to the target since (`parked.json`) | the chunks of `G`; of those that are not wholly home, the rest comes from the repository |
+//! | any other that is wholly home: its agent was killed, the target was written to, its snapshot is in another repository | the whole source, and why is said |
+//! | any other that is not | refused: its target is no disk; `save` takes what the guest wrote on its own responsibility |
+//! | handed over to QEMU | the whole source |
+//!
+//! `--full` reads the whole source where all of it is home, and is refused where it is not.
+
+use std::ops::Range;
+use std::path::{Path, PathBuf};
+
+use anyhow::Context as _;
+use block::Engine;
+use repository::Repository;
+
+use super::source::Source;
+use crate::cli::{Failure, Interrupt};
+use crate::live::Resumed;
+use crate::live_restore::{self, Rest, SessionRecord, StateDir, changed_since_parked};
+use crate::status::{Phase, Status};
+
+/// What of a source is read.
+pub(super) enum Scan {
+    /// All of it; `why`, where there is a session and yet not only what its guest wrote.
+    Whole { why: Option<String> },
+    /// What differs from the disk that was restored. The target is locked meanwhile.
+    Changed(Box<Rest>),
+    /// The same, by the agent that serves it: the session's directory and id.
+    Served { dir: PathBuf, session: String },
+}
+
+/// What a capture wants of all its sources.
+pub(super) struct Wish<'a> {
+    pub(super) repository: &'a Repository,
+    /// Where sessions are kept, if not beside their targets.
+    pub(super) state: Option<&'a Path>,
+    pub(super) full: bool,
+    pub(super) chunk_size: Option<u32>,
+    pub(super) engine: Engine,
+    pub(super) interrupt: &'a Interrupt,
+}
+
+/// Finds the session of a source.
+///
+/// # Errors
+/// Where what must be read cannot be had, or it is not known.
+pub(super) fn scan(source: &Source, wish: &Wish<'_>) -> anyhow::Result<Scan> {
+    let state = StateDir::of(source.path(), wish.state)?;
+    let unknown = || {
+        format!(
+            "it is not known whether the live-restore in {} has filled the source {}",
+            state.path().display(),
+            source.path().display()
+        )
+    };
+    let record = state.record().with_context(unknown)?.filter(SessionRecord::was_begun);
+    let Some(record) = record else { return Ok(Scan::Whole { why: None }) };
+    if record.handed_over {
+        return Ok(Scan::Whole {
+            why: Some("a running machine was moved onto it, and writes to it itself".into()),
+        });
+    }
+    let asked = live_restore::ask_status(state.path()).with_context(unknown)?;
+    let is_served = asked.is_some();
+    let status = match asked {
+        Some(status) => status,
+        None => live_restore::stopped_status(&state, &record).with_context(unknown)?,
+    };
+    let session = Session { source, state: &state, record: &record, status: &status };
+    if wish.full {
+        return session.whole(None);
+    }
+    if let Some(why) = session.unfit(wish) {
+        return session.whole(Some(why));
+    }
+    if is_served {
+        return Ok(Scan::Served { dir: state.path().to_owned(), session: record.session });
+    }
+    match session.changed(wish)? {
+        Ok(rest) => Ok(Scan::Changed(Box::new(rest))),
+        Err(why) => session.whole(Some(why)),
+    }
+}
+
+struct Session<'a> {
+    source: &'a Source,
+    state: &'a StateDir,
+    record: &'a SessionRecord,
+    status: &'a Status,
+}
+
+impl Session<'_> {
+    /// Why its disk cannot be the base of what is wanted.
+    fn unfit(&self, wish: &Wish<'_>) -> Option<String> {
+        if wish.chunk_size.is_some_and(|chunk_size| chunk_size != self.record.chunk_size) {
+            return Some(format!(
+                "the disk that was restored has chunks of {} bytes",
+                self.record.chunk_size
+            ));
+        }
+        if self.source.size != self.record.size {
+            return Some(format!(
+                "it has {} bytes, and the disk that was restored {}",
+                self.source.size, self.record.size
+            ));
+        }
+        live_restore::base_of(wish.repository, self.record).err().map(|error| format!("{error:#}"))
+    }
+
+    /// The session at rest, where `G` leaves nothing out; else why it may.
+    fn changed(&self, wish: &Wish<'_>) -> anyhow::Result<Result<Rest, String>> {
+        let path = live_restore::absolute(self.source.path())?;
+        let rest =
+            Rest::open(self.state, self.record, &path, wish.repository, wish.engine, false, wish.interrupt);
+        let rest = match rest {
+            Ok(rest) => rest,
+            Err(error) => {
+                wish.interrupt.check()?;
+                return Ok(Err(format!("{error:#}")));
+            }
+        };
+        if rest.view.ended() != Resumed::Parked {
+            return Ok(Err("its agent was killed, or the host went down, before it was parked".to_owned()));
+        }
+        Ok(match changed_since_parked(self.state, self.record, &path) {
+            Some(why) => Err(why),
+            None => Ok(rest),
+        })
+    }
+
+    /// Reads all of it, which takes that all is home.
+    fn whole(&self, why: Option<String>) -> anyhow::Result<Scan> {
+        if self.status.phase == Phase::Complete {
+            return Ok(Scan::Whole { why });
+        }
+        let Self { source, state, status, .. } = self;
+        let path = source.path().display();
+        let why = why.map_or_else(String::new, |why| {
+            format!(", and what its guest wrote is not known for certain: {why}")
+        });
+        Err(Failure::new(
+            format_args!(
+                "the source {path} is the target of a live-restore that is not complete: session {} ({}) has brought {:.1} % \
+                 of {}/{} home{why}",
+                status.session,
+                state.path().display(),
+                status.percent(),
+                status.snapshot,
+                status.disk,
+            ),
+            format_args!(
+                "run its live-restore again until `lifeboot status {path}` says that it is complete; or `lifeboot save {path}` \
+                 takes what is known of the guest's writes on top of {}",
+                status.snapshot,
+            ),
+        )
+        .into())
+    }
+}
+
+/// The chunks of a session as runs of neighbours.
+pub(super) fn runs(rest: &Rest) -> Vec<Range<u64>> {
+    let mut runs: Vec<Range<u64>> = Vec::new();
+    for &chunk in rest.frozen().chunks() {
+        match runs.last_mut() {
+            Some(run) if run.end == chunk => run.end += 1,
+            _ => runs.push(chunk..chunk + 1),
+        }
+    }
+    runs
+}
