@@ -36,6 +36,12 @@ pub(super) enum Mistake {
     JournalUnsynced,
     /// A write to part of an absent block does not bring the block's chunk home first.
     PartialWithoutFill,
+    /// What a frozen view holds is overwritten without a copy.
+    OverwrittenInView,
+    /// A session is frozen while changes are under way.
+    FrozenUnderWrites,
+    /// The copies of a view's chunk are taken before the target is read.
+    CopiesTakenFirst,
     /// A chunk is given out before its hash was checked. The source makes it, not the engine.
     #[cfg(test)]
     ServedUnverified,

@@ -19,11 +19,12 @@
 //!   the source, so neither does this. Several sessions that are held still together are frozen at one point in time.
 //! - **Frozen** ([`Still::freeze`]): the set is taken and the view is put where writers look for it, before any change
 //!   goes on: so each change is either in the view whole, or sees it.
-//! - **Copy before write**: a change holds the chunk's place in the view alone; copies those of its blocks that were home and are
-//!   not copied yet; lets go; only then it changes the target. The hold spans local reads and writes.
-//! - **Taking** a chunk ([`FrozenReader::take`]): holds its place alone; reads what is not copied from the target; marks it taken;
-//!   lets go; then gets what was absent from the backup. While the place is held nothing that is not copied is written to. From
-//!   *taken* on nobody copies anything of it. A chunk is taken once.
+//! - **Copy before write**: a change holds the chunk's place in the view alone, so that no other change of the same blocks
+//!   overtakes its copy; copies those of its blocks that were home and are not copied yet; lets go; only then it changes the
+//!   target. The hold spans local reads and writes.
+//! - **Taking** a chunk ([`FrozenReader::take`]): reads what is not copied from the target; marks it taken; takes its copies, which
+//!   go over what was read: whatever was overwritten meanwhile was copied before; then gets what was absent from the backup.
+//!   It holds nothing, so no write waits for it. From *taken* on nobody copies anything of the chunk. A chunk is taken once.
 //! - **Failed**: a copy could not be made (the target cannot be read, no room for copies). The guest's write goes on, and
 //!   the view is of no use any more: every later taking fails, and says why.
 //! - **Over**: the view is dropped; its copies go with it.
@@ -47,6 +48,7 @@ use tokio::sync::Notify;
 
 use super::device::LiveDevice;
 use super::holds::Holds;
+use super::mistakes::Mistake;
 use super::session::Session;
 use copies::Copies;
 use set::FrozenSet;
@@ -78,7 +80,7 @@ pub(super) struct Views {
 /// What a view's owner, its readers and guests' writes share.
 pub(super) struct View {
     set: FrozenSet,
-    /// By chunk: who copies or takes it.
+    /// By chunk: who copies it.
     holds: Holds,
     copies: Copies,
     failure: Mutex<Option<Error>>,
@@ -111,6 +113,9 @@ impl Session {
         loop {
             let ended = self.idle.notified();
             self.check_open()?;
+            if self.makes(Mistake::FrozenUnderWrites) {
+                return Ok(still);
+            }
             if self.changes.load(Ordering::SeqCst) == 0 {
                 return Ok(still);
             }
@@ -136,6 +141,7 @@ impl Session {
     pub(super) fn needs_no_copy(&self, blocks: &Range<u64>) -> bool {
         let views = &self.views;
         !views.exists.load(Ordering::SeqCst)
+            || self.makes(Mistake::OverwrittenInView)
             || views.view.read().as_ref().is_none_or(|view| !view.needs_copy(blocks))
     }
 
@@ -303,7 +309,9 @@ impl View {
 impl LiveDevice {
     /// Before `blocks` are changed: has the view, if there is one, keep what it needs of them. The caller has begun a change.
     pub(super) async fn preserve(&self, blocks: &Range<u64>) {
-        if let Some(view) = self.session.view() {
+        if let Some(view) = self.session.view()
+            && !self.session.makes(Mistake::OverwrittenInView)
+        {
             view.preserve(&*self.target, blocks).await;
         }
     }

@@ -15,6 +15,7 @@ use crate::live::clock::Clock;
 use crate::live::device::LiveDevice;
 use crate::live::frozen::{AtRest, Frozen, FrozenOptions, FrozenReader, RestParts};
 use crate::live::journal::JournalLayout;
+use crate::live::mistakes::Mistake;
 use crate::live::source::ChunkSource;
 use crate::live::stats::Phase;
 
@@ -109,10 +110,10 @@ fn guests(spawner: &Spawner, device: &LiveDevice, model: &Rc<RefCell<Vec<u8>>>, 
 }
 
 /// Freezes under random work, lets guests and fills go on, and compares what the view shows with the model.
-fn a_view_under_work(seed: u64) {
+fn a_view_under_work(seed: u64, mistake: Option<Mistake>) {
     let mut rig = Rig::new();
     rig.executor = block::sim::Executor::new(seed);
-    let device = rig.create();
+    let device = rig.create_making(mistake);
     let model = Rc::new(RefCell::new(rig.source.all()));
     let spawner = rig.executor.spawner();
     if !seed.is_multiple_of(3) {
@@ -162,7 +163,15 @@ fn a_view_under_work(seed: u64) {
 #[test]
 fn a_view_is_the_disk_at_the_freeze_whatever_guests_and_fills_do() {
     for seed in 0..150 {
-        a_view_under_work(seed);
+        a_view_under_work(seed, None);
+    }
+}
+
+#[test]
+fn each_mistake_that_a_view_could_make_is_caught() {
+    for mistake in [Mistake::OverwrittenInView, Mistake::FrozenUnderWrites, Mistake::CopiesTakenFirst] {
+        let is_caught = |seed| std::panic::catch_unwind(|| a_view_under_work(seed, Some(mistake))).is_err();
+        assert!((0..150).any(is_caught), "{mistake:?}");
     }
 }
 
