@@ -9,6 +9,7 @@ mod in_use;
 pub mod live;
 pub mod live_restore;
 pub mod output;
+pub mod pivot;
 pub mod restore;
 pub mod save;
 pub mod serve;

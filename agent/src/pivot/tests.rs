@@ -1,0 +1,394 @@
+//! The move against a QEMU that is made up: its nodes, its jobs, and what goes wrong at each of its commands.
+
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::path::{Path, PathBuf};
+
+use nbd_server::ListenAddress;
+use serde_json::{Value, json};
+
+use super::qmp::{Monitor, QmpError};
+use super::{Drive, Home, Moved, Trouble, Whereabouts, carry_home, whereabouts};
+
+const SIZE: u64 = 1 << 20;
+
+/// What goes wrong at a command.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Mishap {
+    /// QEMU refuses it.
+    Refused,
+    /// QEMU does it, and nothing is heard of it, nor of anything after it.
+    DoneSilently,
+    /// Nothing is done and nothing is heard.
+    Lost,
+}
+
+#[derive(Clone, Debug)]
+struct FakeNode {
+    driver: &'static str,
+    file: String,
+    child: Option<String>,
+    size: u64,
+    read_only: bool,
+}
+
+/// A QEMU with one drive.
+struct FakeQemu {
+    nodes: BTreeMap<String, FakeNode>,
+    /// The drive's uppermost node.
+    root: String,
+    job: bool,
+    /// How many commands were run.
+    commands: Vec<String>,
+    mishap: Option<(usize, Mishap)>,
+    is_silent: bool,
+    process: u32,
+    opened: Vec<File>,
+    target_size: Option<u64>,
+}
+
+impl FakeQemu {
+    fn new(socket: &Path, raw: Option<&str>, nbd: &str) -> Self {
+        let mut nodes = BTreeMap::new();
+        let file = format!("nbd+unix:///disk0?socket={}", socket.display());
+        let node =
+            |driver, child| FakeNode { driver, file: file.clone(), child, size: SIZE, read_only: false };
+        nodes.insert(nbd.to_owned(), node("nbd", None));
+        if let Some(raw) = raw {
+            nodes.insert(raw.to_owned(), node("raw", Some(nbd.to_owned())));
+        }
+        Self {
+            nodes,
+            root: raw.unwrap_or(nbd).to_owned(),
+            job: false,
+            commands: Vec::new(),
+            mishap: None,
+            is_silent: false,
+            process: std::process::id(),
+            opened: Vec::new(),
+            target_size: None,
+        }
+    }
+
+    /// What the drive leads to.
+    fn bottom(&self) -> &str {
+        let mut name = &self.root;
+        while let Some(child) = &self.nodes[name].child {
+            name = child;
+        }
+        self.nodes[name].driver
+    }
+
+    fn users(&self, name: &str) -> usize {
+        let parents = self.nodes.values().filter(|node| node.child.as_deref() == Some(name)).count();
+        parents + usize::from(self.root == name) + usize::from(self.job && name.starts_with("lifeboot-raw"))
+    }
+
+    fn do_it(&mut self, command: &str, arguments: &Value) -> Result<Value, String> {
+        let text = |value: &Value| value.as_str().unwrap_or_default().to_owned();
+        match command {
+            "query-block" => Ok(json!([{ "device": "drive0", "qdev": "/machine/peripheral/disk-a/virtio-backend",
+                "inserted": { "node-name": self.root } }])),
+            "query-named-block-nodes" => Ok(self.nodes.iter().map(|(name, node)| json!({
+                "node-name": name, "drv": node.driver, "file": node.file, "ro": node.read_only, "detect_zeroes": "off",
+                "cache": { "direct": false, "no-flush": false }, "image": { "virtual-size": node.size } })).collect()),
+            "x-debug-query-block-graph" => Ok(self.graph()),
+            "query-block-jobs" => Ok(if self.job {
+                json!([{ "device": "lifeboot-move-0123456789ab", "ready": true }])
+            } else {
+                json!([])
+            }),
+            "blockdev-add" => self.add(arguments),
+            "blockdev-del" => {
+                let name = text(&arguments["node-name"]);
+                if !self.nodes.contains_key(&name) {
+                    return Err(format!("Failed to find node with node-name='{name}'"));
+                }
+                if self.users(&name) > 0 {
+                    return Err(format!("Block device {name} is in use"));
+                }
+                self.nodes.remove(&name);
+                Ok(json!({}))
+            }
+            "blockdev-reopen" => {
+                let options = &arguments["options"][0];
+                let name = text(&options["node-name"]);
+                if name.starts_with('#') {
+                    return Err("Cannot change the option 'node-name'".into());
+                }
+                let old = self.nodes.get_mut(&name).unwrap().child.replace(text(&options["file"])).unwrap();
+                if old.starts_with('#') {
+                    self.nodes.remove(&old);
+                }
+                Ok(json!({}))
+            }
+            "blockdev-mirror" => {
+                assert_eq!((&arguments["sync"], &arguments["copy-mode"]), (&json!("none"), &json!("write-blocking")));
+                assert_eq!(text(&arguments["device"]), self.root);
+                self.job = true;
+                Ok(json!({}))
+            }
+            "block-job-cancel" => {
+                self.job = false;
+                Ok(json!({}))
+            }
+            "block-job-complete" => {
+                self.job = false;
+                let mut old = Some(std::mem::replace(&mut self.root, "lifeboot-raw-0123456789ab".into()));
+                while let Some(name) = old.filter(|name| name.starts_with('#')) {
+                    old = self.nodes.remove(&name).unwrap().child;
+                }
+                Ok(json!({}))
+            }
+            other => Err(format!("The command {other} has not been found")),
+        }
+    }
+
+    fn add(&mut self, options: &Value) -> Result<Value, String> {
+        let text = |name: &str| options[name].as_str().unwrap_or_default().to_owned();
+        let name = text("node-name");
+        if self.nodes.contains_key(&name) {
+            return Err(format!("Duplicate nodes with node-name='{name}'"));
+        }
+        let node = if options["driver"] == "raw" {
+            FakeNode {
+                driver: "raw",
+                file: text("file"),
+                child: Some(text("file")),
+                size: SIZE,
+                read_only: false,
+            }
+        } else {
+            let file = File::open(text("filename")).map_err(|error| error.to_string())?;
+            let size = self.target_size.unwrap_or(file.metadata().unwrap().len());
+            self.opened.push(file);
+            FakeNode { driver: "file", file: text("filename"), child: None, size, read_only: false }
+        };
+        self.nodes.insert(name, node);
+        Ok(json!({}))
+    }
+
+    fn graph(&self) -> Value {
+        let ids: BTreeMap<&String, usize> =
+            self.nodes.keys().enumerate().map(|(id, name)| (name, id + 10)).collect();
+        let mut nodes = vec![json!({ "id": 1, "type": "block-backend", "name": "drive0" })];
+        let mut edges = vec![json!({ "parent": 1, "child": ids[&self.root], "name": "root" })];
+        for (name, node) in &self.nodes {
+            nodes.push(json!({ "id": ids[name], "type": "block-driver", "name": name }));
+            if let Some(child) = &node.child {
+                edges.push(json!({ "parent": ids[name], "child": ids[child], "name": "file" }));
+            }
+        }
+        json!({ "nodes": nodes, "edges": edges })
+    }
+}
+
+impl Monitor for FakeQemu {
+    fn execute(&mut self, command: &str, arguments: Value) -> Result<Value, QmpError> {
+        let silent = || QmpError::Silent("/qmp".into());
+        if self.is_silent {
+            return Err(silent());
+        }
+        let refused = |reason| QmpError::Refused { command: command.to_owned(), reason };
+        let number = self.commands.len();
+        self.commands.push(command.to_owned());
+        match self.mishap.filter(|(at, _)| *at == number) {
+            Some((_, Mishap::Refused)) => Err(refused("it does not like it".into())),
+            Some((_, mishap)) => {
+                self.is_silent = true;
+                if mishap == Mishap::DoneSilently {
+                    self.do_it(command, &arguments).map_err(refused)?;
+                }
+                Err(silent())
+            }
+            None => self.do_it(command, &arguments).map_err(refused),
+        }
+    }
+
+    fn process(&self) -> Option<u32> {
+        Some(self.process)
+    }
+
+    fn pause(&mut self) {}
+}
+
+/// A target, and an export that leads to it.
+struct Place {
+    _dir: tempfile::TempDir,
+    target: PathBuf,
+    addresses: [ListenAddress; 1],
+}
+
+impl Place {
+    fn new() -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let target = dir.path().join("t.raw");
+        File::create(&target).unwrap().set_len(SIZE).unwrap();
+        let addresses = [ListenAddress::Unix(dir.path().join("s"))];
+        Self { _dir: dir, target, addresses }
+    }
+
+    fn home(&self) -> Home<'_> {
+        Home {
+            target: &self.target,
+            is_device: false,
+            size: SIZE,
+            addresses: &self.addresses,
+            export: "disk0",
+            is_default: true,
+            session: "0123456789abcdef",
+        }
+    }
+
+    fn qemu(&self, raw: Option<&str>, nbd: &str) -> FakeQemu {
+        let ListenAddress::Unix(socket) = &self.addresses[0] else { unreachable!() };
+        FakeQemu::new(socket, raw, nbd)
+    }
+
+    /// Moves it; returns whether the mark was made too.
+    fn carry(&self, qemu: &mut FakeQemu, device: Option<&str>) -> (Result<Moved, Trouble>, bool) {
+        let drive = Drive { qmp: "/qmp".into(), device: device.map(str::to_owned), aio: None };
+        let mut is_marked = false;
+        let moved = carry_home(qemu, &self.home(), &drive, &mut || {
+            is_marked = true;
+            Ok(())
+        });
+        (moved, is_marked)
+    }
+
+    #[track_caller]
+    fn refused(&self, qemu: &mut FakeQemu, device: Option<&str>) -> String {
+        let (moved, is_marked) = self.carry(qemu, device);
+        assert!(!is_marked, "the session was marked");
+        assert_eq!(qemu.bottom(), "nbd");
+        assert!(qemu.nodes.keys().all(|name| !name.starts_with("lifeboot-")), "{:?}", qemu.nodes);
+        match moved.unwrap_err() {
+            Trouble::OnExport(error) => format!("{error:#}"),
+            Trouble::Unknown(error) => panic!("{error}"),
+        }
+    }
+}
+
+/// The graphs that QEMU's own arguments make: `-blockdev`, `-drive` with and without a name, a device on the NBD node.
+const GRAPHS: [(Option<&str>, &str); 5] = [
+    (Some("raw0"), "nbd0"),
+    (Some("raw0"), "#block007"),
+    (Some("#block123"), "#block007"),
+    (None, "#block007"),
+    (None, "nbd0"),
+];
+
+#[test]
+fn a_drive_of_every_graph_comes_home_and_nothing_of_the_export_stays() {
+    for (raw, nbd) in GRAPHS {
+        let place = Place::new();
+        let mut qemu = place.qemu(raw, nbd);
+        let (moved, is_marked) = place.carry(&mut qemu, None);
+        let moved = moved.unwrap();
+        assert!(is_marked);
+        assert_eq!(qemu.bottom(), "file", "{raw:?} {nbd}");
+        assert!(qemu.nodes.values().all(|node| node.driver != "nbd"), "{:?}", qemu.nodes);
+        assert!(qemu.nodes.contains_key(&moved.node) && qemu.nodes.contains_key(&moved.file_node));
+        assert_eq!(whereabouts(&mut qemu, &place.home()).unwrap(), Whereabouts::Target);
+        // Once more is no mistake.
+        let (again, is_marked) = place.carry(&mut qemu, None);
+        again.unwrap();
+        assert!(is_marked);
+    }
+}
+
+#[test]
+fn whatever_goes_wrong_at_any_command_the_drive_is_where_it_is_said_to_be_and_comes_home_at_last() {
+    for (raw, nbd) in GRAPHS {
+        for mishap in [Mishap::Refused, Mishap::Lost, Mishap::DoneSilently] {
+            let mut at = 0;
+            loop {
+                let place = Place::new();
+                let mut qemu = place.qemu(raw, nbd);
+                qemu.mishap = Some((at, mishap));
+                let (moved, is_marked) = place.carry(&mut qemu, None);
+                let has_happened = qemu.commands.len() > at;
+                let context = format!("{raw:?} {nbd} {mishap:?} at {at}: {:?}", qemu.commands.last());
+                match moved {
+                    Ok(_) => assert_eq!(qemu.bottom(), "file", "{context}"),
+                    Err(Trouble::OnExport(_)) => assert_eq!(qemu.bottom(), "nbd", "{context}"),
+                    Err(Trouble::Unknown(_)) => assert!(is_marked, "{context}"),
+                }
+                if qemu.bottom() == "file" || qemu.job {
+                    assert!(is_marked, "QEMU writes to the target, and the session is not marked: {context}");
+                }
+                // Another connection, and nothing in its way.
+                (qemu.is_silent, qemu.mishap) = (false, None);
+                let told = whereabouts(&mut qemu, &place.home()).unwrap();
+                let expected = if qemu.bottom() == "nbd" { Whereabouts::Export } else { Whereabouts::Target };
+                assert_eq!(told, expected, "{context}");
+                let (moved, _) = place.carry(&mut qemu, None);
+                moved.unwrap_or_else(|error| panic!("{context}: {error:?}"));
+                assert_eq!(qemu.bottom(), "file", "{context}");
+                assert!(qemu.nodes.values().all(|node| node.driver != "nbd"), "{context}: {:?}", qemu.nodes);
+                assert!(!qemu.job, "{context}");
+                if !has_happened {
+                    break;
+                }
+                at += 1;
+            }
+            assert!(at > 8, "it ran {at} commands alone");
+        }
+    }
+}
+
+#[test]
+fn a_mark_that_cannot_be_made_leaves_the_drive_on_the_export() {
+    let place = Place::new();
+    let mut qemu = place.qemu(Some("raw0"), "nbd0");
+    let drive = Drive { qmp: "/qmp".into(), device: None, aio: None };
+    let moved = carry_home(&mut qemu, &place.home(), &drive, &mut || anyhow::bail!("the disk is full"));
+    assert!(matches!(moved, Err(Trouble::OnExport(_))));
+    assert_eq!(qemu.bottom(), "nbd");
+    assert_eq!(qemu.nodes.len(), 2, "{:?}", qemu.nodes);
+}
+
+#[test]
+fn a_drive_is_named_by_its_device_its_path_or_its_node() {
+    for device in ["drive0", "disk-a", "/machine/peripheral/disk-a/virtio-backend", "raw0", "nbd0"] {
+        let place = Place::new();
+        let (moved, _) = place.carry(&mut place.qemu(Some("raw0"), "nbd0"), Some(device));
+        moved.unwrap_or_else(|error| panic!("{device}: {error:?}"));
+    }
+    let place = Place::new();
+    let said = place.refused(&mut place.qemu(Some("raw0"), "nbd0"), Some("disk"));
+    assert!(said.contains("\"drive0\"") && said.contains("\"raw0\""), "it says what there is: {said}");
+}
+
+#[test]
+fn what_is_not_the_whole_export_or_not_the_same_file_is_left_alone() {
+    let place = Place::new();
+    let mut other = place.qemu(Some("raw0"), "nbd0");
+    other.nodes.get_mut("nbd0").unwrap().file = "nbd+unix:///disk1?socket=/elsewhere".into();
+    let said = place.refused(&mut other, None);
+    assert!(said.contains("/elsewhere"), "it says what there is: {said}");
+
+    let mut part = place.qemu(Some("raw0"), "nbd0");
+    part.nodes.get_mut("raw0").unwrap().size = SIZE / 2;
+    place.refused(&mut part, None);
+
+    let mut small = place.qemu(Some("raw0"), "nbd0");
+    small.target_size = Some(SIZE / 2);
+    place.refused(&mut small, None);
+
+    // A process that has not opened the target: QEMU's path means another file.
+    let mut foreign = place.qemu(Some("raw0"), "nbd0");
+    foreign.process = 1;
+    let said = place.refused(&mut foreign, None);
+    assert!(said.contains("another file") || said.contains("cannot tell"), "{said}");
+
+    let mut layered = place.qemu(Some("raw0"), "nbd0");
+    layered.nodes.get_mut("raw0").unwrap().driver = "luks";
+    let said = place.refused(&mut layered, None);
+    assert!(said.contains("luks"), "{said}");
+
+    let mut gone = place.qemu(Some("raw0"), "nbd0");
+    std::fs::remove_file(&place.target).unwrap();
+    let said = place.refused(&mut gone, None);
+    assert!(said.contains("cannot open the target"), "{said}");
+}
