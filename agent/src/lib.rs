@@ -2,6 +2,7 @@
 //! their backup. Each verb of the command line has a module of its own; [`cli`] puts them together.
 
 mod blank;
+pub mod boot;
 pub mod capture;
 pub mod cli;
 pub mod discard;

@@ -55,6 +55,19 @@ pub fn read_file(disk: &Path, path: &str) -> Result<Vec<u8>> {
     Ok(output.stdout)
 }
 
+/// The names in a directory of the ext4 file system on `disk`.
+///
+/// # Errors
+/// debugfs cannot be started, or there is nothing.
+pub fn list_directory(disk: &Path, path: &str) -> Result<Vec<String>> {
+    let output = process::run(Command::new("debugfs").arg("-R").arg(format!("ls -p {path}")).arg(disk))?;
+    // /INODE/MODE/OWNER/GROUP/NAME/SIZE/
+    let names = output.lines().filter_map(|line| line.split('/').nth(5)).map(str::to_owned);
+    let names: Vec<String> = names.filter(|name| !matches!(name.as_str(), "." | ".." | "")).collect();
+    ensure!(!names.is_empty(), "{} has nothing in {path}", disk.display());
+    Ok(names)
+}
+
 /// Demands that the file system on `disk` is whole, without changing a byte of it.
 ///
 /// # Errors

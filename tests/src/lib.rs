@@ -11,4 +11,5 @@ pub mod machine;
 pub mod nbd;
 pub mod process;
 pub mod programs;
+pub mod small_guest;
 pub mod work_dir;

@@ -109,6 +109,14 @@ struct Arguments {
     further: Vec<String>,
 }
 
+impl Arguments {
+    fn command(&self) -> Result<Command> {
+        let mut command = self.repository.verb("live-restore", &["--json", &self.snapshot])?;
+        command.arg(&self.target).arg("--listen").arg(unix(&self.socket)).args(&self.further);
+        Ok(command)
+    }
+}
+
 impl LiveRestore {
     /// Starts the restore of the only disk of `snapshot` onto `target`, served at `socket`, and waits until it is
     /// ready.
@@ -133,9 +141,7 @@ impl LiveRestore {
 
     fn launch(arguments: Arguments) -> Result<Self> {
         let began = Instant::now();
-        let mut command = arguments.repository.verb("live-restore", &["--json", &arguments.snapshot])?;
-        command.arg(&arguments.target).arg("--listen").arg(unix(&arguments.socket)).args(&arguments.further);
-        let mut process = Process::spawn(&command)?;
+        let mut process = Process::spawn(&arguments.command()?)?;
         let ready = process.wait_for("its event `ready`", |line| event(line, "ready"))?;
         Ok(Self { arguments, process, ready, start_time: began.elapsed() })
     }
@@ -229,6 +235,14 @@ impl LiveRestore {
 pub struct Stopped(Arguments);
 
 impl Stopped {
+    /// The same command, to be run to its end.
+    ///
+    /// # Errors
+    /// Lifeboot is not built.
+    pub fn command(&self) -> Result<Command> {
+        self.0.command()
+    }
+
     /// The same command again: returns when it is ready.
     ///
     /// # Errors

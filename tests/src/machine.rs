@@ -1,5 +1,6 @@
 //! A virtual machine under QEMU, told what to do over its second serial port.
 
+use std::ffi::OsString;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -41,23 +42,40 @@ impl Machine {
     /// # Errors
     /// QEMU cannot be started.
     pub fn start(image: &GuestImage, drive: &[String], directory: &Path) -> Result<Self> {
-        let trace = directory.join("qemu.trace");
-        let mut qemu = Command::new("qemu-system-x86_64");
-        qemu.args(["-accel", accelerator(image), "-cpu", "max", "-smp", "2", "-m", "1024"])
-            .args(["-nodefaults", "-display", "none", "-no-reboot", "-nic", "none"])
-            .arg("-kernel")
-            .arg(image.kernel())
-            .arg("-initrd")
-            .arg(image.initrd())
-            .args(["-append", "root=/dev/vda ro console=ttyS0 net.ifnames=0 panic=-1"])
-            .arg("-serial")
-            .arg(format!("file:{}", directory.join("console.log").display()))
-            .args(["-chardev", "stdio,id=agent,signal=off", "-serial", "chardev:agent"])
-            // QEMU's own record of what it asked of the server, to hold against what the server says.
-            .args(["-trace", "nbd_send_request", "-D"])
-            .arg(&trace)
-            .args(drive);
-        Ok(Self { process: Process::spawn(&qemu)?, next_id: 0, trace })
+        let append = "root=/dev/vda ro console=ttyS0 net.ifnames=0 panic=-1";
+        let arguments = arguments(image, &image.initrd(), append, drive, directory);
+        Self::run_qemu(Command::new("qemu-system-x86_64").args(arguments), directory)
+    }
+
+    /// Boots a guest that is up in seconds, with its initial file system alone (see [`crate::small_guest`]), by the QEMU
+    /// that `LIFEBOOT_TEST_QEMU` names, if it does. `further` are arguments for QEMU.
+    ///
+    /// # Errors
+    /// QEMU cannot be started.
+    pub fn start_small(
+        image: &GuestImage,
+        initrd: &Path,
+        further: &[String],
+        directory: &Path,
+    ) -> Result<Self> {
+        let arguments = arguments(image, initrd, "rdinit=/init console=ttyS0 panic=-1", further, directory);
+        let words = std::env::var("LIFEBOOT_TEST_QEMU").unwrap_or_else(|_| "qemu-system-x86_64".to_owned());
+        let mut words = words.split_whitespace();
+        let mut qemu = Command::new(words.next().context("LIFEBOOT_TEST_QEMU names a program")?);
+        Self::run_qemu(qemu.args(words).args(arguments), directory)
+    }
+
+    /// Runs `command`, which runs QEMU with [`arguments`] for this directory.
+    ///
+    /// # Errors
+    /// It cannot be started.
+    pub fn run_qemu(command: &Command, directory: &Path) -> Result<Self> {
+        Ok(Self { process: Process::spawn(command)?, next_id: 0, trace: directory.join("qemu.trace") })
+    }
+
+    /// What runs it: QEMU, or whoever started that.
+    pub fn process(&mut self) -> &mut Process {
+        &mut self.process
     }
 
     /// Waits until the guest has come up.
@@ -173,6 +191,34 @@ impl Request {
     fn changes_the_disk(&self) -> bool {
         matches!(self.kind.as_str(), "write" | "discard" | "trim" | "write zeroes")
     }
+}
+
+/// Arguments for QEMU: a guest that is told what to do over stdin and stdout, and these further ones. Files go to `directory`.
+pub fn arguments(
+    image: &GuestImage,
+    initrd: &Path,
+    append: &str,
+    further: &[String],
+    directory: &Path,
+) -> Vec<OsString> {
+    let mut all: Vec<OsString> =
+        ["-accel", accelerator(image), "-cpu", "max", "-smp", "2", "-m", "1024", "-nodefaults"]
+            .into_iter()
+            .chain(["-display", "none", "-no-reboot", "-nic", "none", "-append", append])
+            .map(OsString::from)
+            .collect();
+    all.extend(["-kernel".into(), image.kernel().into(), "-initrd".into(), initrd.into()]);
+    all.extend(["-serial".into(), format!("file:{}", directory.join("console.log").display()).into()]);
+    all.extend(["-chardev", "stdio,id=agent,signal=off", "-serial", "chardev:agent"].map(OsString::from));
+    // QEMU's own record of what it asked of the server, to hold against what the server says.
+    all.extend([
+        "-trace".into(),
+        "nbd_send_request".into(),
+        "-D".into(),
+        directory.join("qemu.trace").into(),
+    ]);
+    all.extend(further.iter().map(OsString::from));
+    all
 }
 
 /// Arguments for QEMU: a drive `vda` on an NBD export, which waits for a server that went away.

@@ -9,6 +9,7 @@ mod generate;
 mod init;
 mod interrupt;
 mod limit;
+mod pivot;
 mod show;
 mod snapshots;
 mod units;
@@ -54,6 +55,7 @@ Exit codes: 0 done; 1 failed; 2 wrong usage; 3 done, but something is damaged (n
 enum Command {
     Init(init::Args),
     Capture(crate::capture::Args),
+    Boot(crate::boot::Args),
     Snapshots(snapshots::Args),
     Show(show::Args),
     Restore(crate::restore::Args),
@@ -63,6 +65,7 @@ enum Command {
     Trace(crate::trace::Args),
     Save(crate::save::Args),
     Discard(crate::discard::Args),
+    Pivot(pivot::Args),
     Serve(crate::serve::Args),
     Verify(verify::Args),
     Completions(generate::CompletionsArgs),
@@ -74,6 +77,7 @@ impl Command {
         match self {
             Self::Init(args) => args.run(context),
             Self::Capture(args) => args.run(context),
+            Self::Boot(args) => args.run(context),
             Self::Snapshots(args) => args.run(context),
             Self::Show(args) => args.run(context),
             Self::Restore(args) => args.run(context),
@@ -83,6 +87,7 @@ impl Command {
             Self::Trace(args) => args.run(context),
             Self::Save(args) => args.run(context),
             Self::Discard(args) => args.run(context),
+            Self::Pivot(args) => args.run(context),
             Self::Serve(args) => args.run(context),
             Self::Verify(args) => args.run(context),
             Self::Completions(args) => args.run(context),

@@ -44,6 +44,11 @@ pub(crate) fn claim(path: &Path) -> anyhow::Result<Claim> {
     Ok(Claim { _device: None })
 }
 
+/// Whether some program holds a lock on a file, other than one like ours; false where that cannot be told.
+pub(crate) fn is_locked(path: &Path) -> bool {
+    File::open(path).and_then(|file| locks::holder(&file)).is_ok_and(|holder| holder.is_some())
+}
+
 /// Opens a block device that nobody else uses, for reading and writing.
 ///
 /// # Errors

@@ -14,13 +14,16 @@
 //! | parked | SIGTERM, Ctrl-C | nothing more is accepted; what is in flight ends; flush; checkpoint |
 
 mod advice;
+mod carrier;
 mod control;
 mod damage;
 mod discarded;
 mod fetching;
+mod handover;
 mod identity;
 mod late;
 mod made;
+mod mover;
 mod narrate;
 mod open;
 mod order;
@@ -40,26 +43,31 @@ use std::num::NonZeroU64;
 use std::path::PathBuf;
 use std::time::Duration;
 
+use anyhow::Context as _;
 use block::{Engine, IoEngine};
 use nbd_server::ListenAddress;
 use repository::Repository;
 
-use crate::cli::{Context, Outcome, Rate, Verb};
+use crate::cli::{Context, Outcome, Rate, UsageError, Verb};
 use crate::live::SessionOptions;
+use crate::pivot::{Aio, Drive};
 use crate::source::{SourceArgs, parse_time};
+use mover::Mover;
 use narrate::Narrator;
-use serve::Until;
 
+pub(crate) use carrier::Carrier;
 pub(crate) use control::Asked;
 pub use control::{LimitChanged, Reply, Request, ask, ask_status, ask_telling};
 pub use damage::{KeptDamage, kept_damage};
+pub use handover::HandedOver;
+pub(crate) use handover::ask_without_agent;
 pub use identity::TargetIdentity;
-#[allow(unused_imports, reason = "for verbs that serve in process")]
 pub(crate) use narrate::qemu_arguments;
-pub(crate) use order::Order;
+pub(crate) use order::{Order, first_path};
 pub use record::SessionRecord;
 pub(crate) use rest::{Rest, check_identity, lock_target};
-pub(crate) use service::ServedDisk;
+pub(crate) use serve::{Ended, Until, Watcher, start};
+pub(crate) use service::{ServedDisk, Service};
 pub(crate) use stamp::changed_since_parked;
 pub use state_dir::{DEFAULT_STATE_ROOT, StateDir, absolute};
 pub use stopped::stopped_status;
@@ -104,6 +112,20 @@ pub struct Args {
     /// Bring home only what guests ask for
     #[arg(long, conflicts_with = "exit_when_done")]
     no_background: bool,
+
+    /// Move the machine home when all is there: QEMU, asked over this QMP socket, then uses the targets themselves, without
+    /// the guest's noticing, and this command ends. Start QEMU with -qmp unix:SOCKET,server=on,wait=off
+    #[arg(long, value_name = "SOCKET", conflicts_with = "exit_when_done")]
+    qmp: Option<PathBuf>,
+
+    /// With --qmp and one disk: the device (its id or QOM path), the drive or the node to be moved; the one on the export
+    /// if none is named
+    #[arg(long, value_name = "NAME", requires = "qmp")]
+    device: Option<String>,
+
+    /// With --qmp: how QEMU does the targets' I/O from then on
+    #[arg(long, value_name = "WAY", requires = "qmp")]
+    aio: Option<Aio>,
 
     #[command(flatten)]
     session: SessionArgs,
@@ -183,6 +205,8 @@ impl SessionArgs {
             engine: Engine::choose(self.io_engine)?,
             pool: self.source.pool_options(),
             uses_trace: !self.no_trace,
+            drive: None,
+            handed_over: Vec::new(),
             options,
         })
     }
@@ -193,12 +217,31 @@ impl Verb for Args {
         // A session that is wholly home does without it.
         let repository = Repository::open(context.repository_path()?);
         let interrupt = context.interrupt()?;
-        let Self { snapshot, targets, listen, exit_when_done, no_background, session } = self;
-        let order = session.order(snapshot, targets, listen, !no_background)?;
-        let running = serve::start(&order, repository, context, &interrupt)?;
+        let Self { snapshot, targets, listen, exit_when_done, no_background, qmp, device, aio, session } =
+            self;
+        if device.is_some() && targets.len() > 1 {
+            return Err(UsageError::new(
+                "--device names one drive, and there are several disks: leave it out",
+            )
+            .into());
+        }
+        let mut order = session.order(snapshot, targets, listen, !no_background)?;
+        if let Some(qmp) = qmp {
+            let qmp = std::path::absolute(qmp).context("cannot tell where the QMP socket is")?;
+            order.drive = Some(Drive { qmp, device, aio });
+        }
+        let (home, left) = order.settle(&repository)?;
+        for home in &home {
+            mover::say_home(context.output(), home)?;
+        }
+        if left == 0 {
+            return Ok(Outcome::Done);
+        }
+        let running = start(&order, repository, context, &interrupt)?;
         let until = if exit_when_done { Until::Done } else { Until::Told };
-        let mut narrator = Narrator::new(context.output(), exit_when_done);
-        let ended = running.tell(until, &mut narrator)?;
-        narrator.conclude(&ended)
+        let narrator = Narrator::new(context.output(), exit_when_done || order.drive.is_some());
+        let mut mover = Mover::new(context.output(), narrator, order.drive.clone());
+        let ended = running.tell(until, &mut mover)?;
+        mover.conclude(&ended)
     }
 }

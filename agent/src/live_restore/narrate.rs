@@ -148,7 +148,7 @@ impl<'a> Narrator<'a> {
     }
 
     /// One block for people, at the end.
-    fn say_report(&self, statuses: &[Status]) -> anyhow::Result<()> {
+    pub(super) fn say_report(&self, statuses: &[Status]) -> anyhow::Result<()> {
         for (disk, status) in statuses.iter().enumerate() {
             for line in self.report(disk, status).lines(status) {
                 self.output.line(line)?;
@@ -158,7 +158,7 @@ impl<'a> Narrator<'a> {
     }
 
     /// Whoever read our stdout may go away; guests that use the disks stay.
-    fn say(result: anyhow::Result<()>) {
+    pub(super) fn say(result: anyhow::Result<()>) {
         if let Err(error) = result {
             tracing::debug!(%error, "nobody listens");
         }

@@ -67,6 +67,8 @@ pub(super) struct Wish<'a> {
     pub(super) force: bool,
     /// The target was copied or moved as a whole, together with its session.
     pub(super) moved: bool,
+    /// Sessions that say that they were handed over were looked at: the machine is not on the target.
+    pub(super) is_settled: bool,
     pub(super) engine: Engine,
     pub(super) pool: &'a SharedPool,
     pub(super) options: SessionOptions,
@@ -112,7 +114,9 @@ pub(super) fn find<'a>(wish: &'a Wish<'a>, state: &'a StateDir) -> anyhow::Resul
     }
     let restored = match begun {
         Some(record) => {
-            record.check_not_handed_over(state.path())?;
+            if !wish.is_settled {
+                record.check_not_handed_over(state.path())?;
+            }
             wanted::check_asked(wish, &record)?;
             let disk = needed(wanted::of_record(wish, &record), state, &record)?;
             Restored::Begun(Box::new(record), disk)

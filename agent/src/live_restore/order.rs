@@ -10,11 +10,13 @@ use block::Engine;
 use nbd_server::ListenAddress;
 use repository::{Repository, SnapshotName, SnapshotSpec};
 
+use super::handover::{HandedOver, settle};
 use super::record::SessionRecord;
 use super::state_dir::{StateDir, absolute};
 use super::wanted::belongs_elsewhere;
 use crate::cli::{Failure, UsageError};
 use crate::live::SessionOptions;
+use crate::pivot::Drive;
 use crate::source::PoolOptions;
 
 /// What is to be restored, and how.
@@ -37,6 +39,10 @@ pub(crate) struct Order {
     pub(crate) pool: PoolOptions,
     /// Whether the boot trace of the group is used, and one recorded.
     pub(crate) uses_trace: bool,
+    /// Which QEMU's drives are moved onto the targets; it has been asked about sessions that say that they were.
+    pub(crate) drive: Option<Drive>,
+    /// Targets that their machine runs from already: they are not served.
+    pub(crate) handed_over: Vec<PathBuf>,
     /// What may be chosen for each session; its limit is that of all together.
     pub(crate) options: SessionOptions,
 }
@@ -51,6 +57,32 @@ pub(super) struct Wanted {
 }
 
 impl Order {
+    /// Looks at sessions that were handed over, or were about to be, where there is a QEMU to ask; returns those whose
+    /// machine runs from the target. Those are not served.
+    ///
+    /// # Errors
+    /// As [`Self::assign`]; where QEMU does not say, or is another one.
+    pub(crate) fn settle(
+        &mut self,
+        repository: &repository::Result<Repository>,
+    ) -> anyhow::Result<(Vec<HandedOver>, usize)> {
+        let Some(drive) = &self.drive else { return Ok((Vec::new(), self.targets.len())) };
+        let mut homes = Vec::new();
+        let mut count = 0;
+        let mut handed_over = Vec::new();
+        for wanted in self.assign(repository)? {
+            count += 1;
+            super::target::check_unserved(&absolute(&wanted.target)?, wanted.state.path())?;
+            // The first disk is what the empty name means.
+            if let Some(home) = settle(&wanted.state, &self.listen, count == 1, drive)? {
+                homes.push(home);
+                handed_over.push(wanted.target);
+            }
+        }
+        self.handed_over = handed_over;
+        Ok((homes, count - self.handed_over.len()))
+    }
+
     /// Says which target is for which disk.
     ///
     /// # Errors
@@ -181,6 +213,18 @@ fn disks_of(
                 records.iter().map(|record| record.as_ref().map(|record| record.disk.clone())).collect();
             known.ok_or_else(|| error.into())
         }
+    }
+}
+
+/// The path of the first of these targets.
+///
+/// # Errors
+/// As [`Order::assign`], of this target alone.
+pub(crate) fn first_path(targets: &[PathBuf]) -> anyhow::Result<&Path> {
+    match targets {
+        [] => Err(UsageError::new("no target was named").into()),
+        [one] => Ok(one),
+        [first, ..] => Ok(split(first)?.1),
     }
 }
 

@@ -105,11 +105,13 @@ impl SessionRecord {
         let target = self.target.display();
         Err(Failure::new(
             format!(
-                "the session in {} is over: a running machine was moved onto {target}, which is a disk of its own now",
+                "the session in {} is over: a running machine was moved onto {target}, which is a disk of its own now, or was \
+                 about to be when the agent ended",
                 dir.display()
             ),
             format!(
-                "start the machine from {target} itself; `lifeboot discard {target}` removes the session and leaves the disk"
+                "start the machine from {target} itself; if it still runs and waits on the export, give this command --qmp \
+                 SOCKET, which asks its QEMU and goes on; `lifeboot discard {target}` removes the session and leaves the disk"
             ),
         ))
     }

@@ -73,8 +73,10 @@ pub(crate) fn start(
     context: &Context,
     interrupt: &Interrupt,
 ) -> anyhow::Result<Running> {
-    let wanted = order.assign(&repository)?;
-    let claims = wanted.iter().map(claim).collect::<anyhow::Result<Vec<_>>>()?;
+    let mut wanted = order.assign(&repository)?;
+    wanted.retain(|wanted| !order.handed_over.contains(&wanted.target));
+    let claims = wanted.iter().map(|wanted| claim(wanted, order.drive.is_some()));
+    let claims = claims.filter_map(Result::transpose).collect::<anyhow::Result<Vec<_>>>()?;
     let pool = SharedPool::new(order.pool);
     let limit = order.options.limit;
     let options = SessionOptions {
@@ -92,6 +94,7 @@ pub(crate) fn start(
             moved: order.moved,
             engine: order.engine,
             pool: &pool,
+            is_settled: order.drive.is_some(),
             options,
             uses_trace: order.uses_trace,
         })
@@ -239,13 +242,23 @@ fn trace_keeper(
     Some(TraceKeeper::new(repository.clone(), &snapshot, disk, layout, data_chunks, is_resumed))
 }
 
-/// Keeps others from a target until the session ends. An agent that serves it already is named.
-fn claim(wanted: &Wanted) -> anyhow::Result<Claim> {
-    crate::in_use::claim(&wanted.target).map_err(|error| {
-        match super::control::ask_status(wanted.state.path()) {
-            Ok(Some(_)) => target::in_use(&wanted.target, wanted.state.path()),
-            _ => error,
+/// Keeps others from a target until the session ends. An agent that serves it already is named. A QEMU that is being moved
+/// onto it may have locked it; whether one is was looked at where `is_settled`.
+fn claim(wanted: &Wanted, is_settled: bool) -> anyhow::Result<Option<Claim>> {
+    let error = match crate::in_use::claim(&wanted.target) {
+        Ok(claim) => return Ok(Some(claim)),
+        Err(error) => error,
+    };
+    let dir = wanted.state.path();
+    if let Ok(Some(record)) = wanted.state.record() {
+        if is_settled && record.handed_over {
+            return Ok(None);
         }
+        record.check_not_handed_over(dir)?;
+    }
+    Err(match super::control::ask_status(dir) {
+        Ok(Some(_)) => target::in_use(&wanted.target, dir),
+        _ => error,
     })
 }
 

@@ -1,13 +1,14 @@
 //! A running agent, as whoever is asked something through its sockets sees it: its disks, and what they share.
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
 
 use block::Engine;
 use nbd_server::{ListenAddress, Monitor};
 use repository::Repository;
 
 use super::fetching::Fetching;
+use super::handover::HandedOver;
 use super::record::SessionRecord;
 use super::report;
 use super::state_dir::StateDir;
@@ -64,6 +65,16 @@ pub(crate) struct ServedDisk {
     share: AtomicU64,
     /// Nothing is left for its background to do.
     is_idle: AtomicBool,
+    pub(super) handover: Handover,
+}
+
+/// Moving the machine from a disk's export onto its target.
+#[derive(Debug, Default)]
+pub(super) struct Handover {
+    /// Whoever moves it holds this.
+    pub(super) turn: parking_lot::Mutex<()>,
+    /// It was moved.
+    pub(super) done: OnceLock<HandedOver>,
 }
 
 /// Bytes a second, lately.
@@ -100,6 +111,11 @@ impl Service {
     /// The disks, in the order of their exports.
     pub(crate) fn disks(&self) -> &[ServedDisk] {
         &self.disks
+    }
+
+    /// Whether the machine was moved onto all of its targets: nothing is left to be served.
+    pub(crate) fn is_handed_over(&self) -> bool {
+        self.disks.iter().all(|disk| disk.handed_over().is_some())
     }
 
     /// How far each of them is.
@@ -192,6 +208,7 @@ impl ServedDisk {
             rates: Rates::default(),
             share: AtomicU64::new(share),
             is_idle: AtomicBool::new(false),
+            handover: Handover::default(),
         }
     }
 
@@ -210,6 +227,11 @@ impl ServedDisk {
     /// Where it is served.
     pub(crate) fn uris(&self) -> Vec<String> {
         self.addresses.iter().map(|address| address.uri(&self.record.disk)).collect()
+    }
+
+    /// What became of it, once the machine was moved onto the target.
+    pub(crate) fn handed_over(&self) -> Option<&HandedOver> {
+        self.handover.done.get()
     }
 
     pub(super) fn fetched(&self) -> FetchStats {

@@ -101,6 +101,22 @@ impl Output {
         self.stdout(format!("{line}\n").as_bytes())
     }
 
+    /// As [`Self::event`], on stderr: for a verb whose stdout is another program's.
+    pub fn side_event<T: Serialize + ?Sized>(&self, event: &T) {
+        if self.json {
+            self.stderr_json(event);
+        }
+    }
+
+    /// As [`Self::line`], on stderr: for a verb whose stdout is another program's.
+    pub fn side_line(&self, line: impl fmt::Display) {
+        if !self.json && !self.quiet {
+            // The terminal may have been made raw by that program.
+            let end = if self.stderr_terminal { "\r\n" } else { "\n" };
+            self.stderr(format!("lifeboot: {line}{end}").as_bytes());
+        }
+    }
+
     /// A table for people on stdout: nothing with `--json`. It is what was asked for, so `-q` does not hide it.
     ///
     /// # Errors
@@ -177,7 +193,7 @@ impl Output {
         self.stderr(text.as_bytes());
     }
 
-    fn stderr_json<T: Serialize>(&self, value: &T) {
+    fn stderr_json<T: Serialize + ?Sized>(&self, value: &T) {
         let Ok(mut text) = serde_json::to_vec(value) else { return };
         text.push(b'\n');
         self.stderr(&text);

@@ -6,6 +6,7 @@ use serde_json::{Value, to_value};
 
 use super::{Asked, LimitChanged, Request};
 use crate::cli::Failure;
+use crate::live_restore::handover::hand_over;
 use crate::trace::TraceKeeper;
 
 /// Does what was asked, and returns what `done` is to carry.
@@ -27,6 +28,11 @@ pub(super) async fn answer(request: Request, asked: &Asked) -> anyhow::Result<Va
             Ok(to_value(kept)?)
         }
         Request::Save(request) => Ok(to_value(crate::save::answer(request, asked).await?)?),
+        Request::Pivot { drive } => {
+            let (service, disk) = (Arc::clone(asked.service()), asked.number());
+            let home = asked.blocking(move || hand_over(&service, disk, &drive)).await?;
+            Ok(to_value(home)?)
+        }
     }
 }
 

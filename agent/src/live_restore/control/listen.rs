@@ -63,6 +63,11 @@ impl Asked {
         &self.service.disks()[self.disk]
     }
 
+    /// Its number among the agent's disks.
+    pub(crate) const fn number(&self) -> usize {
+        self.disk
+    }
+
     /// The agent, with all its disks.
     pub(crate) const fn service(&self) -> &Arc<Service> {
         &self.service

@@ -3,6 +3,8 @@
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
+use crate::pivot::Drive;
+
 /// What an agent is asked. On the wire `request` names the variant: `{"request":"status"}`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "request", rename_all = "snake_case")]
@@ -22,6 +24,11 @@ pub enum Request {
     TraceTake,
     /// Make a snapshot of what the guests of this agent wrote: a [`crate::save::Report`].
     Save(crate::save::SaveRequest),
+    /// Move the machine onto this target: [`crate::live_restore::HandedOver`].
+    Pivot {
+        /// Which drive of which QEMU.
+        drive: Drive,
+    },
 }
 
 /// What came of [`Request::Limit`].

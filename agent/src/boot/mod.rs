@@ -1,0 +1,115 @@
+//! `lifeboot boot`: starts a machine from its backup, and moves it onto its own disks when they are home.
+//!
+//! | state | comes from | what is done |
+//! |---|---|---|
+//! | checked | | QEMU is there, and no machine of an earlier run still uses the sockets; a failure costs nothing |
+//! | serving | the disks are found, opened and served, as by `live-restore` | QEMU starts, as our child |
+//! | running | QEMU runs | disks come home behind it; each that is home is moved (`crate::pivot`) |
+//! | home | every disk was moved | the service ends; we stay as QEMU's parent |
+//! | asked to end | Ctrl-C, SIGTERM, SIGHUP | the guest is asked to power down; after `--shutdown-timeout` QEMU is told to quit |
+//! | ended | QEMU ended | what is not home is parked; the same command goes on |
+//!
+//! Stdin, stdout and the terminal are QEMU's: nothing of ours is read or drawn there. What we say goes to stderr, in lines.
+//! The sockets stand where the next run, or `live-restore` after a `kill -9` of this one, finds them again: a machine whose
+//! agent died waits there for another.
+
+mod machine;
+mod qemu;
+mod sockets;
+mod watch;
+
+use std::ffi::OsString;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use nbd_server::ListenAddress;
+use repository::Repository;
+
+use crate::cli::{Context, Failure, Interrupt, Outcome, UsageError, Verb};
+use crate::live_restore::{SessionArgs, Until, first_path, start};
+use crate::pivot::Aio;
+use crate::source::parse_time;
+use machine::Machine;
+use sockets::Sockets;
+use watch::BootWatcher;
+
+/// Start a machine from its backup at once, and move it onto its own disks when they are home
+///
+/// Does what live-restore does, and runs QEMU with the drives: the machine boots at once from the backup, its disks are
+/// copied home while it runs, and then QEMU is moved onto the targets themselves, without the guest's noticing. Lifeboot
+/// stays until QEMU ends. What follows -- is given to QEMU: memory, processors, network, display, anything but these disks.
+///
+/// Where QEMU ends before all is home, the session is parked: the same command goes on. Ctrl-C and SIGTERM ask the guest
+/// to power down. Once the machine was moved, start it from the targets like any other.
+#[derive(Debug, clap::Args)]
+#[command(after_help = "\
+Example: lifeboot boot -r /backup web01@latest /var/lib/vm/web01.raw -- -m 4G -smp 2 -nic user -nographic
+         lifeboot boot -r /backup db@latest root=/dev/vg/db-root data=/dev/vg/db-data -- -m 16G -display none")]
+pub struct Args {
+    /// What to restore: GROUP@TIME[/DISK] or GROUP@latest[/DISK]
+    #[arg(value_name = "SNAPSHOT")]
+    snapshot: String,
+
+    /// Where to: a raw file, or a block device. With several, one for each disk; the machine has them in the snapshot's order
+    #[arg(value_name = "[DISK=]TARGET", required = true)]
+    targets: Vec<PathBuf>,
+
+    /// QEMU's program; qemu-system-ARCH of this machine if not given
+    #[arg(long, value_name = "PROGRAM", default_value = qemu::default_program())]
+    qemu: PathBuf,
+
+    /// The device of each disk, with its properties; `none` leaves the devices to QEMU's arguments, which use the drives
+    /// `lifeboot`, or `lifeboot0`, `lifeboot1` and so on
+    #[arg(long, value_name = "MODEL", default_value = "virtio-blk-pci")]
+    device_model: String,
+
+    /// How QEMU does the I/O of the targets, once it was moved there
+    #[arg(long, value_name = "WAY")]
+    aio: Option<Aio>,
+
+    /// How long a guest that was asked to power down may take
+    #[arg(long, value_name = "TIME", default_value = "60s", value_parser = parse_time)]
+    shutdown_timeout: Duration,
+
+    #[command(flatten)]
+    session: SessionArgs,
+
+    /// QEMU's arguments
+    #[arg(last = true, value_name = "QEMU ARGUMENTS")]
+    arguments: Vec<OsString>,
+}
+
+impl Verb for Args {
+    fn run(self, context: &Context) -> anyhow::Result<Outcome> {
+        let Self { snapshot, targets, qemu, device_model, aio, shutdown_timeout, session, arguments } = self;
+        if let Some(argument) = qemu::argument_that_cannot_be(&arguments) {
+            return Err(UsageError::new(format!(
+                "QEMU's argument {argument} cannot be given here: lifeboot stays as QEMU's parent"
+            ))
+            .into());
+        }
+        let program = qemu::check(&qemu)?;
+        let sockets = Sockets::of(first_path(&targets)?)?;
+        sockets.check_unused(&snapshot, &targets)?;
+        let accelerator = qemu::accelerator(&program, &arguments, sockets.dir());
+        let interrupt = context.interrupt()?;
+        // A session that is wholly home does without it.
+        let repository = Repository::open(context.repository_path()?);
+        let order = session.order(snapshot, targets, vec![ListenAddress::Unix(sockets.nbd())], true)?;
+        // A signal is for the guest first: the service ends when QEMU has.
+        let running = start(&order, repository, context, &Interrupt::default())?;
+        let machine = Machine::new(program, accelerator, device_model, arguments, sockets);
+        let mut watcher = BootWatcher::new(context.output(), machine, interrupt, aio, shutdown_timeout);
+        let ended = running.tell(Until::Told, &mut watcher)?;
+        watcher.outlive(&ended)
+    }
+}
+
+/// What to say where QEMU cannot be started.
+fn cannot_start(program: &std::path::Path, error: impl Into<anyhow::Error>) -> Failure {
+    Failure::new(
+        format!("cannot start QEMU ({})", program.display()),
+        "install QEMU's system emulator for this machine, or name one with --qemu",
+    )
+    .because(error)
+}

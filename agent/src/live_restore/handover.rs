@@ -1,0 +1,256 @@
+//! Hands a disk that is home over to the machine that runs from it: has QEMU use the target itself (`crate::pivot`, with
+//! the order and its reasons), and keeps in the session's record that it does.
+
+use std::fmt;
+use std::os::unix::fs::FileTypeExt as _;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::Context as _;
+use serde::{Deserialize, Serialize};
+
+use super::record::SessionRecord;
+use super::service::Service;
+use super::state_dir::StateDir;
+use crate::cli::Failure;
+use crate::live::Phase;
+use crate::pivot::{self, Drive, Home, Moved, Qmp, QmpError, Trouble, Whereabouts};
+
+/// How long it waits before it asks again a QEMU that did not say where its drive is.
+const PAUSE: Duration = Duration::from_secs(1);
+
+/// A disk that was handed over.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct HandedOver {
+    /// The disk's name in the snapshot.
+    pub disk: String,
+    /// The target, which is the machine's own now.
+    pub target: PathBuf,
+    /// QEMU's nodes.
+    #[serde(flatten)]
+    pub moved: Moved,
+}
+
+impl fmt::Display for HandedOver {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let (target, node) = (self.target.display(), &self.moved.node);
+        write!(
+            f,
+            "handed over: the machine runs from {target} itself (QEMU's node {node}); start it from there from now on"
+        )?;
+        if self.moved.direct_refused {
+            f.write_str("; QEMU uses the page cache, which this target cannot do without")?;
+        }
+        Ok(())
+    }
+}
+
+/// Moves the machine's drive from this disk's export onto its target. It blocks, for as long as QEMU needs.
+///
+/// # Errors
+/// Where the drive is on the export as before: what failed, and what to do. Where QEMU does not say where it is and the agent
+/// ends: then the session is marked, and the next start asks.
+pub(crate) fn hand_over(service: &Arc<Service>, disk: usize, drive: &Drive) -> anyhow::Result<HandedOver> {
+    let served = &service.disks()[disk];
+    let _turn = served.handover.turn.lock();
+    if let Some(done) = served.handed_over() {
+        return Ok(done.clone());
+    }
+    let target = served.record.target.display();
+    match served.session().phase() {
+        Phase::Complete => {}
+        Phase::Filling => {
+            return Err(Failure::new(
+                format!("the disk is not wholly home yet: it cannot be moved onto {target}"),
+                "`lifeboot status` shows how far it is; ask again when it is complete, or give live-restore --qmp",
+            )
+            .into());
+        }
+        Phase::Parked | Phase::Poisoned => {
+            return Err(Failure::new(
+                format!("the session of {target} has ended"),
+                "start it again, then ask again",
+            )
+            .into());
+        }
+    }
+    // The first disk is what the empty name means.
+    let home =
+        Home { is_default: disk == 0, ..home_of(&served.record, &served.addresses, &served.record.disk)? };
+    let mut is_marked = served.record.handed_over;
+    let mut last_said = String::new();
+    loop {
+        let attempt = Qmp::connect(&drive.qmp).map_err(|error| {
+            if is_marked { Trouble::Unknown(error) } else { Trouble::OnExport(Failure::from(error).into()) }
+        });
+        let carried = attempt.and_then(|mut qmp| {
+            pivot::carry_home(&mut qmp, &home, drive, &mut || {
+                mark(&served.state, &served.record, true)?;
+                is_marked = true;
+                Ok(())
+            })
+        });
+        match carried {
+            Ok(moved) => {
+                let (disk, target) = (served.record.disk.clone(), served.record.target.clone());
+                return Ok(served.handover.done.get_or_init(|| HandedOver { disk, target, moved }).clone());
+            }
+            Err(Trouble::OnExport(error)) if !is_marked => return Err(error),
+            // A refusal to look is no answer: only where the drive is said to be on the export the mark goes.
+            Err(Trouble::OnExport(error)) if is_on_export(drive, &home) => {
+                mark(&served.state, &served.record, false)?;
+                return Err(error);
+            }
+            Err(Trouble::OnExport(error)) => say_unknown(&mut last_said, &error),
+            Err(Trouble::Unknown(error)) => say_unknown(&mut last_said, &error.into()),
+        }
+        service.check_ending().with_context(|| {
+            format!(
+                "whether QEMU's drive is on {target} or on the export is not known: give the next live-restore --qmp {}",
+                drive.qmp.display()
+            )
+        })?;
+        std::thread::sleep(PAUSE);
+    }
+}
+
+/// Says once what keeps QEMU from telling.
+fn say_unknown(last: &mut String, error: &anyhow::Error) {
+    let said = format!("{error:#}");
+    if said != *last {
+        tracing::warn!("QEMU does not say where its drive is, and is asked again: {said}");
+        *last = said;
+    }
+}
+
+fn is_on_export(drive: &Drive, home: &Home<'_>) -> bool {
+    let asked = Qmp::connect(&drive.qmp).and_then(|mut qmp| pivot::whereabouts(&mut qmp, home));
+    matches!(asked, Ok(Whereabouts::Export))
+}
+
+fn home_of<'a>(
+    record: &'a SessionRecord,
+    addresses: &'a [nbd_server::ListenAddress],
+    export: &'a str,
+) -> anyhow::Result<Home<'a>> {
+    let metadata = std::fs::metadata(&record.target)
+        .with_context(|| format!("cannot look at the target {}", record.target.display()))?;
+    Ok(Home {
+        target: &record.target,
+        is_device: metadata.file_type().is_block_device(),
+        size: record.size,
+        addresses,
+        export,
+        is_default: false,
+        session: &record.session,
+    })
+}
+
+/// Keeps in the record whether QEMU may write to the target past us: on stable storage when it returns.
+fn mark(state: &StateDir, record: &SessionRecord, handed_over: bool) -> anyhow::Result<()> {
+    state.keep(&SessionRecord { handed_over, ..record.clone() })
+}
+
+/// Looks at the sessions that were marked as handed over, before they are served again: whether QEMU still is on the
+/// export is for QEMU to say. Returns what runs from its target already. See `crate::pivot` for what is decided, and why.
+///
+/// # Errors
+/// Where it cannot be told, or nobody can be asked.
+pub(super) fn settle(
+    state: &StateDir,
+    addresses: &[nbd_server::ListenAddress],
+    is_default: bool,
+    drive: &Drive,
+) -> anyhow::Result<Option<HandedOver>> {
+    let Some(record) = state.record()?.filter(|record| record.handed_over) else { return Ok(None) };
+    let home = Home { is_default, ..home_of(&record, addresses, &record.disk)? };
+    let moved = look(state, &record, &home, drive)?;
+    Ok(moved.map(|moved| HandedOver { disk: record.disk.clone(), target: record.target.clone(), moved }))
+}
+
+/// How it runs from the target; `None` where the session may be served: the machine is on the export, or waits for it.
+fn look(
+    state: &StateDir,
+    record: &SessionRecord,
+    home: &Home<'_>,
+    drive: &Drive,
+) -> anyhow::Result<Option<Moved>> {
+    let target = record.target.display();
+    match ask(drive, home) {
+        Ok((Whereabouts::Target, moved)) => Ok(moved),
+        Ok((Whereabouts::Export, _)) => {
+            mark(state, record, false)?;
+            Ok(None)
+        }
+        // QEMU answers nothing while it waits for its requests: to be moved it needs us. Serving is safe whatever it does
+        // next: a machine that is on the target asks us for nothing, and ours writes only what it is asked to. The mark stays
+        // until QEMU says where it is.
+        Err(QmpError::Silent(_)) => Ok(None),
+        Err(error @ (QmpError::NotQmp { .. } | QmpError::Refused { .. })) => Err(Failure::from(error).into()),
+        Ok((Whereabouts::Neither, _)) => Err(Failure::new(
+            format!("the machine was moved onto {target}, or was about to be; this QEMU has it neither there nor on the export"),
+            format!(
+                "name the QMP socket of the machine's QEMU; if it has ended, start it from {target}, which holds the whole disk"
+            ),
+        )
+        .into()),
+        Err(error) => Err(Failure::new(
+            if crate::in_use::is_locked(home.target) {
+                format!("a machine runs from {target} itself, and the QEMU that was named cannot be asked")
+            } else {
+                format!("the machine was moved onto {target}, or was about to be, and its QEMU cannot be asked which")
+            },
+            format!(
+                "if its QEMU has ended, start it from {target}, which holds the whole disk; if it runs, name its QMP socket"
+            ),
+        )
+        .because(error)
+        .into()),
+    }
+}
+
+/// Says where the machine of a session is that no agent serves.
+///
+/// # Errors
+/// Where nothing can be done without an agent, and where QEMU does not say.
+pub(crate) fn ask_without_agent(
+    state: &StateDir,
+    target: &Path,
+    drive: &Drive,
+) -> anyhow::Result<HandedOver> {
+    let Some(record) = state.record()? else {
+        return Err(Failure::new(
+            format!("no live-restore to {} is known", target.display()),
+            format!("its session would be kept in {}", state.path().display()),
+        )
+        .into());
+    };
+    let no_agent = || {
+        Failure::new(
+            format!("no agent serves {}: a machine on its export waits", target.display()),
+            format!(
+                "run the same live-restore command with --qmp {}: it serves the machine, and moves it home when all is there",
+                drive.qmp.display()
+            ),
+        )
+    };
+    if !record.handed_over {
+        return Err(no_agent().into());
+    }
+    let home = home_of(&record, &[], &record.disk)?;
+    match ask(drive, &home).map_err(Failure::from)? {
+        (Whereabouts::Target, Some(moved)) => {
+            Ok(HandedOver { disk: record.disk.clone(), target: record.target.clone(), moved })
+        }
+        _ => Err(no_agent().into()),
+    }
+}
+
+/// Where the drive is, by what QEMU says, and how, where that is the target.
+fn ask(drive: &Drive, home: &Home<'_>) -> Result<(Whereabouts, Option<Moved>), QmpError> {
+    let mut qmp = Qmp::connect(&drive.qmp)?;
+    let there = pivot::whereabouts(&mut qmp, home)?;
+    let moved = if there == Whereabouts::Target { Some(pivot::at_home(&mut qmp, home)?) } else { None };
+    Ok((there, moved))
+}
