@@ -18,6 +18,8 @@ const FIRST_BACKOFF: Duration = Duration::from_millis(50);
 const LONGEST_BACKOFF: Duration = Duration::from_secs(5);
 /// How long a piece may be about to be asked for.
 const ABOUT_TO: Duration = Duration::from_millis(1);
+/// How often a read looks whether a piece with its chunk has come home before it fetches the chunk itself.
+const MOST_LOOKS: u32 = 2;
 
 impl Session {
     /// The chunk's bytes, if they were fetched and are on their way home.
@@ -29,6 +31,7 @@ impl Session {
     /// it came home meanwhile. The flag says whether somebody brings it home.
     pub(super) async fn fetch_for_guest(&self, chunk: u64) -> Result<Option<(ChunkData, bool)>> {
         let _waiting = Waiting::new(self);
+        let mut looks = 0;
         loop {
             if let Some(data) = self.decoded(chunk) {
                 return Ok(Some((data, true)));
@@ -37,7 +40,7 @@ impl Session {
                 return Ok(None);
             }
             let ended = self.piece_ended.notified();
-            if !self.fills.lock().plan.is_in_flight(chunk) {
+            if looks == MOST_LOOKS || !self.fills.lock().plan.is_in_flight(chunk) {
                 return Ok(Some((self.fetch(chunk, Urgency::Demand).await?, false)));
             }
             match self.source.join(chunk, Urgency::Demand) {
@@ -48,8 +51,12 @@ impl Session {
                     // Whoever brings it home deals with that; this asks once more by itself.
                     _ => return Ok(Some((self.fetch(chunk, Urgency::Demand).await?, false))),
                 },
-                // It was fetched and is being written, or is about to be asked for.
-                None => first_of(self.clock.sleep(ABOUT_TO), ended).await,
+                // It was fetched and is being written, or is about to be asked for. Or it waits for its neighbours, which may take
+                // long where more urgent ones go before them: then one more fetch is the sooner way.
+                None => {
+                    looks += 1;
+                    first_of(self.clock.sleep(ABOUT_TO), ended).await;
+                }
             }
             self.check_open()?;
         }
