@@ -58,8 +58,12 @@ pub(crate) struct Measured {
     pub(crate) iops: f64,
     /// Bytes a second.
     pub(crate) bytes_per_second: f64,
+    /// The latency that half of the requests stayed within, in microseconds.
+    pub(crate) p50_micros: f64,
     /// The latency that 99 of 100 requests stayed within, in microseconds.
     pub(crate) p99_micros: f64,
+    /// The longest one.
+    pub(crate) max_micros: f64,
 }
 
 /// Runs the job.
@@ -78,8 +82,14 @@ pub(crate) fn parse(output: &str, writes: bool) -> Result<Measured> {
     anyhow::ensure!(job.error == 0, "fio met error {}", job.error);
     let side = if writes { &job.write } else { &job.read };
     anyhow::ensure!(side.total_ios > 0, "fio completed no request");
-    let p99_nanos = side.clat_ns.percentile.get("99.000000").copied().unwrap_or_default();
-    Ok(Measured { iops: side.iops, bytes_per_second: side.bw_bytes, p99_micros: p99_nanos / 1e3 })
+    let micros = |percent: &str| side.clat_ns.percentile.get(percent).copied().unwrap_or_default() / 1e3;
+    Ok(Measured {
+        iops: side.iops,
+        bytes_per_second: side.bw_bytes,
+        p50_micros: micros("50.000000"),
+        p99_micros: micros("99.000000"),
+        max_micros: side.clat_ns.max / 1e3,
+    })
 }
 
 #[derive(Deserialize)]
@@ -104,6 +114,8 @@ struct Side {
 
 #[derive(Deserialize)]
 struct Latency {
+    #[serde(default)]
+    max: f64,
     #[serde(default)]
     percentile: std::collections::BTreeMap<String, f64>,
 }

@@ -43,6 +43,10 @@ enum Workload {
     Boot(workload::boot::Options),
     /// Kill live-restore with -9 under verified writes, again and again
     Kill(workload::kill::Options),
+    /// Boot a real guest from a slow source, until it says that it is up
+    Machine(workload::boot::machine::Options),
+    /// Guests and the background beside each other
+    Guests(workload::guests::Options),
     /// What each chunk size costs
     ChunkSize(workload::chunk_size::Options),
     /// Everything that was promised, in one table
@@ -68,6 +72,8 @@ fn run(cli: &Cli) -> Result<()> {
         Workload::Capture(options) => workload::capture::run(common, options)?,
         Workload::Boot(options) => workload::boot::run(common, options)?,
         Workload::Kill(options) => workload::kill::run(common, options)?,
+        Workload::Machine(options) => workload::boot::machine::run(common, options)?,
+        Workload::Guests(options) => workload::guests::run(common, options)?,
         Workload::ChunkSize(options) => workload::chunk_size::run(common, options)?,
         Workload::Figures(options) => workload::figures::run(common, options)?,
         Workload::Restore(options) => workload::restore::run(common, options)?,

@@ -6,8 +6,8 @@ use anyhow::{Context, Result};
 use bytesize::ByteSize;
 use clap::Args;
 
-use super::boot::players::{LIVE, ON_DEMAND, OVERLAY};
-use super::{Common, boot, capture, kill, restore, serve};
+use super::boot::players::{FIRST, LIVE, ON_DEMAND, OVERLAY};
+use super::{Common, boot, capture, guests, kill, restore, serve};
 use crate::contest::Contender;
 use crate::report::{Better, Cell, Figure, Report, Series, Unit};
 use crate::stats::{self, Summary};
@@ -26,11 +26,13 @@ pub(crate) struct Options {
     #[arg(long, default_value_t = 50)]
     kills: u32,
     /// Only these workloads
-    #[arg(long, value_delimiter = ',', default_values_t = ["capture", "restore", "boot", "kill", "serve"].map(String::from))]
+    #[arg(long, value_delimiter = ',', default_values_t = ["capture", "restore", "boot", "guests", "machine", "kill", "serve"].map(String::from))]
     only: Vec<String>,
 }
 
 const MEMORY_LIMIT: f64 = 400e6;
+/// Delays of the source in milliseconds, and what the boot trace may take there in seconds: on a first start, with a trace.
+const DELAYS: [(u64, f64, f64); 2] = [(5, 1.2, 0.5), (20, 3.0, 0.6)];
 
 /// Runs the workloads and holds them against the goals.
 pub(crate) fn run(common: &Common, options: &Options) -> Result<Report> {
@@ -44,8 +46,31 @@ pub(crate) fn run(common: &Common, options: &Options) -> Result<Report> {
         report.absorb(found);
     }
     if wanted("restore") {
-        let found = restore::run(common, &restore::Options { image: image.clone(), no_live: false })?;
+        let found = restore::run(common, &restore::Options::for_figures(image.clone(), ByteSize::b(0), 0))?;
         figures.extend(of_restore(&found)?);
+        report.absorb(found);
+    }
+    for (delay, limit_first, limit_traced) in if wanted("boot") { DELAYS.to_vec() } else { Vec::new() } {
+        let found =
+            boot::run(common, &boot::Options::for_starts(image.clone(), options.trace.clone(), delay))?;
+        figures.extend(of_starts(&found, delay, limit_first, limit_traced)?);
+        report.absorb(found);
+        let slow = restore::Options::for_figures(image.clone(), ByteSize::mb(100), delay);
+        let found = restore::run(common, &slow)?;
+        figures.extend(of_slow_restore(&found, delay)?);
+        report.absorb(found);
+    }
+    if wanted("guests") {
+        let found = guests::run(common, &guests::Options::for_figures())?;
+        figures.extend(of_guests(&found)?);
+        report.absorb(found);
+    }
+    if wanted("machine") {
+        let boot = boot::Options::for_machine(image.clone(), options.trace.clone());
+        let found = boot::machine::run(common, &boot::machine::Options { boot })?;
+        let ratio = pair(cell(&found, boot::machine::READY_TIME)?, LIVE, boot::machine::LOCAL)?;
+        let promise = "a real guest until it is up, trace, 5 ms: time to a local disk's";
+        figures.push(at_most(promise, 1.1, ratio, "lifeboot-bench machine"));
         report.absorb(found);
     }
     if wanted("boot") {
@@ -145,6 +170,87 @@ fn of_boot(report: &Report, distinct: f64) -> Result<Vec<Figure>> {
             MEMORY_LIMIT,
             Unit::Bytes,
             of(cell(boot::MEMORY)?, LIVE)?,
+            command,
+        ),
+    ])
+}
+
+fn of_starts(report: &Report, delay: u64, first: f64, traced: f64) -> Result<Vec<Figure>> {
+    let command = format!("lifeboot-bench boot --source-delay {delay}");
+    let time = cell(report, boot::TIME)?;
+    let median = |promise: String, goal, who| -> Result<Figure> {
+        Ok(figure(&promise, goal, Better::Lower, Some(Unit::Seconds), of(time, who)?.summary(), &command))
+    };
+    Ok(vec![
+        median(format!("boot trace over {delay} ms, first start"), first, FIRST)?,
+        median(format!("boot trace over {delay} ms, with an earlier snapshot's trace"), traced, LIVE)?,
+        at_most(
+            &format!("boot trace over {delay} ms, first start, time to the best peer's"),
+            1.0,
+            pair(time, FIRST, OVERLAY)?,
+            &command,
+        ),
+    ])
+}
+
+fn of_slow_restore(report: &Report, delay: u64) -> Result<Vec<Figure>> {
+    use restore::Who::{BlockStream, Live, Restore};
+    let command = format!("lifeboot-bench restore --source-rate 100MB --source-delay {delay}");
+    let time = cell(report, restore::TIME)?;
+    let mut figures = vec![at_most(
+        &format!("the whole disk live over {delay} ms, time to restore's"),
+        1.05,
+        pair(time, Live.name(), Restore.name())?,
+        &command,
+    )];
+    if delay >= 20 {
+        figures.push(at_least(
+            &format!("the whole disk live over {delay} ms, how many times as fast as block-stream"),
+            10.0,
+            pair(time, BlockStream.name(), Live.name())?,
+            &command,
+        ));
+    }
+    Ok(figures)
+}
+
+fn of_guests(report: &Report) -> Result<Vec<Figure>> {
+    use guests::Who::{Alone, Disturbed, Undisturbed};
+    let command = "lifeboot-bench guests";
+    let across = |one: &str, one_who: &str, other: &str, other_who: &str| -> Result<Summary> {
+        stats::ratio(&of(cell(report, one)?, one_who)?.samples, &of(cell(report, other)?, other_who)?.samples)
+            .with_context(|| format!("{one} and {other} cannot be compared"))
+    };
+    let (alone, beside) = (Alone.name(), Disturbed.name());
+    Ok(vec![
+        at_least(
+            "background beside random reads at depth 4, rate to the undisturbed one",
+            0.7,
+            across(guests::TIME, Undisturbed.name(), guests::TIME, beside)?,
+            command,
+        ),
+        at_most(
+            "reads of what is home, p99, beside the background to without it",
+            2.0,
+            across(guests::HOME, beside, guests::HOME_IDLE, beside)?,
+            command,
+        ),
+        at_most(
+            "slowest read of all to what a fetch costs alone",
+            2.0,
+            across(guests::SLOWEST, beside, guests::FETCH, alone)?,
+            command,
+        ),
+        at_most(
+            "write to what is absent to one to what is home, p50",
+            1.0,
+            across(guests::WRITE_ABSENT_P50, alone, guests::WRITE_HOME_P50, alone)?,
+            command,
+        ),
+        at_most(
+            "the same, p99",
+            1.0,
+            across(guests::WRITE_ABSENT_P99, alone, guests::WRITE_HOME_P99, alone)?,
             command,
         ),
     ])

@@ -4,6 +4,7 @@ pub(crate) mod boot;
 pub(crate) mod capture;
 pub(crate) mod chunk_size;
 pub(crate) mod figures;
+pub(crate) mod guests;
 pub(crate) mod kill;
 pub(crate) mod restore;
 pub(crate) mod serve;

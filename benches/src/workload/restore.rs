@@ -2,15 +2,17 @@
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
+use bytesize::ByteSize;
 use clap::Args;
 
-use super::{Common, capture, remove, settle};
+use super::{Common, boot, capture, remove, settle};
 use crate::child::{self, Finished};
 use crate::contest::Contender;
 use crate::ours;
+use crate::peers::Pace;
 use crate::report::{Metric, Report, Side, Unit};
 
 /// What `restore` takes.
@@ -22,6 +24,27 @@ pub(crate) struct Options {
     /// Leave out live-restore
     #[arg(long)]
     pub(crate) no_live: bool,
+    /// Bytes a second that the source yields, to ours and to block-stream; 0 is no limit
+    #[arg(long, default_value = "0", value_name = "RATE")]
+    pub(crate) source_rate: ByteSize,
+    /// What each fetch from the source waits, in milliseconds
+    #[arg(long, default_value_t = 0, value_name = "MS")]
+    pub(crate) source_delay: u64,
+}
+
+impl Options {
+    /// As the figures need it.
+    pub(crate) const fn for_figures(image: PathBuf, source_rate: ByteSize, source_delay: u64) -> Self {
+        Self { image, no_live: false, source_rate, source_delay }
+    }
+
+    fn pace(&self) -> Pace {
+        Pace { bytes_per_second: self.source_rate.as_u64(), delay: Duration::from_millis(self.source_delay) }
+    }
+
+    fn is_slow(&self) -> bool {
+        self.source_rate.as_u64() > 0 || self.source_delay > 0
+    }
 }
 
 /// The title of the cell of times.
@@ -41,6 +64,8 @@ pub(crate) enum Who {
     Live,
     /// qemu-img at its fastest.
     QemuImg,
+    /// QEMU's own way over a slow source: a qcow2 overlay, and block-stream until it needs the source no more.
+    BlockStream,
 }
 
 impl Contender for Who {
@@ -49,11 +74,15 @@ impl Contender for Who {
             Self::Restore => "lifeboot restore",
             Self::Live => "lifeboot live-restore, undisturbed",
             Self::QemuImg => "qemu-img convert -W -m 16",
+            Self::BlockStream => "qcow2 overlay, block-stream",
         }
     }
 
     fn side(&self) -> Side {
-        if *self == Self::QemuImg { Side::Peer } else { Side::Ours }
+        match self {
+            Self::QemuImg | Self::BlockStream => Side::Peer,
+            Self::Restore | Self::Live => Side::Ours,
+        }
     }
 }
 
@@ -75,7 +104,9 @@ pub(crate) fn run(common: &Common, options: &Options) -> Result<Report> {
     child::run(&mut common.programs.capture(&repo, image, None)?)?;
     child::run(&mut capture::to_qcow2(image, &qcow2))?;
 
-    let mut players = vec![Who::Restore, Who::QemuImg];
+    // Over a slow source the peer is the one that can use it as well.
+    let peer = if options.is_slow() { Who::BlockStream } else { Who::QemuImg };
+    let mut players = vec![Who::Restore, peer];
     if !options.no_live {
         players.insert(1, Who::Live);
     }
@@ -89,11 +120,26 @@ pub(crate) fn run(common: &Common, options: &Options) -> Result<Report> {
             Who::Restore => common.programs.restore(&repo, &target)?,
             Who::Live => {
                 let mut command = common.programs.live_restore(&repo, &target, &dir.join("live.sock"))?;
-                command.arg("--exit-when-done");
+                command.args(["--exit-when-done", "--no-trace"]);
                 command
             }
             Who::QemuImg => to_raw(&qcow2, &target),
+            Who::BlockStream => {
+                let begin = Instant::now();
+                let line = boot::players::stream_whole(image, options.pace(), &dir)?;
+                let seconds = begin.elapsed().as_secs_f64();
+                report.ran(who.name(), line);
+                remove(&dir)?;
+                return Ok(vec![
+                    (Metric::lower(TIME, Unit::Seconds), seconds),
+                    (Metric::higher(RATE, Unit::BytesPerSecond), data / seconds),
+                ]);
+            }
         };
+        if options.is_slow() {
+            command.arg(format!("--source-rate={}", options.source_rate.as_u64()));
+            command.arg(format!("--source-delay={}ms", options.source_delay));
+        }
         report.ran(who.name(), child::line(&command));
         let begin = Instant::now();
         let finished = child::run(&mut command)?;

@@ -1,6 +1,7 @@
 //! `boot`: a guest's boot, replayed request by request over a slow source, ours beside what people do today.
 
 mod later;
+pub(crate) mod machine;
 pub(crate) mod players;
 mod record;
 mod replay;
@@ -70,6 +71,17 @@ impl Options {
         let only =
             [players::LIVE, players::FIRST, players::ON_DEMAND, players::OVERLAY].map(str::to_owned).to_vec();
         Self { image, trace, source_rate, source_delay, only, chunk_size: None, record: None, guest: None }
+    }
+
+    /// Starts with and without a trace, beside QEMU's own way.
+    pub(crate) fn for_starts(image: PathBuf, trace: Option<PathBuf>, source_delay: u64) -> Self {
+        let only = [players::LIVE, players::FIRST, players::OVERLAY].map(str::to_owned).to_vec();
+        Self { only, ..Self::for_figures(image, trace, ByteSize::mb(100), source_delay) }
+    }
+
+    /// What a real guest is booted over.
+    pub(crate) fn for_machine(image: PathBuf, trace: Option<PathBuf>) -> Self {
+        Self { only: Vec::new(), ..Self::for_figures(image, trace, ByteSize::mb(100), 5) }
     }
 
     fn pace(&self) -> Pace {

@@ -143,6 +143,28 @@ pub(super) fn start(
     Ok(Set { front, _source: source, ours: who.side() == Side::Ours, export, socket, line })
 }
 
+/// Brings a whole disk to a qcow2 by block-stream; the command. It ends when nothing is needed of the source any more.
+pub(crate) fn stream_whole(image: &Path, pace: Pace, dir: &Path) -> Result<String> {
+    let (socket, source_socket) = (dir.join("front.sock"), dir.join("source.sock"));
+    let _source = Server::listening(&mut peers::slow_source(image, &source_socket, pace), &source_socket)?;
+    let mut command = overlay(&source_socket, &socket, dir)?;
+    let line = child::line(&command);
+    let mut front = Server::listening(&mut command, &socket)?;
+    let mut qmp = Qmp::connect(&dir.join("qmp.sock"))?;
+    qmp.execute("block-stream", json!({ "job-id": "stream", "device": "overlay" }))?;
+    loop {
+        let jobs = qmp.execute("query-block-jobs", json!({}))?;
+        if jobs.as_array().is_some_and(Vec::is_empty) {
+            break;
+        }
+        if let Some(status) = front.ended()? {
+            anyhow::bail!("qemu-storage-daemon ended with {status}: {}", front.stderr()?);
+        }
+        std::thread::sleep(std::time::Duration::from_millis(20));
+    }
+    Ok(line)
+}
+
 /// qemu-storage-daemon with the graph that a guest would have: copy-on-read over a qcow2 over the source.
 fn overlay(source: &Path, socket: &Path, dir: &Path) -> Result<Command> {
     let (image, qmp) = (dir.join("overlay.qcow2"), dir.join("qmp.sock"));

@@ -1,0 +1,280 @@
+//! `guests`: guests and the background beside each other, over a source held to a rate and a delay.
+//!
+//! How much guests that read at random slow the background down; what the background costs them, for what is home and
+//! for what is not; and whether a write to what is absent costs more than one to what is home. Nobody else has a
+//! background to compare with, so each figure is a ratio of ours to ours, in the same round.
+
+use std::fs::File;
+use std::io::{BufWriter, Write};
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, ensure};
+use bytesize::ByteSize;
+use clap::Args;
+
+use super::{Common, remove, settle};
+use crate::child::{self, Server};
+use crate::client::Client;
+use crate::contest::{Contender, Sample};
+use crate::report::{Metric, Report, Side, Unit};
+use crate::stats::percentile;
+use crate::{fio, ours};
+
+/// What `guests` takes.
+#[derive(Args, Clone, Debug)]
+pub(crate) struct Options {
+    /// Bytes of the disk: all of it is data, which shrinks to half
+    #[arg(long, default_value = "1GiB", value_name = "SIZE")]
+    pub(crate) size: ByteSize,
+    /// Bytes a second that the source yields
+    #[arg(long, default_value = "100MB", value_name = "RATE")]
+    pub(crate) source_rate: ByteSize,
+    /// What each fetch from the source waits, in milliseconds
+    #[arg(long, default_value_t = 5, value_name = "MS")]
+    pub(crate) source_delay: u64,
+}
+
+impl Options {
+    /// As the figures need it.
+    pub(crate) const fn for_figures() -> Self {
+        Self { size: ByteSize::gib(1), source_rate: ByteSize::mb(100), source_delay: 5 }
+    }
+}
+
+/// The titles of the cells.
+pub(crate) const TIME: &str = "until the disk is home";
+pub(crate) const HOME: &str = "reads of what is home, p99, beside the background";
+pub(crate) const HOME_IDLE: &str = "the same when the background has ended";
+pub(crate) const SLOWEST: &str = "slowest read of all";
+pub(crate) const FETCH: &str = "read of a chunk that is absent, alone, p50";
+pub(crate) const WRITE_ABSENT_P50: &str = "write to what is absent, p50";
+pub(crate) const WRITE_ABSENT_P99: &str = "write to what is absent, p99";
+pub(crate) const WRITE_HOME_P50: &str = "write to what is home, p50";
+pub(crate) const WRITE_HOME_P99: &str = "write to what is home, p99";
+
+/// What is read until it is home before the guests begin.
+const HOME_BYTES: u64 = 16 << 20;
+const BLOCK: usize = 4096;
+const CHUNK: u64 = 128 << 10;
+/// How often what is home is read.
+const PROBE_EVERY: Duration = Duration::from_millis(2);
+/// For how long it is read once the background has ended.
+const IDLE: Duration = Duration::from_secs(3);
+/// Reads of absent chunks that are made alone.
+const ALONE: u64 = 100;
+/// Bytes that are written, and the part of the disk that they go to.
+const WRITTEN: u64 = 48 << 20;
+const WRITTEN_TO: u64 = 256 << 20;
+const PATIENCE: Duration = Duration::from_secs(300);
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Who {
+    /// No guest.
+    Undisturbed,
+    /// fio reads at random, four at a time, all the while.
+    Disturbed,
+    /// No background: one read after another, then writes.
+    Alone,
+}
+
+impl Contender for Who {
+    fn name(&self) -> &str {
+        match self {
+            Self::Undisturbed => "the background alone",
+            Self::Disturbed => "beside fio, randread, depth 4",
+            Self::Alone => "guests alone (no background)",
+        }
+    }
+
+    fn side(&self) -> Side {
+        Side::Ours
+    }
+}
+
+/// Runs the workload.
+pub(crate) fn run(common: &Common, options: &Options) -> Result<Report> {
+    child::require("fio")?;
+    let mut report = common.report("guests");
+    let scratch = common.scratch()?;
+    report.scratch_is(scratch.path());
+    let (image, repo) = (scratch.path().join("disk.raw"), scratch.path().join("repo"));
+    let size = options.size.as_u64();
+    ensure!(size >= 2 * WRITTEN_TO, "the disk must have at least {} bytes", 2 * WRITTEN_TO);
+    write_image(&image, size)?;
+    child::run(&mut common.programs.init(&repo)?)?;
+    child::run(&mut common.programs.capture(&repo, &image, None)?)?;
+    std::fs::remove_file(&image)?;
+    common.contest().run(
+        &mut report,
+        &[Who::Undisturbed, Who::Disturbed, Who::Alone],
+        |who, _, report| {
+            let dir = scratch.path().join("turn");
+            remove(&dir)?;
+            std::fs::create_dir(&dir)?;
+            settle();
+            let socket = dir.join("live.sock");
+            let mut command = common.programs.live_restore(&repo, &dir.join("target.raw"), &socket)?;
+            command.arg("--no-trace");
+            command.arg(format!("--source-rate={}", options.source_rate.as_u64()));
+            command.arg(format!("--source-delay={}ms", options.source_delay));
+            if *who == Who::Alone {
+                command.arg("--no-background");
+            }
+            report.ran(who.name(), child::line(&command));
+            let begin = Instant::now();
+            let mut server = Server::listening(&mut command, &socket)?;
+            let sample = match who {
+                Who::Undisturbed => {
+                    wait_complete(&mut server)?;
+                    vec![(Metric::lower(TIME, Unit::Seconds), begin.elapsed().as_secs_f64())]
+                }
+                Who::Disturbed => disturbed(&mut server, &socket, begin)?,
+                Who::Alone => alone(&socket, size)?,
+            };
+            server.terminate()?;
+            remove(&dir)?;
+            Ok(sample)
+        },
+    )?;
+    report.notes.push(format!(
+        "the disk: {}, all of it data; source: {} a second, {} ms a fetch",
+        Unit::Bytes.show(size as f64),
+        options.source_rate.display().si(),
+        options.source_delay
+    ));
+    Ok(report)
+}
+
+fn is_complete(server: &mut Server) -> Result<bool> {
+    Ok(!ours::events(&server.stdout()?, "complete").is_empty())
+}
+
+fn wait_complete(server: &mut Server) -> Result<()> {
+    let begin = Instant::now();
+    while !is_complete(server)? {
+        ensure!(begin.elapsed() < PATIENCE, "the disk is not home after {PATIENCE:?}");
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    Ok(())
+}
+
+fn disturbed(server: &mut Server, socket: &Path, begin: Instant) -> Result<Sample> {
+    let mut client = Client::connect(socket, ours::EXPORT)?;
+    let mut piece = vec![0; 1 << 20];
+    for offset in (0..HOME_BYTES).step_by(piece.len()) {
+        client.read(offset, &mut piece)?;
+    }
+    let mut fio = random_reads(socket);
+    let guest = Server::start(&mut fio)?;
+    let mut random = Random(1);
+    let mut block = vec![0; BLOCK];
+    let mut probe = |into: &mut Vec<f64>| -> Result<()> {
+        let offset = random.below(HOME_BYTES / BLOCK as u64) * BLOCK as u64;
+        let sent = Instant::now();
+        client.read(offset, &mut block)?;
+        into.push(sent.elapsed().as_secs_f64() * 1e6);
+        std::thread::sleep(PROBE_EVERY);
+        Ok(())
+    };
+    let (mut beside, mut after) = (Vec::new(), Vec::new());
+    while !is_complete(server)? {
+        ensure!(begin.elapsed() < PATIENCE, "the disk is not home after {PATIENCE:?}");
+        for _ in 0..20 {
+            probe(&mut beside)?;
+        }
+    }
+    let home = begin.elapsed();
+    let ended = Instant::now();
+    while ended.elapsed() < IDLE {
+        probe(&mut after)?;
+    }
+    let measured = fio::parse(&guest.terminate()?.stdout, false)?;
+    let p99 = |samples: &[f64]| percentile(samples, 99.0).context("nothing was read");
+    Ok(vec![
+        (Metric::lower(TIME, Unit::Seconds), home.as_secs_f64()),
+        (Metric::lower(HOME, Unit::Micros), p99(&beside)?),
+        (Metric::lower(HOME_IDLE, Unit::Micros), p99(&after)?),
+        (Metric::lower(SLOWEST, Unit::Micros), measured.max_micros),
+    ])
+}
+
+fn alone(socket: &Path, size: u64) -> Result<Sample> {
+    let mut client = Client::connect(socket, ours::EXPORT)?;
+    let mut block = vec![0; BLOCK];
+    let mut times = Vec::new();
+    // From the second half, far from each other, so that none comes along with another.
+    let step = size / 2 / ALONE / CHUNK * CHUNK;
+    let mut random = Random(7);
+    let mut order: Vec<u64> = (0..ALONE).collect();
+    for at in (1..order.len()).rev() {
+        order.swap(at, random.below(at as u64 + 1) as usize);
+    }
+    for number in order {
+        let sent = Instant::now();
+        client.read(size / 2 + number * step, &mut block)?;
+        times.push(sent.elapsed().as_secs_f64() * 1e6);
+    }
+    drop(client);
+    let absent = fio::parse(&child::run(&mut random_writes(socket))?.stdout, true)?;
+    let home = fio::parse(&child::run(&mut random_writes(socket))?.stdout, true)?;
+    Ok(vec![
+        (Metric::lower(FETCH, Unit::Micros), percentile(&times, 50.0).context("nothing was read")?),
+        (Metric::lower(WRITE_ABSENT_P50, Unit::Micros), absent.p50_micros),
+        (Metric::lower(WRITE_HOME_P50, Unit::Micros), home.p50_micros),
+        (Metric::lower(WRITE_ABSENT_P99, Unit::Micros), absent.p99_micros),
+        (Metric::lower(WRITE_HOME_P99, Unit::Micros), home.p99_micros),
+    ])
+}
+
+fn fio_on(socket: &Path) -> Command {
+    let mut fio = Command::new("fio");
+    fio.args(["--name=j", "--ioengine=nbd", "--output-format=json", "--bs=4k"]);
+    fio.arg(format!("--uri=nbd+unix:///{}?socket={}", ours::EXPORT, socket.display()));
+    fio
+}
+
+fn random_reads(socket: &Path) -> Command {
+    let mut fio = fio_on(socket);
+    fio.args(["--rw=randread", "--iodepth=4", "--time_based"]);
+    fio.arg(format!("--runtime={}", PATIENCE.as_secs()));
+    fio
+}
+
+/// Each block at most once; the same ones each time.
+fn random_writes(socket: &Path) -> Command {
+    let mut fio = fio_on(socket);
+    fio.args(["--rw=randwrite", "--iodepth=1", "--randrepeat=1"]);
+    fio.arg(format!("--size={WRITTEN_TO}")).arg(format!("--io_size={WRITTEN}"));
+    fio
+}
+
+/// Data that shrinks to about half, no chunk like another.
+fn write_image(path: &PathBuf, size: u64) -> Result<()> {
+    let file = File::create(path).with_context(|| format!("cannot make {}", path.display()))?;
+    let mut out = BufWriter::with_capacity(1 << 20, file);
+    let mut random = Random(42);
+    for _ in 0..size / 16 {
+        out.write_all(&random.next().to_le_bytes())?;
+        out.write_all(b"lifeboot")?;
+    }
+    out.into_inner().context("cannot write the disk")?.sync_all()?;
+    Ok(())
+}
+
+/// Numbers that look random, and are the same in each run.
+struct Random(u64);
+
+impl Random {
+    fn next(&mut self) -> u64 {
+        self.0 ^= self.0 << 13;
+        self.0 ^= self.0 >> 7;
+        self.0 ^= self.0 << 17;
+        self.0
+    }
+
+    fn below(&mut self, limit: u64) -> u64 {
+        self.next() % limit
+    }
+}
