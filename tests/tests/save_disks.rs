@@ -76,8 +76,10 @@ fn the_disks_of_one_agent_are_saved_as_one_moment_and_at_rest_with_each_other() 
     let differing = disk::differing_blocks(&out, &captured.disk).unwrap();
     assert_eq!(differing, [0]);
     assert_eq!(save(&[])["disks"].as_array().unwrap().len(), 1);
-    // One of two sessions of one name cannot stand beside the other.
     let mut twice = captured.repository.verb("save", &["--with"]).unwrap();
-    assert_eq!(run_any(twice.arg(&a).arg(&a)).unwrap().status.code(), Some(1));
+    let output = run_any(twice.arg(&a).arg(&a)).unwrap();
+    assert_eq!(output.status.code(), Some(1));
+    let said = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert!(said.contains("two of the disks are called root"), "it did not wait for its own lock: {said}");
     captured.repository.verify().unwrap();
 }

@@ -220,14 +220,15 @@ impl Args {
         let started = Instant::now();
         let engine = Engine::choose(self.io_engine)?;
         let interrupt = context.interrupt()?;
+        // Before any target is locked: one that was named twice would wait for itself.
+        let records: Vec<&SessionRecord> = wanted.iter().map(|wanted| &wanted.record).collect();
+        let names = disk_names(&records)?;
         let rests = wanted
             .iter()
             .map(|Wanted { path, state, record }| {
                 Rest::open(state, record, path, repository, engine, self.moved, &interrupt)
             })
             .collect::<anyhow::Result<Vec<_>>>()?;
-        let records: Vec<&SessionRecord> = wanted.iter().map(|wanted| &wanted.record).collect();
-        let names = disk_names(&records)?;
         let up_to = if rests.iter().any(|rest| rest.view.ended().is_from_journal_alone()) {
             SavedUpTo::Flushed
         } else {
