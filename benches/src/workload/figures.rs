@@ -253,6 +253,12 @@ fn of_guests(report: &Report) -> Result<Vec<Figure>> {
             across(guests::WRITE_ABSENT_P99, alone, guests::WRITE_HOME_P99, alone)?,
             command,
         ),
+        at_most(
+            "write to what is absent to one to a hole of a plain file, p50",
+            1.2,
+            across(guests::WRITE_ABSENT_P50, alone, guests::WRITE_ABSENT_P50, guests::Who::Plain.name())?,
+            command,
+        ),
     ])
 }
 

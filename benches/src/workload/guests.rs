@@ -77,6 +77,8 @@ pub(crate) enum Who {
     Disturbed,
     /// No background: one read after another, then writes.
     Alone,
+    /// A sparse raw file, with nothing to restore: what the file system charges for a hole.
+    Plain,
 }
 
 impl Contender for Who {
@@ -85,11 +87,12 @@ impl Contender for Who {
             Self::Undisturbed => "the background alone",
             Self::Disturbed => "beside fio, randread, depth 4",
             Self::Alone => "guests alone (no background)",
+            Self::Plain => "a plain sparse file (lifeboot-nbd)",
         }
     }
 
     fn side(&self) -> Side {
-        Side::Ours
+        if *self == Self::Plain { Side::Reference } else { Side::Ours }
     }
 }
 
@@ -108,13 +111,18 @@ pub(crate) fn run(common: &Common, options: &Options) -> Result<Report> {
     std::fs::remove_file(&image)?;
     common.contest().run(
         &mut report,
-        &[Who::Undisturbed, Who::Disturbed, Who::Alone],
+        &[Who::Undisturbed, Who::Disturbed, Who::Alone, Who::Plain],
         |who, _, report| {
             let dir = scratch.path().join("turn");
             remove(&dir)?;
             std::fs::create_dir(&dir)?;
             settle();
             let socket = dir.join("live.sock");
+            if *who == Who::Plain {
+                let sample = plain(common, size, &dir, &socket, report)?;
+                remove(&dir)?;
+                return Ok(sample);
+            }
             let mut command = common.programs.live_restore(&repo, &dir.join("target.raw"), &socket)?;
             command.arg("--no-trace");
             command.arg(format!("--source-rate={}", options.source_rate.as_u64()));
@@ -132,6 +140,7 @@ pub(crate) fn run(common: &Common, options: &Options) -> Result<Report> {
                 }
                 Who::Disturbed => disturbed(&mut server, &socket, begin)?,
                 Who::Alone => alone(&socket, size)?,
+                Who::Plain => unreachable!("it was served above"),
             };
             server.terminate()?;
             remove(&dir)?;
@@ -217,10 +226,31 @@ fn alone(socket: &Path, size: u64) -> Result<Sample> {
         times.push(sent.elapsed().as_secs_f64() * 1e6);
     }
     drop(client);
+    let mut sample =
+        vec![(Metric::lower(FETCH, Unit::Micros), percentile(&times, 50.0).context("nothing was read")?)];
+    sample.extend(write_twice(socket)?);
+    Ok(sample)
+}
+
+/// The same writes to a sparse file: to holes, and then to what they filled.
+fn plain(common: &Common, size: u64, dir: &Path, socket: &Path, report: &mut Report) -> Result<Sample> {
+    let file = dir.join("plain.raw");
+    File::create(&file)?.set_len(size)?;
+    let mut command = Command::new(common.programs.path("lifeboot-nbd")?);
+    // As live-restore opens its target.
+    command.arg(&file).args(["--direct", "auto", "--listen"]).arg(format!("unix:{}", socket.display()));
+    report.ran(Who::Plain.name(), child::line(&command));
+    let server = Server::listening(&mut command, socket)?;
+    let sample = write_twice(socket)?;
+    server.terminate()?;
+    Ok(sample)
+}
+
+/// Writes to what is absent, and the same writes again: it is home by then.
+fn write_twice(socket: &Path) -> Result<Sample> {
     let absent = fio::parse(&child::run(&mut random_writes(socket))?.stdout, true)?;
     let home = fio::parse(&child::run(&mut random_writes(socket))?.stdout, true)?;
     Ok(vec![
-        (Metric::lower(FETCH, Unit::Micros), percentile(&times, 50.0).context("nothing was read")?),
         (Metric::lower(WRITE_ABSENT_P50, Unit::Micros), absent.p50_micros),
         (Metric::lower(WRITE_HOME_P50, Unit::Micros), home.p50_micros),
         (Metric::lower(WRITE_ABSENT_P99, Unit::Micros), absent.p99_micros),
