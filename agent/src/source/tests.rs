@@ -30,6 +30,8 @@ struct Memory {
     /// Where what holds the chunks is cut short: reads that reach beyond the chunks before this one fail.
     cut_at: Option<u64>,
     reads: AtomicUsize,
+    /// The first chunks of the reads, in their order.
+    order: Mutex<Vec<u64>>,
     /// Reads that begin at these chunks wait until they are let go.
     held: Mutex<HashSet<u64>>,
     let_go: Condvar,
@@ -50,8 +52,9 @@ impl ChunkStore for Arc<Memory> {
     }
 
     fn read(&self, first: &Place, stored: &mut [u8]) -> Result<(), SourceError> {
-        self.reads.fetch_add(1, Ordering::SeqCst);
         let chunk = first.0.chunk;
+        self.order.lock().push(chunk);
+        self.reads.fetch_add(1, Ordering::SeqCst);
         let mut held = self.held.lock();
         self.let_go.wait_while(&mut held, |held| held.contains(&chunk));
         drop(held);
@@ -178,6 +181,47 @@ async fn a_guest_is_served_while_the_background_is_stuck() {
     for run in stuck {
         assert!(run.await.failed.is_empty());
     }
+}
+
+#[tokio::test]
+async fn only_a_fetch_that_is_wanted_can_be_joined() {
+    let memory = Arc::new(Memory { held: Mutex::new(HashSet::from([3])), ..Memory::default() });
+    let pool = pool(&memory, 4);
+    assert!(pool.join(key(3), Urgency::Demand).is_none());
+    let run = pool.fetch_run(0, 3..5, Urgency::Expected);
+    let joined = pool.join(key(3), Urgency::Demand).expect("it is under way");
+    memory.release();
+    assert_eq!(&joined.await.unwrap()[..], bytes_of(3));
+    assert!(run.await.failed.is_empty());
+    assert!(pool.join(key(3), Urgency::Demand).is_none(), "it has ended");
+    assert_eq!(pool.stats().chunks, 2, "each once");
+}
+
+#[tokio::test]
+async fn what_is_expected_goes_before_the_background_and_after_the_guest() {
+    let memory = Arc::new(Memory { held: Mutex::new((0..10_000).collect()), ..Memory::default() });
+    // One slot for what no guest waits for, which the first fetch takes.
+    let pool = pool(&memory, 2);
+    let first = pool.fetch(key(1), Urgency::Background);
+    while memory.reads.load(Ordering::SeqCst) == 0 {
+        tokio::task::yield_now().await;
+    }
+    let later = [
+        pool.fetch(key(100), Urgency::Background),
+        pool.fetch(key(200), Urgency::Expected),
+        pool.fetch(key(300), Urgency::Readahead),
+    ];
+    let guest = pool.fetch(key(400), Urgency::Demand);
+    while memory.reads.load(Ordering::SeqCst) < 2 {
+        tokio::task::yield_now().await;
+    }
+    memory.release();
+    first.await.unwrap();
+    guest.await.unwrap();
+    for fetch in later {
+        fetch.await.unwrap();
+    }
+    assert_eq!(*memory.order.lock(), [1, 400, 300, 200, 100]);
 }
 
 #[tokio::test]

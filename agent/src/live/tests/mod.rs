@@ -4,6 +4,7 @@ mod files;
 mod filling;
 mod frozen;
 mod lasting;
+mod order;
 mod serving;
 
 use std::collections::BTreeSet;
@@ -137,6 +138,7 @@ struct Rig {
     identity: Identity,
     options: SessionOptions,
     target_is_zero: bool,
+    trace: Vec<u64>,
 }
 
 impl Rig {
@@ -156,6 +158,7 @@ impl Rig {
             identity: Identity { snapshot: "vm@now".into(), target: "disk.raw".into() },
             options: SessionOptions { log_pages: Some(16), ..SessionOptions::default() },
             target_is_zero: true,
+            trace: Vec::new(),
         }
     }
 
@@ -169,7 +172,7 @@ impl Rig {
             last_boot: self.last_boot,
             check: Some(Arc::clone(&self.source) as _),
             plan: Vec::new(),
-            trace: Vec::new(),
+            trace: self.trace.clone(),
             options: self.options,
         }
     }
