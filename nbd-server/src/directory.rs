@@ -54,16 +54,26 @@ impl ConnectionDirectory {
 
 impl Directory for ConnectionDirectory {
     fn list(&self) -> Vec<Listing> {
-        let listing =
-            |export: &Export| Listing { name: export.name.clone(), description: export.description.clone() };
-        self.devices.exports.iter().map(listing).collect()
+        let listings = |export: &Export| {
+            let description = export.description.clone();
+            let names = std::iter::once(export.name.clone()).chain(export.further_names());
+            names.map(move |name| Listing { name, description: description.clone() }).collect::<Vec<_>>()
+        };
+        self.devices.exports.iter().flat_map(listings).collect()
     }
 
     fn find(&self, name: &str) -> Option<ExportId> {
         if name.is_empty() {
             return Some(ExportId(0));
         }
-        self.devices.exports.iter().position(|export| export.name == name).map(ExportId)
+        self.devices.exports.iter().position(|export| export.is_named(name)).map(ExportId)
+    }
+
+    fn why_absent(&self, name: &str) -> Option<String> {
+        let names = self.devices.exports.iter().filter_map(|export| export.names.as_deref());
+        let why = names.filter_map(|names| names.why_refused(name)).next()?;
+        tracing::warn!(export = %Cut(name), why, "a client was refused");
+        Some(why)
     }
 
     fn contexts(&self, id: ExportId) -> Vec<MetaContext> {

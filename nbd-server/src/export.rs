@@ -9,11 +9,23 @@ use proto::wire::{Cut, MAX_NAME_BYTES, MetaContext};
 
 use crate::{Error, ErrorKind, Result};
 
+/// Further names of an export, which may be known only when the server runs.
+pub trait ExportNames: Send + Sync {
+    /// The names by which it can be had beside its own, at most 4096 bytes each.
+    fn further(&self) -> Vec<String>;
+
+    /// Why it can no longer be had by this name, in at most 4096 bytes: the client is told, and the log. `None` of a name
+    /// that was never its.
+    fn why_refused(&self, name: &str) -> Option<String>;
+}
+
 /// A disk served over NBD.
 #[derive(Clone)]
 pub struct Export {
     /// Its name, at most 4096 bytes. The first export also answers to the empty name.
     pub name: String,
+    /// Further names, and former ones.
+    pub names: Option<Arc<dyn ExportNames>>,
     /// A text for people, at most 4096 bytes; may be empty.
     pub description: String,
     /// Whether writes are refused, though the device might take them.
@@ -27,7 +39,22 @@ pub struct Export {
 impl Export {
     /// A writable export without description.
     pub fn new(name: impl Into<String>, device: Arc<dyn OpenDevice>) -> Self {
-        Self { name: name.into(), description: String::new(), read_only: false, dirty_bitmap: None, device }
+        Self {
+            name: name.into(),
+            names: None,
+            description: String::new(),
+            read_only: false,
+            dirty_bitmap: None,
+            device,
+        }
+    }
+
+    pub(crate) fn further_names(&self) -> Vec<String> {
+        self.names.as_ref().map(|names| names.further()).unwrap_or_default()
+    }
+
+    pub(crate) fn is_named(&self, name: &str) -> bool {
+        self.name == name || self.further_names().iter().any(|further| further == name)
     }
 
     pub(crate) fn contexts(&self) -> Vec<MetaContext> {

@@ -23,7 +23,7 @@ mod socket;
 
 pub use address::ListenAddress;
 pub use error::{Error, ErrorKind, Result};
-pub use export::Export;
+pub use export::{Export, ExportNames};
 pub use options::{LateRequests, Limits, ServerOptions};
 pub use server::{Monitor, Server, ServerHandle, Stats};
 pub use shard::{ShardContext, ShardTask};

@@ -214,3 +214,15 @@ fn abort_is_acknowledged() {
     assert_eq!(handshake.step(&Exports::two()), Step::Closed(Ending::Aborted));
     assert_eq!(handshake.take_output().len(), 20);
 }
+
+#[test]
+fn a_former_name_is_refused_by_policy_with_the_reason_and_the_handshake_goes_on() {
+    const INFO: u32 = 6;
+    const GO: u32 = 7;
+    let mut talk = Talk::new(FIXED_NO_ZEROES);
+    for kind in [INFO, GO] {
+        assert_eq!(talk.ask(kind, &named("former", &[0, 0])), [(POLICY, b"it is no more".to_vec())]);
+        assert_eq!(talk.ask(kind, &named("never", &[0, 0])), [(UNKNOWN, b"no such export".to_vec())]);
+    }
+    assert_eq!(talk.ask(INFO, &named("disk0", &[0, 0])).last().unwrap().0, ACK);
+}

@@ -165,6 +165,11 @@ impl LiveRestore {
         arguments.iter().map(|one| one.as_str().map(str::to_owned).context("an argument is text")).collect()
     }
 
+    /// Its event `ready`.
+    pub fn ready(&self) -> &Value {
+        &self.ready
+    }
+
     /// Waits until every block is home, and returns the event `complete`.
     ///
     /// # Errors
@@ -241,6 +246,23 @@ impl Stopped {
     /// Lifeboot is not built.
     pub fn command(&self) -> Result<Command> {
         self.0.command()
+    }
+
+    /// Leaves the session as it stands when the host has gone down meanwhile: of the live file nothing is believed, and
+    /// the kernel that it was served under is not this one.
+    ///
+    /// # Errors
+    /// There is no session.
+    pub fn after_power_cut(self) -> Result<Self> {
+        let mut state = self.0.target.clone().into_os_string();
+        state.push(".lifeboot");
+        let state = PathBuf::from(state);
+        std::fs::remove_file(state.join("live")).context("the live file")?;
+        let record = state.join("session.json");
+        let mut value: Value = serde_json::from_slice(&std::fs::read(&record)?)?;
+        value["boot"] = "0123456789abcdef0123456789abcdef".into();
+        std::fs::write(&record, value.to_string())?;
+        Ok(self)
     }
 
     /// The same command again: returns when it is ready.

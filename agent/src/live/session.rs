@@ -151,12 +151,38 @@ impl Session {
         Self::resume_with(parts, id, target, journal, None).await
     }
 
+    /// As [`Session::resume`]; `tell` is told how the session had ended before the live file is believed again. What
+    /// follows from a loss of writes it puts on stable storage: after another crash nothing else remembers it.
+    ///
+    /// # Errors
+    /// As there; and what `tell` says.
+    pub async fn resume_telling(
+        parts: SessionParts,
+        id: SessionId,
+        target: &dyn BlockDevice,
+        journal: &dyn BlockDevice,
+        tell: impl FnOnce(Resumed) -> block::Result<()>,
+    ) -> Result<(Arc<Self>, Resumed)> {
+        Self::resume_by(parts, id, target, journal, None, tell).await
+    }
+
     pub(super) async fn resume_with(
+        parts: SessionParts,
+        id: SessionId,
+        target: &dyn BlockDevice,
+        journal: &dyn BlockDevice,
+        mistake: Option<Mistake>,
+    ) -> Result<(Arc<Self>, Resumed)> {
+        Self::resume_by(parts, id, target, journal, mistake, |_| Ok(())).await
+    }
+
+    async fn resume_by(
         parts: SessionParts,
         id: SessionId,
         target: &dyn BlockDevice,
         journal_device: &dyn BlockDevice,
         mistake: Option<Mistake>,
+        tell: impl FnOnce(Resumed) -> block::Result<()>,
     ) -> Result<(Arc<Self>, Resumed)> {
         let disk = parts.source.layout();
         check_target(target, disk)?;
@@ -186,6 +212,7 @@ impl Session {
             };
             check_contents(&**check, &*parts.source, target, &evidence).await?;
         }
+        tell(resumed)?;
         if !believes_live_file {
             map.live().reset();
         }

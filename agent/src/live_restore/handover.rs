@@ -142,6 +142,7 @@ fn home_of<'a>(
         size: record.size,
         addresses,
         export,
+        epoch: record.epoch,
         is_default: false,
         session: &record.session,
     })

@@ -271,7 +271,8 @@ impl Watcher for Narrator<'_> {
 
 /// QEMU's arguments for a drive on each disk of a service.
 pub(crate) fn qemu_arguments(service: &Service) -> Vec<String> {
-    let names: Vec<&str> = service.disks().iter().map(|disk| disk.record.disk.as_str()).collect();
+    let names: Vec<String> = service.disks().iter().map(|disk| disk.record.export()).collect();
+    let names: Vec<&str> = names.iter().map(String::as_str).collect();
     let first: Option<&ListenAddress> = service.disks().first().and_then(|disk| disk.addresses.first());
     first.map(|address| advice::qemu_arguments(address, &names)).unwrap_or_default()
 }

@@ -226,9 +226,16 @@ impl Found<'_> {
         let words = LiveWords::open(&state.file(LIVE_FILE), parts.layout)?;
         let (parts, fetching, boot) = parts.into_session(&record, words);
         let id = SessionId(parse_id(&record.session)?);
+        let raise_epoch = |resumed: Resumed| {
+            if !resumed.is_from_journal_alone() {
+                return Ok(());
+            }
+            record.epoch += 1;
+            state.keep(&record).map_err(|error| block::Error::io("a new epoch", io::Error::other(error)))
+        };
         let resumed = wish.engine.run(async {
             let (target, journal) = (target.open()?, journal.open()?);
-            anyhow::Ok(Session::resume(parts, id, &*target, &*journal).await)
+            anyhow::Ok(Session::resume_telling(parts, id, &*target, &*journal, raise_epoch).await)
         })?;
         let (session, resumed) = resumed.map_err(|error| cannot_resume(state, error))?;
         anyhow::ensure!(

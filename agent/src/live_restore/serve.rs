@@ -19,11 +19,13 @@ use std::sync::Arc;
 
 use block::{Engine, OpenDevice};
 use nbd_server::{
-    Export, LateRequests, ListenAddress, Server, ServerHandle, ServerOptions, ShardContext, ShardTask,
+    Export, ExportNames, LateRequests, ListenAddress, Server, ServerHandle, ServerOptions, ShardContext,
+    ShardTask,
 };
 use repository::Repository;
 
 use super::damage;
+use super::epoch::EpochName;
 use super::fetching::SharedPool;
 use super::late::LateDisk;
 use super::open::{self, Found, Opened, Wish};
@@ -102,13 +104,14 @@ pub(crate) fn start(
     let found = wishes.iter().zip(&wanted).map(|(wish, wanted)| open::find(wish, &wanted.state));
     let found = found.collect::<anyhow::Result<Vec<_>>>()?;
     let lates: Vec<Arc<LateDisk>> = found.iter().map(|_| Arc::default()).collect();
-    let server = bind(&found, &lates, &order.listen)?;
+    let names: Vec<_> = found.iter().map(|found| Arc::new(EpochName::of(&found.names().1))).collect();
+    let server = bind(&found, &lates, &names, &order.listen)?;
     let opened = open_all(found, order.engine, interrupt)?;
     drop(wishes);
     serve(
         opened,
         wanted,
-        Binding { server, lates },
+        Binding { server, lates, names },
         claims,
         limit,
         order,
@@ -122,6 +125,7 @@ pub(crate) fn start(
 struct Binding {
     server: Server,
     lates: Vec<Arc<LateDisk>>,
+    names: Vec<Arc<EpochName>>,
 }
 
 #[allow(clippy::too_many_arguments, reason = "the last step of `start`, which has all of them")]
@@ -141,6 +145,9 @@ fn serve(
     for ((opened, wanted), (disk, late)) in opened.iter().zip(&wanted).zip(disks.iter().zip(&binding.lates)) {
         damage::recall(&opened.session, &wanted.state, &opened.record);
         late.put(Arc::clone(disk));
+    }
+    for (opened, names) in opened.iter().zip(&binding.names) {
+        names.put(opened.record.epoch);
     }
     let shards = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
     // Where it fails, sessions that are new are taken back.
@@ -307,11 +314,13 @@ fn park(disk: &LiveDisk, engine: Engine) -> anyhow::Result<()> {
 fn bind(
     found: &[Found<'_>],
     lates: &[Arc<LateDisk>],
+    names: &[Arc<EpochName>],
     listen: &[ListenAddress],
 ) -> nbd_server::Result<Server> {
-    let exports = found.iter().zip(lates).map(|(found, late)| {
+    let exports = found.iter().zip(lates).zip(names).map(|((found, late), names)| {
         let (snapshot, name) = found.names();
         let mut export = Export::new(name.clone(), Arc::clone(late) as Arc<dyn OpenDevice>);
+        export.names = Some(Arc::clone(names) as Arc<dyn ExportNames>);
         export.description = format!("live restore of {snapshot}/{name}");
         export.dirty_bitmap = Some(super::DIRTY_BITMAP.to_owned());
         export

@@ -226,7 +226,7 @@ impl ServedDisk {
 
     /// Where it is served.
     pub(crate) fn uris(&self) -> Vec<String> {
-        self.addresses.iter().map(|address| address.uri(&self.record.disk)).collect()
+        self.addresses.iter().map(|address| address.uri(&self.record.export())).collect()
     }
 
     /// What became of it, once the machine was moved onto the target.

@@ -64,8 +64,9 @@ impl Pointed {
 
     /// Whether that is the export of `home`.
     pub(super) fn is_of(&self, home: &Home<'_>) -> bool {
+        let has_epoch = || format!("{}@{}", home.export, home.epoch) == self.export;
         let is_name = self.export == home.export || (self.export.is_empty() && home.is_default);
-        is_name && home.addresses.iter().any(|address| self.server.is_at(address))
+        (is_name || has_epoch()) && home.addresses.iter().any(|address| self.server.is_at(address))
     }
 }
 
@@ -142,6 +143,7 @@ mod tests {
             size: 1,
             addresses: &addresses,
             export: "disk0",
+            epoch: 2,
             is_default,
             session: "00",
         };
@@ -152,6 +154,11 @@ mod tests {
         std::os::unix::fs::symlink(&socket, &link).unwrap();
         assert!(is_ours(&at("disk0", &link), false), "another path to one socket");
         assert!(!is_ours(&at("disk1", &socket), true), "another disk of ours");
+        assert!(is_ours(&at("disk0@2", &socket), false));
+        assert!(
+            !is_ours(&at("disk0@1", &socket), true),
+            "it is refused since writes of its guest may be lost"
+        );
         assert!(is_ours(&at("", &socket), true));
         assert!(!is_ours(&at("", &socket), false));
         std::fs::write(dir.path().join("other"), "").unwrap();

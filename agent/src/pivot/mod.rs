@@ -85,8 +85,10 @@ pub struct Home<'a> {
     pub size: u64,
     /// Where it is served.
     pub addresses: &'a [ListenAddress],
-    /// The name of its export.
+    /// The name of its export, without the epoch.
     pub export: &'a str,
+    /// The session's epoch: `NAME@EPOCH` names the export too. A drive of an older epoch is not on it.
+    pub epoch: u64,
     /// Whether the empty name means this export.
     pub is_default: bool,
     /// The session's id: names QEMU's new nodes.

@@ -235,6 +235,7 @@ impl Place {
             size: SIZE,
             addresses: &self.addresses,
             export: "disk0",
+            epoch: 1,
             is_default: true,
             session: "0123456789abcdef",
         }

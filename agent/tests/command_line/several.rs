@@ -75,7 +75,7 @@ fn all_disks_come_home_by_one_command_each_to_its_target() {
     let qemu: Vec<&str> = ready["qemu"].as_array().unwrap().iter().map(|one| one.as_str().unwrap()).collect();
     for (index, disk) in ["root", "data"].iter().enumerate() {
         assert!(ready["disks"][index]["uris"][0].as_str().unwrap().contains(disk), "{ready}");
-        assert!(qemu.iter().any(|one| one.contains(&format!("export={disk},"))), "{qemu:?}");
+        assert!(qemu.iter().any(|one| one.contains(&format!("export={disk}@1,"))), "{qemu:?}");
         assert!(qemu.contains(&format!("virtio-blk-pci,drive=lifeboot{index}").as_str()), "{qemu:?}");
     }
     let of = |name: &str| events.iter().filter(|event| event["event"] == name).collect::<Vec<_>>();

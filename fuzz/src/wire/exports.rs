@@ -41,6 +41,10 @@ impl Directory for Exports {
         NAMES.iter().position(|name| *name == wanted).map(ExportId)
     }
 
+    fn why_absent(&self, name: &str) -> Option<String> {
+        name.starts_with('o').then(|| "it is no more".to_owned())
+    }
+
     fn contexts(&self, export: ExportId) -> Vec<MetaContext> {
         contexts().into_iter().skip(export.0).collect()
     }

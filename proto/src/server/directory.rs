@@ -32,6 +32,9 @@ pub trait Directory {
     /// The export of this name, without opening it. The empty name is the only or the first one.
     fn find(&self, name: &str) -> Option<ExportId>;
 
+    /// Why there is no export of this name, where more is to be said than that.
+    fn why_absent(&self, name: &str) -> Option<String>;
+
     /// The metadata contexts of an export, without opening it.
     fn contexts(&self, export: ExportId) -> Vec<MetaContext>;
 

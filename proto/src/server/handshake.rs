@@ -238,7 +238,7 @@ impl Handshake {
             return Step::Answered;
         };
         let Some(export) = directory.find(request.name) else {
-            self.refuse(kind, OptionReplyKind::ErrUnknown, "no such export");
+            self.refuse_name(kind, request.name, directory);
             return Step::Answered;
         };
         let info = match directory.describe(export) {
@@ -335,7 +335,7 @@ impl Handshake {
             return self.refuse(kind, OptionReplyKind::ErrInvalid, "a query has no namespace");
         }
         let Some(export) = directory.find(request.name) else {
-            return self.refuse(kind, OptionReplyKind::ErrUnknown, "no such export");
+            return self.refuse_name(kind, request.name, directory);
         };
         let mut chosen: Vec<SelectedContext> = Vec::new();
         for context in directory.contexts(export) {
@@ -366,6 +366,14 @@ impl Handshake {
         piece.put_u32(id.0);
         piece.put_slice(context.to_string().as_bytes());
         self.reply(kind, OptionReplyKind::MetaContext, &piece);
+    }
+
+    /// A name that once stood for something is refused by policy, with the reason; any other is unknown.
+    fn refuse_name(&mut self, option: OptionKind, name: &str, directory: &dyn Directory) {
+        match directory.why_absent(name) {
+            Some(why) => self.refuse(option, OptionReplyKind::ErrPolicy, &why),
+            None => self.refuse(option, OptionReplyKind::ErrUnknown, "no such export"),
+        }
     }
 
     fn refuse(&mut self, option: OptionKind, reply: OptionReplyKind, why: &str) {

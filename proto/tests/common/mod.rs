@@ -35,6 +35,10 @@ impl Directory for Exports {
         self.0.iter().position(|(name, _)| *name == wanted).map(ExportId)
     }
 
+    fn why_absent(&self, name: &str) -> Option<String> {
+        (name == "former").then(|| "it is no more".to_owned())
+    }
+
     fn contexts(&self, export: ExportId) -> Vec<MetaContext> {
         let mut contexts = vec![MetaContext::Allocation, MetaContext::Depth];
         if export == ExportId(0) {

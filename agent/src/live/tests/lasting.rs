@@ -194,6 +194,38 @@ fn a_live_file_that_is_lost_on_the_same_boot_is_told_from_a_host_that_went_down(
 }
 
 #[test]
+fn a_loss_is_told_of_before_the_session_is_believed_again() {
+    for is_poisoned in [false, true] {
+        let mut rig = Rig::new();
+        let device = rig.create();
+        rig.write(&device, chunk(0), 1).unwrap();
+        rig.flush(&device).unwrap();
+        let expected = if is_poisoned { Resumed::SyncFailed } else { Resumed::HostDied };
+        if is_poisoned {
+            rig.target.set_faults(Faults { sync: 1000, ..Faults::default() });
+            rig.write(&device, chunk(0), 2).unwrap();
+            rig.flush(&device).unwrap_err();
+            rig.target.set_faults(Faults::default());
+        } else {
+            rig.reboot();
+        }
+        drop(device);
+        let (parts, target, journal, id) = (rig.parts(), rig.target.clone(), rig.journal.clone(), rig.id);
+        let cut_short = async move {
+            let told = |resumed| {
+                assert_eq!(resumed, expected);
+                Err(block::Error::new(ErrorKind::NoSpace, "no room for the record"))
+            };
+            crate::live::Session::resume_telling(parts, id, &target, &journal, told).await.map(|_| ())
+        };
+        let refused = rig.run(cut_short).unwrap_err();
+        assert_eq!(refused.kind(), error::ErrorKind::Device(ErrorKind::NoSpace));
+        assert_eq!(rig.resume().1, expected, "it is not known any more that something was lost");
+        assert_eq!(rig.resume().1, Resumed::AgentDied);
+    }
+}
+
+#[test]
 fn a_target_that_does_not_hold_what_was_filled_is_refused_and_nothing_is_written() {
     let mut rig = Rig::new();
     let device = rig.create();
