@@ -6,18 +6,19 @@ use std::sync::Arc;
 use anyhow::Context as _;
 use repository::{DiskMap, Repository};
 
-use crate::source::{FetchPool, FetchStats, PoolOptions, RepositoryStore};
+use crate::source::{FallbackUse, Fallbacks, FetchPool, FetchStats, PoolOptions, RepositoryStore};
 
 /// The threads, started when the first disk needs them.
 pub(super) struct SharedPool {
     options: PoolOptions,
+    fallbacks: Fallbacks,
     pool: OnceCell<Arc<FetchPool<RepositoryStore>>>,
 }
 
 impl SharedPool {
     /// None are started yet.
-    pub(super) const fn new(options: PoolOptions) -> Self {
-        Self { options, pool: OnceCell::new() }
+    pub(super) fn new(options: PoolOptions, fallbacks: &Fallbacks) -> Self {
+        Self { options, fallbacks: fallbacks.clone(), pool: OnceCell::new() }
     }
 
     /// Makes a disk of the repository known to the threads.
@@ -28,7 +29,7 @@ impl SharedPool {
         let pool = match self.pool.get() {
             Some(pool) => Arc::clone(pool),
             None => {
-                let store = RepositoryStore::new(repository.clone());
+                let store = RepositoryStore::with_fallbacks(repository.clone(), self.fallbacks.clone());
                 let pool =
                     FetchPool::start(store, self.options).context("cannot start the fetching threads")?;
                 Arc::clone(self.pool.get_or_init(|| Arc::new(pool)))
@@ -49,6 +50,11 @@ pub(crate) struct Fetching {
 }
 
 impl Fetching {
+    /// What came from copies of the repository, for all disks.
+    pub(crate) fn fallbacks(&self) -> Vec<FallbackUse> {
+        self.pool.store().fallbacks().used()
+    }
+
     /// What was fetched for this disk.
     pub(crate) fn stats(&self) -> FetchStats {
         self.pool.store().fetched(self.disk)

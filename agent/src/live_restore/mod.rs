@@ -171,6 +171,10 @@ pub(crate) struct SessionArgs {
     /// this time, like 5ms
     #[arg(long, value_name = "TIME", value_parser = parse_time)]
     guest_p99: Option<Duration>,
+    /// A copy of the repository: a chunk that is damaged or missing, or all of them while the repository cannot be
+    /// had, are fetched from it, and verified. May be given several times
+    #[arg(long, value_name = "REPO")]
+    fallback: Vec<PathBuf>,
 
     #[command(flatten)]
     source: SourceArgs,
@@ -208,6 +212,7 @@ impl SessionArgs {
             uses_trace: !self.no_trace,
             drive: None,
             handed_over: Vec::new(),
+            fallbacks: self.fallback,
             options,
         })
     }

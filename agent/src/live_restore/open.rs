@@ -37,7 +37,7 @@ use crate::live::{
     BootId, ChunkCheck, ChunkSource, DiskLayout, ErrorKind, Identity, JournalLayout, LiveWords, Phase,
     Resumed, Session, SessionId, SessionOptions, SessionParts, TokioClock,
 };
-use crate::source::{DiskSource, NoSource, pack_order, zero_chunks};
+use crate::source::{DiskSource, Fallbacks, NoSource, pack_order, zero_chunks};
 use crate::status;
 
 /// Of what the target is so much stands in the journal's header, for people.
@@ -61,6 +61,8 @@ pub(super) struct Opened {
 pub(super) struct Wish<'a> {
     /// The repository, or why it cannot be had.
     pub(super) repository: &'a repository::Result<Repository>,
+    /// Copies of it.
+    pub(super) fallbacks: &'a Fallbacks,
     /// `GROUP@TIME[/DISK]`
     pub(super) spec: &'a str,
     pub(super) target: &'a Path,
@@ -361,9 +363,14 @@ impl Parts {
         let layout = DiskLayout { size: disk.size, chunk_size: disk.chunk_size };
         let repository = wish.repository()?;
         let map = repository.disk_map(disk)?;
-        let zero = zero_chunks(&map).context("cannot read the map of the snapshot's disk")?;
-        let plan = pack_order(repository, &map)?;
         let trace = if wish.uses_trace { trace_of(repository, group, disk) } else { Vec::new() };
+        let copies = wish.fallbacks;
+        let zero = zero_chunks(&map);
+        let zero = zero.or_else(|error| copies.or_else(error, |copy| zero_chunks(&map.through(copy))));
+        let zero = zero.context("cannot read the map of the snapshot's disk")?;
+        let plan = pack_order(repository, &map);
+        let plan =
+            plan.or_else(|error| copies.or_else(error, |copy| pack_order(copy, &map.through(copy))))?;
         let fetching = wish.pool.add(repository, map.clone())?;
         let check: Arc<dyn ChunkCheck> = Arc::new(MapCheck(map));
         let source = Arc::new(DiskSource::new(Arc::clone(&fetching.pool), fetching.disk, layout, zero));

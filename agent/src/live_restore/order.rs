@@ -43,6 +43,8 @@ pub(crate) struct Order {
     pub(crate) drive: Option<Drive>,
     /// Targets that their machine runs from already: they are not served.
     pub(crate) handed_over: Vec<PathBuf>,
+    /// Copies of the repository.
+    pub(crate) fallbacks: Vec<PathBuf>,
     /// What may be chosen for each session; its limit is that of all together.
     pub(crate) options: SessionOptions,
 }

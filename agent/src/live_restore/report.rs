@@ -4,6 +4,7 @@ use std::collections::VecDeque;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
+use super::fetching::Fetching;
 use super::service::ServedDisk;
 use crate::live::{self, DiskLayout, StatsSnapshot};
 use crate::status::{DamagedRange, Misses, Phase, Status};
@@ -77,6 +78,7 @@ pub(super) fn status(disk: &ServedDisk, stats: &StatsSnapshot) -> Status {
                 DamagedRange { offset: range.start(), len: range.len(), reason: run.reason.clone() }
             })
             .collect(),
+        fallbacks: disk.fetching.as_ref().map(Fetching::fallbacks).unwrap_or_default(),
         waiting: waiting(stats),
         ..Status::at_rest(record, phase)
     }

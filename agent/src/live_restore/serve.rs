@@ -38,6 +38,7 @@ use super::target;
 use crate::cli::{Context, Failure, Interrupt};
 use crate::in_use::Claim;
 use crate::live::{DiskLayout, LiveDisk, Session, SessionOptions};
+use crate::source::Fallbacks;
 use crate::status::Status;
 use crate::trace::TraceKeeper;
 
@@ -75,11 +76,13 @@ pub(crate) fn start(
     context: &Context,
     interrupt: &Interrupt,
 ) -> anyhow::Result<Running> {
+    let warn = |what| context.output().warn(what);
+    let (repository, fallbacks) = Fallbacks::beside(repository, &order.fallbacks, warn)?;
     let mut wanted = order.assign(&repository)?;
     wanted.retain(|wanted| !order.handed_over.contains(&wanted.target));
     let claims = wanted.iter().map(|wanted| claim(wanted, order.drive.is_some()));
     let claims = claims.filter_map(Result::transpose).collect::<anyhow::Result<Vec<_>>>()?;
-    let pool = SharedPool::new(order.pool);
+    let pool = SharedPool::new(order.pool, &fallbacks);
     let limit = order.options.limit;
     let options = SessionOptions {
         // Until it is known which disks have anything to copy.
@@ -90,6 +93,7 @@ pub(crate) fn start(
         .iter()
         .map(|wanted| Wish {
             repository: &repository,
+            fallbacks: &fallbacks,
             spec: &wanted.spec,
             target: &wanted.target,
             force: order.force,

@@ -45,6 +45,7 @@ pub(super) fn belongs_elsewhere(target: &Path, record: &SessionRecord, spec: &st
 pub(super) fn of_record(wish: &Wish<'_>, record: &SessionRecord) -> anyhow::Result<DiskEntry> {
     let repository = wish.repository().map_err(|error| gone(record, error))?;
     base_of(repository, record)
+        .or_else(|error| wish.fallbacks.find(|copy| base_of(copy, record).ok()).ok_or(error))
 }
 
 fn gone(record: &SessionRecord, error: repository::Error) -> Failure {

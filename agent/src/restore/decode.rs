@@ -15,7 +15,7 @@ use super::plan::Wanted;
 use super::writer::Write;
 use crate::capture::Stop;
 use crate::output::Progress;
-use crate::source::Throttle;
+use crate::source::{Fallbacks, Throttle};
 
 /// How many buffers one decoder fills before it gives any away. There are more in all, or copies would
 /// be waited for in a circle.
@@ -33,6 +33,8 @@ pub(super) struct Job {
 pub(super) struct Decoders<'a> {
     pub(super) map: &'a DiskMap,
     pub(super) reader: ChunkReader,
+    /// Who is asked for what cannot be had there.
+    pub(super) fallbacks: &'a Fallbacks,
     /// Whether what is not written reads as zeroes.
     pub(super) target_is_zero: bool,
     pub(super) damage: &'a DamageLog,
@@ -127,7 +129,8 @@ impl Hands<'_> {
             buf.set_len(wanted[run.clone()].iter().map(|chunk| self.len(chunk)).sum());
             pieces.push(Piece { chunks: run.clone(), buf });
         }
-        let results = self.decode(chunks, &readable, &mut pieces);
+        let mut results = self.decode(chunks, &readable, &mut pieces);
+        self.rescue(chunks, &mut pieces, &mut results);
         let mut results = results.into_iter();
         for piece in pieces {
             let chunks = &wanted[piece.chunks.clone()];
@@ -202,6 +205,29 @@ impl Hands<'_> {
                 Err(error) => Err(error.clone()),
             })
             .collect()
+    }
+
+    /// Asks the copies of the repository for what could not be had.
+    fn rescue(
+        &mut self,
+        chunks: &[Wanted],
+        pieces: &mut [Piece],
+        results: &mut [Result<(), repository::Error>],
+    ) {
+        let mut rest = chunks.iter().zip(results);
+        for piece in pieces {
+            let mut at = 0;
+            for (chunk, result) in rest.by_ref().take(piece.chunks.len()) {
+                let out = at..at + self.len(chunk);
+                at = out.end;
+                if let Err(why) = &*result {
+                    let fallbacks = self.shared.fallbacks;
+                    if fallbacks.rescue(&chunk.id, &mut self.decoder, &mut piece.buf[out], why).is_ok() {
+                        *result = Ok(());
+                    }
+                }
+            }
+        }
     }
 
     /// Sends what was decoded to wherever it stands.

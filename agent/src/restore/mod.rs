@@ -17,7 +17,7 @@ use serde::Serialize;
 
 use crate::cli::{Context, Failure, Outcome, Verb};
 use crate::output::{Output, human_count, human_duration, human_size};
-use crate::source::{PaceArgs, Throttle};
+use crate::source::{FallbackUse, Fallbacks, PaceArgs, Throttle};
 use damage::{Damage, DamageLog};
 use pipeline::Restore;
 use target::Target;
@@ -55,6 +55,11 @@ pub struct Args {
     #[arg(long)]
     keep_going: bool,
 
+    /// A copy of the repository: a chunk that is damaged or missing is fetched from it, and verified. May be given
+    /// several times
+    #[arg(long, value_name = "REPO")]
+    fallback: Vec<PathBuf>,
+
     /// How to do I/O: auto, uring or threads
     #[arg(long, default_value_t = IoEngine::Auto, value_name = "ENGINE")]
     io_engine: IoEngine,
@@ -87,6 +92,8 @@ struct Report<'a> {
     data_bytes: u64,
     damaged_bytes: u64,
     damaged: &'a [Damage],
+    /// What came from copies of the repository.
+    fallbacks: &'a [FallbackUse],
     seconds: f64,
 }
 
@@ -94,7 +101,10 @@ impl Verb for Args {
     fn run(self, context: &Context) -> anyhow::Result<Outcome> {
         let started = Instant::now();
         let output = context.output();
-        let repository = Repository::open(context.repository_path()?)?;
+        let warn = |what| output.warn(what);
+        let repository = Repository::open(context.repository_path()?);
+        let (repository, fallbacks) = Fallbacks::beside(repository, &self.fallback, warn)?;
+        let repository = repository?;
         let (snapshot, disk) = repository.resolve(&self.snapshot)?;
         let disk = match disk {
             Some(disk) => disk,
@@ -116,6 +126,7 @@ impl Verb for Args {
         let damage = DamageLog::new(self.keep_going);
         let restore = Restore {
             repository: &repository,
+            fallbacks: &fallbacks,
             map: &map,
             target: &target_disk,
             target_is_zero: target.starts_as_zeroes(),
@@ -143,8 +154,17 @@ impl Verb for Args {
             data_bytes,
             damaged_bytes,
             damaged: &damaged,
+            fallbacks: &fallbacks.used(),
             seconds: elapsed.as_secs_f64(),
         })?;
+        for used in fallbacks.used() {
+            output.warn(format_args!(
+                "{}, {}, came from the copy {}: `lifeboot verify` says what the repository lacks",
+                human_count(used.chunks, "chunk", "chunks"),
+                human_size(used.bytes),
+                used.repository.display()
+            ));
+        }
         let lost = match damaged_bytes {
             0 => String::new(),
             bytes => format!(", {} lost", human_size(bytes)),

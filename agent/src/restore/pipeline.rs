@@ -17,7 +17,7 @@ use super::writer::{self, Write};
 use crate::capture::Stop;
 use crate::cli::Interrupt;
 use crate::output::Progress;
-use crate::source::Throttle;
+use crate::source::{Fallbacks, Throttle};
 
 /// Chunks that are planned together, in pack order: 8 GiB of disk at the usual chunk size, a few MiB of memory.
 const STRETCH: u64 = 64 << 10;
@@ -32,6 +32,7 @@ const QUEUED_JOBS: usize = 64;
 /// What is brought back, and where to.
 pub(super) struct Restore<'a> {
     pub(super) repository: &'a Repository,
+    pub(super) fallbacks: &'a Fallbacks,
     pub(super) map: &'a DiskMap,
     pub(super) target: &'a FileDisk,
     pub(super) target_is_zero: bool,
@@ -62,6 +63,7 @@ impl Restore<'_> {
         let decoders = Decoders {
             map: self.map,
             reader: self.repository.reader(),
+            fallbacks: self.fallbacks,
             target_is_zero: self.target_is_zero,
             damage: self.damage,
             stop: &stop,
@@ -124,7 +126,10 @@ impl Restore<'_> {
             }
             let mut wanted = Vec::with_capacity(named.len());
             for chunk in named {
-                match self.repository.locate_needed(&chunk.id) {
+                // Where only a copy knows it: it is not found there, and then asked of the copies by its id.
+                let at = self.repository.locate_needed(&chunk.id);
+                match at.or_else(|error| self.fallbacks.or_else(error, |copy| copy.locate_needed(&chunk.id)))
+                {
                     Ok(at) => {
                         let (index, more) = (chunk.places[0], chunk.places[1..].to_vec());
                         wanted.push(Wanted { id: chunk.id, at, index, more });
@@ -151,7 +156,9 @@ impl Restore<'_> {
 
     /// The entries of the map; where part of it is damaged, as zeroes that are noted as lost.
     fn entries(&self, range: Range<u64>) -> anyhow::Result<Vec<MapEntry>> {
-        match self.map.entries(range.clone()) {
+        let entries = self.map.entries(range.clone());
+        let of_copy = |copy: &Repository| self.map.through(copy).entries(range.clone());
+        match entries.or_else(|error| self.fallbacks.or_else(error, of_copy)) {
             Ok(entries) => Ok(entries),
             Err(error) if range.end - range.start == 1 => {
                 self.damage.note(self.range(range), None, error)?;

@@ -7,6 +7,7 @@ use serde::{Deserialize, Serialize};
 use crate::cli::Outcome;
 use crate::live_restore::SessionRecord;
 use crate::output::Output;
+use crate::source::FallbackUse;
 
 /// What a session is doing.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -101,6 +102,9 @@ pub struct Status {
     pub damaged_bytes: u64,
     /// Where they are, neighbours of one reason together; of very many ranges the first thousand.
     pub damaged: Vec<DamagedRange>,
+    /// What came from copies of the repository since this agent began, for all of its disks.
+    #[serde(default)]
+    pub fallbacks: Vec<FallbackUse>,
     /// Why it does not go on just now: the source is away, the target is full.
     pub waiting: Option<String>,
 }
@@ -135,6 +139,7 @@ impl Status {
             connections: None,
             damaged_bytes: 0,
             damaged: Vec::new(),
+            fallbacks: Vec::new(),
             waiting: None,
         }
     }

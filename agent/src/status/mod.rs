@@ -158,6 +158,13 @@ fn table(status: &Status) -> Table {
             ),
         );
     }
+    for used in &status.fallbacks {
+        let chunks = human_count(used.chunks, "chunk", "chunks");
+        row(
+            "from a copy",
+            format!("{chunks}, {}, from {}", human_size(used.bytes), used.repository.display()),
+        );
+    }
     if let Some(why) = &status.waiting {
         row("waiting", why.clone());
     }

@@ -40,6 +40,11 @@ impl DiskMap {
         self.geometry
     }
 
+    /// The same map, read from another repository that holds it too: nodes are found by what they hold.
+    pub fn through(&self, repository: &Repository) -> Self {
+        Self { repository: repository.clone(), ..self.clone() }
+    }
+
     /// The disk's size in bytes.
     pub fn size(&self) -> u64 {
         self.geometry.size()

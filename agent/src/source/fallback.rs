@@ -1,0 +1,169 @@
+//! Copies of a repository: what it cannot give itself is had from them, by the chunk's id and through their own index.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+
+use repository::{ChunkDecoder, ChunkId, ChunkReader, Repository};
+use serde::{Deserialize, Serialize};
+
+use crate::cli::Failure;
+
+/// What a copy gave.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FallbackUse {
+    /// The copy.
+    pub repository: PathBuf,
+    /// Chunks that came from it.
+    pub chunks: u64,
+    /// Their plain bytes.
+    pub bytes: u64,
+}
+
+/// The copies that were named, in their order. Cheap to clone.
+#[derive(Clone, Default)]
+pub struct Fallbacks(Arc<[CopyOfIt]>);
+
+/// One copy.
+pub(super) struct CopyOfIt {
+    pub(super) repository: Repository,
+    pub(super) reader: ChunkReader,
+    chunks: AtomicU64,
+    bytes: AtomicU64,
+    told: AtomicBool,
+}
+
+impl Fallbacks {
+    /// The repository, or, where that cannot be had, the first of its copies that can; and the other copies. A copy that
+    /// cannot be had is warned of and left out.
+    ///
+    /// # Errors
+    /// Where a copy is the repository itself. Why the repository cannot be had is inside, for those who can do without it.
+    pub fn beside(
+        mut main: repository::Result<Repository>,
+        copies: &[PathBuf],
+        warn: impl Fn(String),
+    ) -> anyhow::Result<(repository::Result<Repository>, Self)> {
+        let is_same =
+            |a: &Path, b: &Path| matches!((a.canonicalize(), b.canonicalize()), (Ok(a), Ok(b)) if a == b);
+        if let Ok(main) = &main
+            && let Some(same) = copies.iter().find(|copy| is_same(copy, &main.path()))
+        {
+            return Err(Failure::new(
+                format!("--fallback {} is the repository itself", same.display()),
+                "name a copy of it that lies elsewhere",
+            )
+            .into());
+        }
+        let mut opened = Vec::new();
+        for copy in copies {
+            match Repository::open(copy) {
+                Ok(repository) => opened.push(repository),
+                Err(error) => {
+                    warn(format!("the copy {} cannot be had, and is not used: {error}", copy.display()));
+                }
+            }
+        }
+        if let Err(error) = &main
+            && !opened.is_empty()
+        {
+            let copy = opened.remove(0);
+            let path = copy.path();
+            warn(format!("the repository cannot be had ({error}): its copy {} is used", path.display()));
+            main = Ok(copy);
+        }
+        Ok((main, opened.into_iter().map(CopyOfIt::new).collect()))
+    }
+
+    pub(super) fn copies(&self) -> &[CopyOfIt] {
+        &self.0
+    }
+
+    /// Whether there are none.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+
+    /// The first copy's answer.
+    pub fn find<T>(&self, ask: impl Fn(&Repository) -> Option<T>) -> Option<T> {
+        self.0.iter().find_map(|copy| ask(&copy.repository))
+    }
+
+    /// The first copy's answer that is one; `error` where none has any.
+    ///
+    /// # Errors
+    /// `error`.
+    pub fn or_else<T>(
+        &self,
+        error: repository::Error,
+        ask: impl Fn(&Repository) -> repository::Result<T>,
+    ) -> repository::Result<T> {
+        self.0.iter().find_map(|copy| ask(&copy.repository).ok()).ok_or(error)
+    }
+
+    /// Fills `out` with a chunk that the repository could not give because of `why`, verified by its id.
+    ///
+    /// # Errors
+    /// What each copy says.
+    pub fn rescue(
+        &self,
+        id: &ChunkId,
+        decoder: &mut ChunkDecoder,
+        out: &mut [u8],
+        why: &dyn std::fmt::Display,
+    ) -> Result<(), Vec<repository::Error>> {
+        let mut failed = Vec::new();
+        for copy in &*self.0 {
+            match copy.repository.read_chunk(id, decoder, out) {
+                Ok(()) => {
+                    copy.note(out.len(), why);
+                    return Ok(());
+                }
+                Err(error) => failed.push(error),
+            }
+        }
+        Err(failed)
+    }
+
+    /// What each copy gave until now; those that gave nothing are left out.
+    #[must_use]
+    pub fn used(&self) -> Vec<FallbackUse> {
+        let used = self.0.iter().map(|copy| FallbackUse {
+            repository: copy.repository.path(),
+            chunks: copy.chunks.load(Ordering::Relaxed),
+            bytes: copy.bytes.load(Ordering::Relaxed),
+        });
+        used.filter(|used| used.chunks > 0).collect()
+    }
+}
+
+impl FromIterator<CopyOfIt> for Fallbacks {
+    fn from_iter<T: IntoIterator<Item = CopyOfIt>>(copies: T) -> Self {
+        Self(copies.into_iter().collect())
+    }
+}
+
+impl CopyOfIt {
+    pub(super) fn new(repository: Repository) -> Self {
+        let reader = repository.reader();
+        let (chunks, bytes, told) = (AtomicU64::new(0), AtomicU64::new(0), AtomicBool::new(false));
+        Self { repository, reader, chunks, bytes, told }
+    }
+
+    /// It gave a chunk of so many bytes. Said once: the numbers say the rest.
+    pub(super) fn note(&self, bytes: usize, why: &dyn std::fmt::Display) {
+        self.chunks.fetch_add(1, Ordering::Relaxed);
+        self.bytes.fetch_add(bytes as u64, Ordering::Relaxed);
+        if !self.told.swap(true, Ordering::Relaxed) {
+            let copy = self.repository.path();
+            tracing::warn!(copy = %copy.display(), %why, "what the repository cannot give is had from its copy");
+        }
+    }
+}
+
+impl std::fmt::Debug for Fallbacks {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_list().entries(self.0.iter().map(|copy| copy.repository.path())).finish()
+    }
+}
