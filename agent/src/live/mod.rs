@@ -82,6 +82,7 @@ mod session;
 mod source;
 mod stats;
 mod streams;
+mod strip;
 #[cfg(test)]
 mod tests;
 mod write;
@@ -106,3 +107,4 @@ pub use source::{
     ChunkData, ChunkSource, DiskLayout, FetchFuture, RunData, SourceError, SourceErrorKind, Urgency,
 };
 pub use stats::{Phase, StatsSnapshot};
+pub use strip::Cell;

@@ -148,6 +148,11 @@ impl FillPlan {
         self.wanted[Lane::Trace as usize].iter().map(|run| run.end - run.start).sum()
     }
 
+    /// The chunks of the pieces that were begun and have not ended.
+    pub(super) fn in_flight_runs(&self) -> Vec<Range<u64>> {
+        self.in_flight.iter().map(|piece| piece.chunks.clone()).collect()
+    }
+
     /// Looks at every chunk once more after what is in flight.
     pub(super) fn begin_again(&mut self) {
         self.again = true;

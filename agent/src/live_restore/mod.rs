@@ -24,6 +24,7 @@ mod handover;
 mod identity;
 mod late;
 mod made;
+mod metrics;
 mod mover;
 mod narrate;
 mod open;
@@ -31,6 +32,7 @@ mod order;
 mod record;
 mod report;
 mod rest;
+mod scrape;
 pub(crate) mod serve;
 pub(crate) mod service;
 mod stamp;
@@ -58,7 +60,7 @@ use narrate::Narrator;
 
 pub(crate) use carrier::Carrier;
 pub(crate) use control::Asked;
-pub use control::{LimitChanged, Reply, Request, ask, ask_status, ask_telling};
+pub use control::{LimitChanged, Reply, Request, Strip, ask, ask_status, ask_telling};
 pub use damage::{KeptDamage, kept_damage};
 pub use handover::HandedOver;
 pub(crate) use handover::ask_without_agent;
@@ -155,6 +157,10 @@ pub(crate) struct SessionArgs {
     #[arg(long, value_name = "DIR")]
     state: Option<PathBuf>,
 
+    /// Tell Prometheus how it goes, at unix:PATH or tcp:HOST:PORT: GET /metrics
+    #[arg(long, value_name = "ADDRESS")]
+    metrics: Option<ListenAddress>,
+
     /// How long a guest's read waits for a repository that is out of reach
     #[arg(long, value_name = "TIME", default_value = "30s", value_parser = parse_time)]
     source_timeout: Duration,
@@ -204,6 +210,7 @@ impl SessionArgs {
             snapshot,
             targets,
             listen,
+            metrics: self.metrics,
             force: self.force,
             moved: self.moved,
             state: self.state,

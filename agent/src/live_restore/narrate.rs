@@ -26,6 +26,9 @@ enum Event<'a> {
     Ready {
         /// QEMU's arguments for a drive on each disk, at the first address.
         qemu: &'a [String],
+        /// Where its metrics are to be had, if they were asked for.
+        #[serde(skip_serializing_if = "Option::is_none")]
+        metrics: Option<&'a str>,
         #[serde(flatten)]
         disks: Each<Readied<'a>>,
     },
@@ -172,12 +175,16 @@ impl<'a> Narrator<'a> {
             resumed: disk.resumed.is_some(),
             status,
         });
-        self.output.event(&Event::Ready { qemu: &qemu, disks: Each::of(readied) })?;
+        let metrics = service.metrics_url.as_deref();
+        self.output.event(&Event::Ready { qemu: &qemu, metrics, disks: Each::of(readied) })?;
         for (disk, status) in service.disks().iter().zip(&statuses) {
             self.say_found(disk, status)?;
         }
         for uri in service.disks().iter().flat_map(ServedDisk::uris) {
             self.output.line(format_args!("ready: {uri}"))?;
+        }
+        if let Some(url) = metrics {
+            self.output.line(format_args!("metrics: {url}"))?;
         }
         self.output.line(format_args!("QEMU: {}", advice::shell_line(&qemu)))
     }

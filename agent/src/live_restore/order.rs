@@ -27,6 +27,8 @@ pub(crate) struct Order {
     pub(crate) targets: Vec<PathBuf>,
     /// Where the disks are served, each by its name.
     pub(crate) listen: Vec<ListenAddress>,
+    /// Where metrics are to be had.
+    pub(crate) metrics: Option<ListenAddress>,
     /// Overwrite targets that hold data and have no session.
     pub(crate) force: bool,
     /// The targets were copied or moved as a whole, together with their sessions.

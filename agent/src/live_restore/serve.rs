@@ -31,6 +31,7 @@ use super::late::LateDisk;
 use super::open::{self, Found, Opened, Wish};
 use super::order::{Order, Wanted};
 use super::record::SessionRecord;
+use super::scrape::Scraped;
 use super::service::{ServedDisk, Service};
 use super::stamp;
 use super::story::{End, Story};
@@ -53,6 +54,7 @@ const LEAST_FILLS: usize = 8;
 pub(crate) struct Running {
     service: Arc<Service>,
     handle: Option<ServerHandle>,
+    metrics: Option<Scraped>,
     /// Keep others from the targets.
     _claims: Vec<Claim>,
 }
@@ -110,12 +112,13 @@ pub(crate) fn start(
     let lates: Vec<Arc<LateDisk>> = found.iter().map(|_| Arc::default()).collect();
     let names: Vec<_> = found.iter().map(|found| Arc::new(EpochName::of(&found.names().1))).collect();
     let server = bind(&found, &lates, &names, &order.listen)?;
+    let metrics = order.metrics.as_ref().map(Scraped::bind).transpose()?;
     let opened = open_all(found, order.engine, interrupt)?;
     drop(wishes);
     serve(
         opened,
         wanted,
-        Binding { server, lates, names },
+        Binding { server, lates, names, metrics },
         claims,
         limit,
         order,
@@ -130,6 +133,7 @@ struct Binding {
     server: Server,
     lates: Vec<Arc<LateDisk>>,
     names: Vec<Arc<EpochName>>,
+    metrics: Option<Scraped>,
 }
 
 #[allow(clippy::too_many_arguments, reason = "the last step of `start`, which has all of them")]
@@ -175,8 +179,10 @@ fn serve(
         served
     });
     let served = served.collect();
-    let service = Service::new(context, interrupt, engine, repository, handle.monitor(), served, limit);
-    Ok(Running { service: Arc::new(service), handle: Some(handle), _claims: claims })
+    let mut service = Service::new(context, interrupt, engine, repository, handle.monitor(), served, limit);
+    service.metrics_url = binding.metrics.as_ref().map(Scraped::url);
+    let service = Arc::new(service);
+    Ok(Running { service, handle: Some(handle), metrics: binding.metrics, _claims: claims })
 }
 
 impl Running {
@@ -193,7 +199,7 @@ impl Running {
     pub(crate) fn tell(mut self, until: Until, watcher: &mut dyn Watcher) -> anyhow::Result<Ended> {
         let service = Arc::clone(&self.service);
         let mut story = Story::new(&service, until);
-        let told = story.tell(watcher);
+        let told = story.tell(watcher, self.metrics.take());
         for disk in self.service.disks() {
             disk.look_at_trace(true);
         }

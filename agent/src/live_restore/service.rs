@@ -30,6 +30,8 @@ pub(crate) struct Service {
     pub(crate) repository: Option<Repository>,
     /// Sees the connections of its server.
     pub(crate) monitor: Monitor,
+    /// Where its metrics are to be had.
+    pub(super) metrics_url: Option<String>,
     pub(super) interrupt: Interrupt,
     pub(super) disks: Vec<ServedDisk>,
     /// Bytes a second that the background of all disks together may take; 0 is no limit.
@@ -99,6 +101,7 @@ impl Service {
             engine,
             repository,
             monitor,
+            metrics_url: None,
             interrupt: interrupt.clone(),
             disks,
             limit: AtomicU64::new(limit),

@@ -11,6 +11,7 @@ use tokio::sync::Notify;
 use super::control::{Control, Tasks};
 use super::damage::DamageKeeper;
 use super::report::RateMeter;
+use super::scrape::Scraped;
 use super::service::{ServedDisk, Service};
 use crate::live::{Phase, Session, StatsSnapshot};
 use crate::status::Status;
@@ -92,7 +93,11 @@ impl<'a> Story<'a> {
     }
 
     /// Tells it to its end.
-    pub(super) fn tell(&mut self, watcher: &mut dyn Watcher) -> anyhow::Result<End> {
+    pub(super) fn tell(
+        &mut self,
+        watcher: &mut dyn Watcher,
+        metrics: Option<Scraped>,
+    ) -> anyhow::Result<End> {
         let runtime = tokio::runtime::Builder::new_current_thread()
             .enable_all()
             .build()
@@ -112,6 +117,14 @@ impl<'a> Story<'a> {
                     tokio::spawn(control.serve(Arc::clone(self.service), disk, tasks.clone()))
                 })
                 .collect();
+            if let Some(metrics) = metrics {
+                let service = Arc::clone(self.service);
+                tokio::spawn(async move {
+                    if let Err(error) = metrics.serve(service).await {
+                        tracing::error!(%error, "metrics cannot be served");
+                    }
+                });
+            }
             let end = self.watch(watcher).await;
             self.service.begin_ending();
             asked.iter().for_each(tokio::task::JoinHandle::abort);

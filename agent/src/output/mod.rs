@@ -128,6 +128,12 @@ impl Output {
         self.stdout(table.render(self.stdout_terminal).as_bytes())
     }
 
+    /// How wide the terminal is that stdout is, just now; `None` where it is none.
+    #[must_use]
+    pub fn terminal_width(&self) -> Option<usize> {
+        if self.stdout_terminal { table::terminal_width() } else { None }
+    }
+
     /// Bytes on stdout as they are.
     ///
     /// # Errors

@@ -3,6 +3,7 @@
 mod document;
 mod remote;
 mod report;
+mod watch;
 
 use std::net::TcpStream;
 use std::os::unix::net::UnixStream;
@@ -29,6 +30,7 @@ const PATIENCE: Duration = Duration::from_secs(10);
 #[derive(Debug, clap::Args)]
 #[command(after_help = "\
 Example: lifeboot status /var/lib/vm/web01.raw
+         lifeboot status --watch /var/lib/vm/web01.raw
          lifeboot status --listen tcp:10.0.0.5:10809")]
 pub struct Args {
     /// The target of the live-restore
@@ -43,6 +45,11 @@ pub struct Args {
     #[arg(long, value_name = "NAME", default_value = "", hide_default_value = true, requires = "listen")]
     export: String,
 
+    /// Show it again each second, with each disk as a strip of what is home, until Ctrl-C: all disks of the agent,
+    /// and on when it has ended or comes back. Not on a terminal a line for each disk; with --json a document on a line
+    #[arg(short, long, conflicts_with = "listen")]
+    watch: bool,
+
     /// Where sessions are kept, if not beside the target
     #[arg(long, value_name = "DIR")]
     state: Option<PathBuf>,
@@ -52,6 +59,7 @@ impl Verb for Args {
     fn run(self, context: &Context) -> anyhow::Result<Outcome> {
         match (&self.listen, &self.target) {
             (Some(address), _) => show_remote(context, address, &self.export),
+            (None, Some(target)) if self.watch => watch::watch(context, target, self.state.as_deref()),
             (None, Some(target)) => show_session(context, target, self.state.as_deref()),
             (None, None) => unreachable!("clap requires one of them"),
         }

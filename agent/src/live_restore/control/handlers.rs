@@ -4,16 +4,27 @@ use std::sync::Arc;
 
 use serde_json::{Value, to_value};
 
-use super::{Asked, LimitChanged, Request};
+use super::{Asked, LimitChanged, Request, Strip};
 use crate::cli::Failure;
+use crate::live::Cell;
 use crate::live_restore::handover::hand_over;
 use crate::trace::TraceKeeper;
+
+/// A strip has no more cells than this.
+const MOST_CELLS: usize = 4096;
 
 /// Does what was asked, and returns what `done` is to carry.
 pub(super) async fn answer(request: Request, asked: &Asked) -> anyhow::Result<Value> {
     match request {
         Request::Status => Ok(to_value(asked.service().status(asked.disk()))?),
         Request::Disks => Ok(to_value(asked.service().statuses())?),
+        Request::Map { cells } => {
+            let strips = asked.service().disks().iter().map(|disk| Strip {
+                disk: disk.record.disk.clone(),
+                cells: disk.session().strip(cells.min(MOST_CELLS)).into_iter().map(Cell::letter).collect(),
+            });
+            Ok(to_value(strips.collect::<Vec<_>>())?)
+        }
         Request::Limit { rate } => {
             let old = asked.service().set_limit(rate);
             Ok(to_value(LimitChanged { old, new: rate })?)

@@ -13,6 +13,11 @@ pub enum Request {
     Status,
     /// How far every session of the agent is: an array of them, in the order of its exports.
     Disks,
+    /// Each disk of the agent as a strip of cells: an array of [`Strip`], in the order of its exports.
+    Map {
+        /// How many cells there may be, up to 4096; a small disk has fewer.
+        cells: usize,
+    },
     /// Another limit from now on, for all disks of the agent together: [`LimitChanged`].
     Limit {
         /// Bytes a second that the background may take; 0 is no limit.
@@ -29,6 +34,15 @@ pub enum Request {
         /// Which drive of which QEMU.
         drive: Drive,
     },
+}
+
+/// A disk as a strip of cells.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Strip {
+    /// The disk's name.
+    pub disk: String,
+    /// A character for each cell, from the disk's start to its end; see [`crate::live::Cell`].
+    pub cells: String,
 }
 
 /// What came of [`Request::Limit`].
