@@ -7,7 +7,7 @@ use bytesize::ByteSize;
 use clap::Args;
 
 use super::boot::players::{FIRST, LIVE, ON_DEMAND, OVERLAY};
-use super::{Common, boot, capture, guests, kill, restore, serve};
+use super::{Common, boot, capture, guests, kill, restore, serve, tebibyte};
 use crate::contest::Contender;
 use crate::report::{Better, Cell, Figure, Report, Series, Unit};
 use crate::stats::{self, Summary};
@@ -26,7 +26,7 @@ pub(crate) struct Options {
     #[arg(long, default_value_t = 50)]
     kills: u32,
     /// Only these workloads
-    #[arg(long, value_delimiter = ',', default_values_t = ["capture", "restore", "boot", "guests", "machine", "kill", "serve"].map(String::from))]
+    #[arg(long, value_delimiter = ',', default_values_t = ["capture", "restore", "boot", "guests", "machine", "tebibyte", "kill", "serve"].map(String::from))]
     only: Vec<String>,
 }
 
@@ -78,6 +78,18 @@ pub(crate) fn run(common: &Common, options: &Options) -> Result<Report> {
         let distinct = trace::distinct_bytes_read(&boot::trace_of(common, &image, options.trace.as_deref())?);
         let found = boot::run(common, &boot)?;
         figures.extend(of_boot(&found, distinct as f64)?);
+        report.absorb(found);
+    }
+    if wanted("tebibyte") {
+        let found = tebibyte::run(common, &tebibyte::Options { seconds: 60, kills: 3 })?;
+        let command = "lifeboot-bench tebibyte";
+        for (title, goal, unit) in [
+            (tebibyte::RESTART, 1.0, Unit::Seconds),
+            (tebibyte::MEMORY, MEMORY_LIMIT, Unit::Bytes),
+            (tebibyte::JOURNAL, 64e6, Unit::Bytes),
+        ] {
+            figures.push(in_unit(title, goal, unit, of(cell(&found, title)?, tebibyte::NAME)?, command));
+        }
         report.absorb(found);
     }
     if wanted("kill") {

@@ -183,7 +183,7 @@ fn reads_of(output: &str) -> Result<f64> {
 }
 
 /// Connects as soon as the agent lets anybody, and reads; returns the connection.
-fn first_answer(agent: &mut Server, socket: &Path, since: Instant) -> Result<Client> {
+pub(crate) fn first_answer(agent: &mut Server, socket: &Path, since: Instant) -> Result<Client> {
     loop {
         let mut block = [0; STAMP_BYTES];
         let attempt = Client::connect(socket, ours::EXPORT)

@@ -8,6 +8,7 @@ pub(crate) mod guests;
 pub(crate) mod kill;
 pub(crate) mod restore;
 pub(crate) mod serve;
+pub(crate) mod tebibyte;
 
 use std::path::{Path, PathBuf};
 
