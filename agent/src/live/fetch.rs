@@ -46,6 +46,7 @@ impl Session {
             match self.source.join(chunk, Urgency::Demand) {
                 Some(fetch) => match fetch.await {
                     Ok(data) if data.len() as u64 == self.map.disk().chunk_range(chunk).len() => {
+                        Stats::add(&self.stats.fetched, data.len() as u64);
                         return Ok(Some((data, true)));
                     }
                     // Whoever brings it home deals with that; this asks once more by itself.
