@@ -27,7 +27,7 @@ pub enum Request {
     TraceBegin,
     /// What they read until now is its boot trace, and kept: [`crate::trace::KeptTrace`].
     TraceTake,
-    /// Make a snapshot of what the guests of this agent wrote: a [`crate::save::Report`].
+    /// Make a snapshot of what the guests of this agent wrote: what `lifeboot save --json` prints.
     Save(crate::save::SaveRequest),
     /// Move the machine onto this target: [`crate::live_restore::HandedOver`].
     Pivot {
