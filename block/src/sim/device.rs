@@ -65,6 +65,10 @@ impl SimDisk {
         let mut contents = self.0.lock();
         if let Some(kind) = fault {
             contents.abandon(change);
+            match kind {
+                ErrorKind::NoSpace => contents.stats.no_space += 1,
+                _ => contents.stats.failed_writes += 1,
+            }
             return Err(Error::new(kind, format_args!("writing {range}: simulated")));
         }
         contents.finish(change, durability == Durability::Stable);
@@ -82,6 +86,21 @@ impl Drop for InFlight<'_> {
     fn drop(&mut self) {
         if let Some(change) = self.change {
             self.disk.0.lock().orphan(change);
+        }
+    }
+}
+
+/// A sync that is under way.
+struct Syncing<'a> {
+    disk: &'a SimDisk,
+    epoch: u64,
+}
+
+impl Drop for Syncing<'_> {
+    fn drop(&mut self) {
+        let mut contents = self.disk.0.lock();
+        if contents.epoch == self.epoch {
+            contents.syncing -= 1;
         }
     }
 }
@@ -146,6 +165,7 @@ impl BlockDevice for SimDisk {
             }
             if fails {
                 buf.fill(0xee);
+                self.0.lock().stats.failed_reads += 1;
                 return (Err(Error::new(ErrorKind::Io, format_args!("reading {range}: simulated"))), buf);
             }
             self.0.lock().read(offset, &mut buf);
@@ -192,9 +212,12 @@ impl BlockDevice for SimDisk {
             let (epoch, before, fails) = {
                 let mut contents = self.0.lock();
                 let faults = contents.options.faults;
+                contents.syncing += 1;
                 (contents.epoch, contents.sync_point(), contents.rng.chance(faults.sync))
             };
+            let syncing = Syncing { disk: self, epoch };
             self.wait(epoch, |_| ()).await?;
+            drop(syncing);
             let mut contents = self.0.lock();
             if fails {
                 contents.fail_sync(before);

@@ -63,6 +63,31 @@ pub struct SimStats {
     pub syncs: u64,
     /// Syncs that failed.
     pub failed_syncs: u64,
+    /// Reads that failed.
+    pub failed_reads: u64,
+    /// Writes, trims and zeroings that failed, but not for want of room.
+    pub failed_writes: u64,
+    /// Those that found no room.
+    pub no_space: u64,
+    /// Sectors of which a power cut lost what was written last, and of which it kept that.
+    pub lost_sectors: u64,
+    /// Sectors of which a power cut kept what was written last, although no sync covered it.
+    pub kept_sectors: u64,
+    /// Power cuts that lost some of what was not synced, and kept some.
+    pub torn_cuts: u64,
+    /// Sectors that landed after their process was dead.
+    pub landed_late: u64,
+    /// Sectors that a failed sync did not write.
+    pub unwritten_sectors: u64,
+}
+
+/// What a disk is doing just now.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct UnderWay {
+    /// Writes, trims and zeroings that begin at or after the offset that was asked for, and before the end.
+    pub writes: usize,
+    /// Syncs.
+    pub syncs: usize,
 }
 
 /// A disk in memory with a volatile cache. Clones are the same disk.
@@ -82,6 +107,8 @@ pub(super) struct Contents {
     /// By sector: its versions since the last sync that covered it, oldest first.
     unsynced: BTreeMap<u64, Vec<Version>>,
     in_flight: BTreeMap<u64, Change>,
+    /// Syncs under way in this epoch.
+    pub(super) syncing: usize,
     orphans: BTreeSet<u64>,
     next_sequence: u64,
     next_change: u64,
@@ -125,6 +152,7 @@ impl SimDisk {
             stable: vec![0; len],
             unsynced: BTreeMap::new(),
             in_flight: BTreeMap::new(),
+            syncing: 0,
             orphans: BTreeSet::new(),
             next_sequence: 1,
             next_change: 1,
@@ -190,6 +218,20 @@ impl SimDisk {
     #[must_use]
     pub fn stats(&self) -> SimStats {
         self.0.lock().stats
+    }
+
+    /// What it is doing: changes that begin in `range`, and syncs.
+    #[must_use]
+    pub fn under_way(&self, range: ByteRange) -> UnderWay {
+        let contents = self.0.lock();
+        let begins_there =
+            |change: &&Change| range.start() <= change.range.start() && change.range.start() < range.end();
+        UnderWay { writes: contents.in_flight.values().filter(begins_there).count(), syncs: contents.syncing }
+    }
+
+    /// Looks at what a reader would see now, of the whole disk, without a copy of it.
+    pub fn with_view<T>(&self, look: impl FnOnce(&[u8]) -> T) -> T {
+        look(&self.0.lock().view)
     }
 
     /// What a reader would see now, of the whole disk.
@@ -268,21 +310,30 @@ impl Contents {
     }
 
     pub(super) fn sync(&mut self, before: u64) {
-        let sectors: Vec<u64> = self.unsynced.keys().copied().collect();
-        for sector in sectors {
-            self.settle(sector, before);
-        }
+        let (stable, size) = (&mut self.stable, self.options.size);
+        self.unsynced.retain(|&sector, versions| {
+            if let Some(newest) = take_before(versions, before) {
+                stable[sector_bytes(sector, size)].copy_from_slice(&newest.bytes);
+            }
+            !versions.is_empty()
+        });
     }
 
     /// What Linux does when write-back fails: every page is clean now, written or not.
     pub(super) fn fail_sync(&mut self, before: u64) {
         self.stats.failed_syncs += 1;
         let sectors: Vec<u64> = self.unsynced.keys().copied().collect();
+        // A path that is gone fails all of it, a bad medium some.
+        let fate_of_all = self.rng.chance(500).then(|| self.rng.below(3));
         for sector in sectors {
-            match self.rng.below(3) {
+            match fate_of_all.unwrap_or_else(|| self.rng.below(3)) {
                 0 => self.settle(sector, before),
-                1 => self.forget(sector, before),
+                1 => {
+                    self.stats.unwritten_sectors += 1;
+                    self.forget(sector, before);
+                }
                 _ => {
+                    self.stats.unwritten_sectors += 1;
                     self.forget(sector, before);
                     // Its page is dropped from memory; a page that was written since is not.
                     if !self.unsynced.contains_key(&sector) {
@@ -296,6 +347,8 @@ impl Contents {
 
     fn power_cut(&mut self, rng: &mut Rng) {
         self.epoch += 1;
+        self.syncing = 0;
+        let (mut lost, mut kept_last) = (0, 0);
         self.orphans.clear();
         let in_flight: Vec<u64> = self.in_flight.keys().copied().collect();
         for change in in_flight {
@@ -309,21 +362,27 @@ impl Contents {
         let unsynced = std::mem::take(&mut self.unsynced);
         for (sector, versions) in unsynced {
             let mut kept = None;
+            let mut is_last = false;
             for version in &versions {
                 let keep = if torn {
                     rng.chance(keep_per_mille)
                 } else {
                     *kept_changes.entry(version.change).or_insert_with(|| rng.chance(keep_per_mille))
                 };
+                is_last = keep;
                 if keep {
                     kept = Some(&version.bytes);
                 }
             }
+            *(if is_last { &mut kept_last } else { &mut lost }) += 1;
             let range = self.sector_bytes(sector);
             if let Some(bytes) = kept {
                 self.stable[range].copy_from_slice(bytes);
             }
         }
+        self.stats.lost_sectors += lost;
+        self.stats.kept_sectors += kept_last;
+        self.stats.torn_cuts += u64::from(lost > 0 && kept_last > 0);
         self.view.copy_from_slice(&self.stable);
     }
 
@@ -343,6 +402,7 @@ impl Contents {
             1 => left,
             _ => rng.below(left as u64 + 1) as usize,
         };
+        self.stats.landed_late += count as u64;
         self.land(change, count);
         self.in_flight.remove(&change);
     }
@@ -378,8 +438,7 @@ impl Contents {
     fn settle(&mut self, sector: u64, before: u64) {
         let range = self.sector_bytes(sector);
         let Some(versions) = self.unsynced.get_mut(&sector) else { return };
-        let covered = versions.partition_point(|version| version.sequence < before);
-        if let Some(newest) = versions.drain(..covered).next_back() {
+        if let Some(newest) = take_before(versions, before) {
             self.stable[range].copy_from_slice(&newest.bytes);
         }
         if versions.is_empty() {
@@ -397,8 +456,18 @@ impl Contents {
     }
 
     fn sector_bytes(&self, sector: u64) -> std::ops::Range<usize> {
-        let start = sector * SECTOR;
-        let end = (start + SECTOR).min(self.options.size);
-        start as usize..end as usize
+        sector_bytes(sector, self.options.size)
     }
+}
+
+fn sector_bytes(sector: u64, size: u64) -> std::ops::Range<usize> {
+    let start = sector * SECTOR;
+    let end = (start + SECTOR).min(size);
+    start as usize..end as usize
+}
+
+/// Takes out the versions from before `before`; the newest of them.
+fn take_before(versions: &mut Vec<Version>, before: u64) -> Option<Version> {
+    let covered = versions.partition_point(|version| version.sequence < before);
+    versions.drain(..covered).next_back()
 }

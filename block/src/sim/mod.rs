@@ -21,6 +21,6 @@ mod disk;
 mod executor;
 mod rng;
 
-pub use disk::{Faults, SECTOR, SimDisk, SimOptions, SimStats};
+pub use disk::{Faults, SECTOR, SimDisk, SimOptions, SimStats, UnderWay};
 pub use executor::{Executor, Join, Spawner, Stop, yield_now};
 pub use rng::Rng;
