@@ -7,9 +7,8 @@
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use parking_lot::Mutex;
-
 use super::bits::{Bits, words_for, zeroed_words};
+use super::sync::Mutex;
 
 /// Guests that ask for nothing new for so long have settled.
 const SETTLED_AFTER: Duration = Duration::from_secs(20);

@@ -6,6 +6,8 @@
 use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering};
 
+use super::sync::point;
+
 /// A view of a bitmap.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Bits<'a> {
@@ -39,6 +41,7 @@ impl<'a> Bits<'a> {
     }
 
     pub(super) fn word(&self, index: usize) -> u64 {
+        point();
         self.words[index].load(Ordering::Acquire)
     }
 
@@ -51,9 +54,11 @@ impl<'a> Bits<'a> {
     /// Sets bits of one word; the number of those that were clear.
     pub(super) fn or_word(&self, index: usize, bits: u64) -> u64 {
         let word = &self.words[index];
+        point();
         if word.load(Ordering::Acquire) & bits == bits {
             return 0;
         }
+        point();
         u64::from((bits & !word.fetch_or(bits, Ordering::AcqRel)).count_ones())
     }
 

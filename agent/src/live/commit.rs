@@ -8,7 +8,7 @@ use super::device::LiveDevice;
 use super::error;
 use super::join::first_of;
 use super::journal::Entry;
-use super::mistakes::Mistake;
+use super::mistakes::{Mistake, catch_up, makes};
 use super::session::{Committer, Session};
 use super::stats::{Phase, Stats};
 
@@ -30,7 +30,8 @@ impl LiveDevice {
         // Whoever was numbered before this had its writes acknowledged before, so they are noted below.
         let upto = session.flushes.load(Ordering::SeqCst);
         self.sync_and_note(&mut committer, false).await?;
-        committer.covered = upto;
+        committer.covered =
+            if makes(Mistake::SyncSharedTooLate) { session.flushes.load(Ordering::SeqCst) } else { upto };
         Ok(())
     }
 
@@ -83,13 +84,15 @@ impl LiveDevice {
         }
         loop {
             let ended = session.idle.notified();
-            if session.changes.load(Ordering::SeqCst) == 0 {
+            if session.changes.load(Ordering::SeqCst) == 0 || makes(Mistake::ParkWithoutWaiting) {
                 break;
             }
             ended.await;
         }
         let upto = session.flushes.load(Ordering::SeqCst);
-        self.sync_and_note(&mut committer, false).await?;
+        if !makes(Mistake::ParkWithoutFlush) {
+            self.sync_and_note(&mut committer, false).await?;
+        }
         committer.covered = upto;
         let (p, g) = (session.map.p(), session.map.g());
         if let Err(error) = committer.journal.checkpoint(&*self.journal, true, &p, &g).await {
@@ -105,13 +108,16 @@ impl LiveDevice {
     async fn sync_and_note(&self, committer: &mut Committer, complete: bool) -> Result<()> {
         let session = &*self.session;
         let map = &session.map;
-        session.catch_up();
-        if session.makes(Mistake::JournalBeforeData) {
-            return self.journal_first(committer).await;
+        catch_up(map);
+        if makes(Mistake::JournalBeforeData) || (complete && makes(Mistake::CompleteBeforeSync)) {
+            return self.journal_first(committer, complete).await;
         }
         let mut runs = map.note();
+        if runs.is_empty() && !complete && makes(Mistake::SyncOnlyWhereNew) {
+            return Ok(());
+        }
         let mut synced = self.target.flush().await;
-        if synced.is_err() && session.makes(Mistake::RetriedSync) {
+        if synced.is_err() && makes(Mistake::RetriedSync) {
             synced = self.target.flush().await;
         }
         if let Err(error) = synced {
@@ -119,7 +125,7 @@ impl LiveDevice {
             session.poison(&error);
             return Err(error.with_kind(ErrorKind::Poisoned));
         }
-        if session.makes(Mistake::NoteAfterSync) {
+        if makes(Mistake::NoteAfterSync) {
             runs.extend(map.note());
         }
         if runs.is_empty() && !complete {
@@ -127,8 +133,10 @@ impl LiveDevice {
         }
         let on_stable = |runs: &_| map.mark_stable(runs);
         let journal = &mut committer.journal;
-        let is_synced = !session.makes(Mistake::JournalUnsynced);
-        let entry = Entry { runs: &runs, complete, is_synced };
+        let entry = Entry { runs: &runs, complete };
+        if makes(Mistake::StableBeforeJournal) {
+            on_stable(&runs);
+        }
         if let Err(error) = journal.append(&*self.journal, entry, &map.p(), &map.g(), on_stable).await {
             session.poison(&error);
             return Err(into_block(error));
@@ -137,12 +145,12 @@ impl LiveDevice {
         Ok(())
     }
 
-    async fn journal_first(&self, committer: &mut Committer) -> Result<()> {
+    async fn journal_first(&self, committer: &mut Committer, complete: bool) -> Result<()> {
         let map = &self.session.map;
         let runs = map.note();
         let on_stable = |runs: &_| map.mark_stable(runs);
         let journal = &mut committer.journal;
-        let entry = Entry { runs: &runs, complete: false, is_synced: true };
+        let entry = Entry { runs: &runs, complete };
         let written = journal.append(&*self.journal, entry, &map.p(), &map.g(), on_stable).await;
         let result = match written {
             Ok(()) => self.target.flush().await,
@@ -172,7 +180,7 @@ impl Session {
     }
 
     pub(super) fn check_unpoisoned(&self) -> Result<()> {
-        if self.phase() == Phase::Poisoned && !self.makes(Mistake::RetriedSync) {
+        if self.phase() == Phase::Poisoned && !makes(Mistake::RetriedSync) {
             return Err(Error::new(ErrorKind::Poisoned, "the session was given up after a failed sync"));
         }
         Ok(())
@@ -191,6 +199,13 @@ impl Session {
 
     /// Begins a change of the target; `None` while the session is held still.
     pub(super) fn try_begin_change(&self) -> Result<Option<Change<'_>>> {
+        if makes(Mistake::ChangeCountedLate) {
+            self.check_open()?;
+            let is_still = self.is_still();
+            self.changes.fetch_add(1, Ordering::SeqCst);
+            let change = Change(self);
+            return Ok((!is_still).then_some(change));
+        }
         self.changes.fetch_add(1, Ordering::SeqCst);
         let change = Change(self);
         self.check_open()?;

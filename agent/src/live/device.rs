@@ -11,6 +11,7 @@ use block::{
 };
 use parking_lot::Mutex;
 
+use super::mistakes::{Mistake, makes, makes_any};
 use super::session::Session;
 use super::stats::Phase;
 use super::streams::Streams;
@@ -57,6 +58,9 @@ impl LiveDevice {
     /// and give what was there before: a guest gets an error then, not old data.
     pub(super) async fn read_target(&self, offset: u64, buf: AlignedBuf) -> (Result<()>, AlignedBuf) {
         let (result, buf) = self.target.read(offset, buf).await;
+        if makes(Mistake::ReadAfterFailedSync) {
+            return (result, buf);
+        }
         (result.and_then(|()| self.session.check_open()), buf)
     }
 
@@ -85,7 +89,7 @@ impl LiveDevice {
         let session = &*self.session;
         let map = &session.map;
         let blocks = map.blocks(range);
-        if range.is_empty() || session.makes_any() || map.whole_blocks(range) != blocks {
+        if range.is_empty() || makes_any() || map.whole_blocks(range) != blocks {
             return Ok(Attempt::WouldWait);
         }
         let Some(_change) = session.try_begin_change()? else { return Ok(Attempt::WouldWait) };
@@ -147,7 +151,9 @@ impl BlockDevice for LiveDevice {
         }
         // What is home is never filled, so this takes no hold. `G` goes before the write: a kill
         // in the middle of it leaves a block that differs from the backup.
-        self.session.map.mark_guest(self.session.map.blocks(range));
+        if !makes(Mistake::FastWriteUnmarked) {
+            self.session.map.mark_guest(self.session.map.blocks(range));
+        }
         self.target.try_write(offset, data)
     }
 

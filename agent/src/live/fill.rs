@@ -20,7 +20,7 @@ use super::damage::Lasting;
 use super::device::LiveDevice;
 use super::holds::Hold;
 use super::join::first_of;
-use super::mistakes::Mistake;
+use super::mistakes::{Mistake, catch_up, makes};
 use super::plan::{Chunk, Lane, Piece, Sizes};
 use super::session::{Fills, Session};
 use super::source::{ChunkData, RunData, SourceErrorKind, Urgency};
@@ -115,7 +115,8 @@ impl LiveDevice {
             chunks.clone().for_each(wrong);
             return false;
         }
-        let is_good = |chunk: u64| failed.iter().all(|(bad, _)| *bad != chunk);
+        let is_filled_all_the_same = makes(Mistake::FailedFetchFilled);
+        let is_good = |chunk: u64| is_filled_all_the_same || failed.iter().all(|(bad, _)| *bad != chunk);
         chunks.clone().filter(|&chunk| is_good(chunk)).for_each(|chunk| session.was_had(chunk));
         if failed.is_empty() {
             session.source_answered();
@@ -176,16 +177,19 @@ impl LiveDevice {
         let session = &*self.session;
         let map = &session.map;
         let _change = session.begin_change().await?;
-        session.catch_up();
-        let _holds = if session.makes(Mistake::FillWithoutHold) {
-            Vec::new()
-        } else {
-            self.hold_exclusive(&chunks).await
-        };
+        catch_up(map);
         let blocks = map.blocks_of_chunks(&chunks);
+        let absent_now = || -> Vec<Range<u64>> {
+            map.v().runs(blocks.clone()).filter(|(_, is_home)| !is_home).map(|(run, _)| run).collect()
+        };
+        let looked_before = makes(Mistake::LookBeforeHold).then(absent_now);
+        let _holds =
+            if makes(Mistake::FillWithoutHold) { Vec::new() } else { self.hold_exclusive(&chunks).await };
+        let mut absent = looked_before.unwrap_or_else(absent_now);
+        if makes(Mistake::FillOverHome) {
+            absent = vec![blocks.clone()];
+        }
         let whole = map.bytes(&blocks);
-        let absent: Vec<Range<u64>> =
-            map.v().runs(blocks.clone()).filter(|(_, is_home)| !is_home).map(|(run, _)| run).collect();
         let mut written = 0;
         if absent.as_slice() == [blocks.clone()] {
             let (result, buf) = self.target.write(whole.start(), buf, Durability::Volatile).await;
@@ -204,7 +208,7 @@ impl LiveDevice {
             }
             session.source.recycle(buf);
         }
-        if session.makes(Mistake::MappedJournal) {
+        if makes(Mistake::MappedJournal) {
             self.leak_to_journal().await;
         }
         let counter = match urgency {
@@ -218,7 +222,11 @@ impl LiveDevice {
     /// Holds those of `chunks` that are not whole, alone, in ascending order.
     pub(super) async fn hold_exclusive(&self, chunks: &Range<u64>) -> Vec<Hold> {
         let mut holds = Vec::new();
-        for chunk in chunks.clone() {
+        let mut in_order: Vec<u64> = chunks.clone().collect();
+        if makes(Mistake::HoldsDescending) {
+            in_order.reverse();
+        }
+        for chunk in in_order {
             if !self.session.map.is_whole(chunk) {
                 holds.push(self.session.holds.exclusive(chunk).await);
             }

@@ -35,6 +35,7 @@ use rustix::io::Errno;
 
 use super::bits::{Bits, words_for};
 use super::journal::SessionId;
+use super::mistakes::{Mistake, makes};
 use super::source::DiskLayout;
 
 const MAGIC: u64 = u64::from_le_bytes(*b"LBLIVE\x01\n");
@@ -148,13 +149,6 @@ pub(super) struct LiveFile {
     block_count: u64,
 }
 
-/// What of a live file's header is not checked: mistakes that tests make on purpose.
-#[derive(Clone, Copy, Debug, Default)]
-pub(super) struct Credulity {
-    pub(super) any_boot: bool,
-    pub(super) poisoned: bool,
-}
-
 impl LiveFile {
     /// # Panics
     /// Where the words are not as many as the disk needs.
@@ -168,16 +162,10 @@ impl LiveFile {
         Self { words, block_count: disk.size.div_ceil(BLOCK_SIZE) }
     }
 
-    pub(super) fn is_believable(
-        &self,
-        session: SessionId,
-        boot: BootId,
-        disk: DiskLayout,
-        credulity: Credulity,
-    ) -> bool {
+    pub(super) fn is_believable(&self, session: SessionId, boot: BootId, disk: DiskLayout) -> bool {
         let state = self.word(STATE_AT);
-        self.is_of(session, boot, disk, credulity.any_boot)
-            && (state == IN_USE || (credulity.poisoned && state == POISONED))
+        self.is_of(session, boot, disk, makes(Mistake::LiveFileAfterReboot))
+            && (state == IN_USE || (makes(Mistake::LiveFileAfterFailedSync) && state == POISONED))
     }
 
     /// Whether a sync failed in this boot: the bits are those of the session, but `V` promises too much.
@@ -258,7 +246,7 @@ mod tests {
     fn a_live_file_is_believed_only_by_its_session_in_its_boot_and_before_poison() {
         let words = LiveWords::in_memory(DISK);
         let live = LiveFile::new(words, DISK);
-        let believed = |session, boot, disk| live.is_believable(session, boot, disk, Credulity::default());
+        let believed = |session, boot, disk| live.is_believable(session, boot, disk);
         assert!(!believed(SESSION, BOOT, DISK), "nothing was begun");
         live.begin(SESSION, BOOT, DISK);
         assert!(believed(SESSION, BOOT, DISK));
@@ -280,10 +268,7 @@ mod tests {
         for index in (0..8).chain([STATE_AT]) {
             for byte in 0..8 {
                 words.words()[index].fetch_xor(0x55 << (byte * 8), Ordering::Relaxed);
-                assert!(
-                    !live.is_believable(SESSION, BOOT, DISK, Credulity::default()),
-                    "word {index} byte {byte}"
-                );
+                assert!(!live.is_believable(SESSION, BOOT, DISK), "word {index} byte {byte}");
                 words.words()[index].fetch_xor(0x55 << (byte * 8), Ordering::Relaxed);
             }
         }
@@ -298,11 +283,11 @@ mod tests {
         live.begin(SESSION, BOOT, DISK);
         drop(live);
         let live = LiveFile::new(LiveWords::open(&path, DISK).unwrap(), DISK);
-        assert!(live.is_believable(SESSION, BOOT, DISK, Credulity::default()));
+        assert!(live.is_believable(SESSION, BOOT, DISK));
         assert_eq!(live.v().count(), 2);
         let larger = DiskLayout { size: 1 << 32, ..DISK };
         let live = LiveFile::new(LiveWords::open(&path, larger).unwrap(), larger);
-        assert!(!live.is_believable(SESSION, BOOT, larger, Credulity::default()));
+        assert!(!live.is_believable(SESSION, BOOT, larger));
         assert_eq!(live.v().count(), 0);
     }
 

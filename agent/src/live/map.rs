@@ -4,12 +4,13 @@ use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use block::{BLOCK_SIZE, ByteRange};
-use parking_lot::Mutex;
 
 use super::bits::{Bits, words_for, zeroed_words};
 use super::journal::BlockRun;
 use super::live_file::LiveFile;
+use super::mistakes::{Mistake, makes};
 use super::source::DiskLayout;
+use super::sync::Mutex;
 
 /// The restore map of one disk.
 #[derive(Debug)]
@@ -144,8 +145,9 @@ impl BlockMap {
         if self.v().all(blocks.clone()) {
             return 0;
         }
+        let set_before = makes(Mistake::BitBeforeList).then(|| self.v().set(blocks.clone()));
         let mut touched = self.touched.lock();
-        let new = self.v().set(blocks.clone());
+        let new = set_before.unwrap_or_else(|| self.v().set(blocks.clone()));
         push(&mut touched, blocks);
         self.home.fetch_add(new, Ordering::AcqRel);
         self.uncommitted.fetch_add(new, Ordering::Relaxed);

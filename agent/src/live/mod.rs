@@ -73,6 +73,8 @@ mod limit;
 mod live_file;
 mod map;
 mod mistakes;
+#[cfg(test)]
+mod models;
 mod pace;
 mod parts;
 mod peek;
@@ -83,6 +85,7 @@ mod source;
 mod stats;
 mod streams;
 mod strip;
+mod sync;
 #[cfg(test)]
 mod tests;
 mod write;

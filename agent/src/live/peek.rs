@@ -5,7 +5,7 @@ use block::{BLOCK_SIZE, BlockDevice};
 use super::bits::{Bits, words_for, zeroed_words};
 use super::error::Result;
 use super::journal::Journal;
-use super::live_file::{BootId, Credulity, LiveFile, LiveWords};
+use super::live_file::{BootId, LiveFile, LiveWords};
 
 /// What is known of a session at rest.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -37,7 +37,7 @@ pub async fn peek(journal: &dyn BlockDevice, live: Option<LiveWords>, boot: Boot
     };
     if let Some(words) = live.filter(|live| live.words().len() == LiveWords::count_for(disk)) {
         let live = LiveFile::new(words, disk);
-        if live.is_believable(session, boot, disk, Credulity::default()) {
+        if live.is_believable(session, boot, disk) {
             return Ok(peek(&live.v(), &live.g()));
         }
     }

@@ -3,11 +3,10 @@
 use std::collections::{HashMap, VecDeque};
 use std::rc::Rc;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use block::{BLOCK_SIZE, BlockDevice};
-use parking_lot::Mutex;
 use tokio::sync::Notify;
 
 use super::asked::{Asked, Recorded};
@@ -20,14 +19,15 @@ use super::frozen::Views;
 use super::holds::Holds;
 use super::journal::{Header, Journal, JournalLayout, SessionId};
 use super::limit::RateLimit;
-use super::live_file::{Credulity, LiveFile};
+use super::live_file::LiveFile;
 use super::map::BlockMap;
-use super::mistakes::Mistake;
+use super::mistakes::{Mistake, makes};
 use super::pace::Pace;
 use super::parts::{Identity, Resumed, SessionOptions, SessionParts};
 use super::plan::FillPlan;
 use super::source::{ChunkData, ChunkSource, DiskLayout};
 use super::stats::{Phase, Stats, StatsSnapshot};
+use super::sync::{AtomicU8, AtomicU64, Mutex};
 
 /// A restore in progress, shared by all shards.
 pub struct Session {
@@ -61,10 +61,6 @@ pub struct Session {
     pub(super) stopping: AtomicBool,
     pub(super) views: Views,
     phase: AtomicU8,
-    #[cfg(test)]
-    pub(super) mistake: Option<Mistake>,
-    #[cfg(test)]
-    pub(super) late: Mutex<Vec<std::ops::Range<u64>>>,
 }
 
 /// Whoever holds this syncs and writes the journal, for all.
@@ -108,7 +104,7 @@ impl Session {
         check_target(target, disk)?;
         let map = BlockMap::new(disk, LiveFile::new(parts.live.clone(), disk));
         map.live().reset();
-        if target_is_zero {
+        if target_is_zero || makes(Mistake::ZeroAssumedOnCreate) {
             target.flush().await?;
             mark_zero_chunks(&map, &*parts.source);
         }
@@ -148,7 +144,7 @@ impl Session {
         target: &dyn BlockDevice,
         journal: &dyn BlockDevice,
     ) -> Result<(Arc<Self>, Resumed)> {
-        Self::resume_with(parts, id, target, journal, None).await
+        Self::resume_telling(parts, id, target, journal, |_| Ok(())).await
     }
 
     /// As [`Session::resume`]; `tell` is told how the session had ended before the live file is believed again. What
@@ -160,45 +156,20 @@ impl Session {
         parts: SessionParts,
         id: SessionId,
         target: &dyn BlockDevice,
-        journal: &dyn BlockDevice,
-        tell: impl FnOnce(Resumed) -> block::Result<()>,
-    ) -> Result<(Arc<Self>, Resumed)> {
-        Self::resume_by(parts, id, target, journal, None, tell).await
-    }
-
-    pub(super) async fn resume_with(
-        parts: SessionParts,
-        id: SessionId,
-        target: &dyn BlockDevice,
-        journal: &dyn BlockDevice,
-        mistake: Option<Mistake>,
-    ) -> Result<(Arc<Self>, Resumed)> {
-        Self::resume_by(parts, id, target, journal, mistake, |_| Ok(())).await
-    }
-
-    async fn resume_by(
-        parts: SessionParts,
-        id: SessionId,
-        target: &dyn BlockDevice,
         journal_device: &dyn BlockDevice,
-        mistake: Option<Mistake>,
         tell: impl FnOnce(Resumed) -> block::Result<()>,
     ) -> Result<(Arc<Self>, Resumed)> {
         let disk = parts.source.layout();
         check_target(target, disk)?;
         let header = Journal::read_header(journal_device).await?;
-        if mistake != Some(Mistake::ForeignJournal) {
+        if !makes(Mistake::ForeignJournal) {
             check_identity(&header, id, &parts.identity, disk)?;
         }
         let map = BlockMap::new(disk, LiveFile::new(parts.live.clone(), disk));
         let guest_words = zeroed_words(words_for(map.block_count()));
         let guest = Bits::new(&guest_words, map.block_count());
         let (mut journal, replayed) = Journal::open(journal_device, header, &map.p(), &guest).await?;
-        let credulity = Credulity {
-            any_boot: mistake == Some(Mistake::LiveFileAfterReboot),
-            poisoned: mistake == Some(Mistake::LiveFileAfterFailedSync),
-        };
-        let believes_live_file = map.live().is_believable(id, parts.boot, disk, credulity);
+        let believes_live_file = map.live().is_believable(id, parts.boot, disk);
         let is_poisoned = map.live().is_poisoned(id, parts.boot, disk);
         let resumed =
             Resumed::told_by(replayed.parked, believes_live_file, is_poisoned, parts.last_boot, parts.boot);
@@ -213,25 +184,41 @@ impl Session {
             check_contents(&**check, &*parts.source, target, &evidence).await?;
         }
         tell(resumed)?;
-        if !believes_live_file {
+        if !believes_live_file && !makes(Mistake::LiveFileNotEmptied) {
             map.live().reset();
+        }
+        let begins_too_soon = makes(Mistake::LiveFileBegunTooSoon);
+        if !believes_live_file && begins_too_soon {
+            map.live().begin(id, parts.boot, disk);
+            for _ in 0..8 {
+                target.read(0, block::AlignedBuf::zeroed(0)).await.0?;
+            }
         }
         let (p, v, g) = (map.p(), map.v(), map.g());
         for word in 0..p.word_count() {
-            if !believes_live_file {
-                let unflushed_writes = if resumed.is_from_journal_alone() { p.word(word) } else { 0 };
+            let is_unflushed = resumed.is_from_journal_alone() && !makes(Mistake::UnflushedWritesForgotten);
+            let unflushed_writes = if is_unflushed { p.word(word) } else { 0 };
+            if !believes_live_file && !makes(Mistake::GuestForgottenOnResume) {
                 g.or_word(word, guest.word(word) | unflushed_writes);
             }
             v.or_word(word, p.word(word));
+            if makes(Mistake::StableFromLiveFile) {
+                p.or_word(word, v.word(word));
+            }
         }
-        if mistake == Some(Mistake::ZeroAssumedOnResume) {
+        if makes(Mistake::ZeroAssumedOnResume) {
             mark_zero_chunks(&map, &*parts.source);
         }
-        journal.checkpoint(journal_device, false, &p, &g).await?;
-        if !believes_live_file {
+        if !makes(Mistake::ParkedForEver) {
+            journal.checkpoint(journal_device, false, &p, &g).await?;
+        }
+        if !believes_live_file && !begins_too_soon {
             map.live().begin(id, parts.boot, disk);
         }
         map.recount(&g);
+        if makes(Mistake::ResumeForgetsUncommitted) {
+            drop(map.note());
+        }
         let phase = if replayed.complete && map.is_all_home() { Phase::Complete } else { Phase::Filling };
         if replayed.mended > 0 {
             tracing::warn!(
@@ -241,8 +228,6 @@ impl Session {
         }
         tracing::info!(session = %id, ?resumed, records = replayed.records, home = map.home(), "resumed");
         let session = Self::assemble(parts, map, journal, phase);
-        #[cfg(test)]
-        let session = session.making(mistake);
         Ok((session, resumed))
     }
 
@@ -283,10 +268,6 @@ impl Session {
             views: Views::default(),
             phase: AtomicU8::new(phase as u8),
             map,
-            #[cfg(test)]
-            mistake: None,
-            #[cfg(test)]
-            late: Mutex::new(Vec::new()),
         })
     }
 
@@ -331,12 +312,13 @@ impl Session {
         }
     }
 
-    /// Goes from `Filling` or `Complete` on to `phase`; nothing leads out of the other two.
+    /// Goes from `Filling` or `Complete` on to `phase`, and from `Parked` to `Poisoned`, where parking itself fails.
     pub(super) fn enter(&self, phase: Phase) -> bool {
         // Sequentially consistent with the count of changes: either parking sees a change, or it sees parking.
         let changed = self.phase.fetch_update(Ordering::SeqCst, Ordering::SeqCst, |from| {
             let is_open = from == Phase::Filling as u8 || from == Phase::Complete as u8;
-            is_open.then_some(phase as u8)
+            let parking_fails = from == Phase::Parked as u8 && phase == Phase::Poisoned;
+            (is_open || parking_fails).then_some(phase as u8)
         });
         self.work.notify_waiters();
         self.ending.notify_waiters();
@@ -438,35 +420,6 @@ impl Session {
     #[must_use]
     pub fn misses_within(&self, bounds: &[Duration]) -> (Vec<u64>, Duration) {
         self.stats.waits_within(bounds)
-    }
-
-    #[cfg(test)]
-    pub(super) fn making(mut self: Arc<Self>, mistake: Option<Mistake>) -> Arc<Self> {
-        Arc::get_mut(&mut self).expect("the session is new").mistake = mistake;
-        self
-    }
-
-    /// Whether a test asked for this mistake. Never outside tests.
-    #[cfg(test)]
-    pub(super) fn makes(&self, mistake: Mistake) -> bool {
-        self.mistake == Some(mistake)
-    }
-
-    /// Whether a test asked for any mistake.
-    #[allow(clippy::unused_self, clippy::missing_const_for_fn, reason = "it looks only in tests")]
-    pub(super) fn makes_any(&self) -> bool {
-        #[cfg(test)]
-        return self.mistake.is_some();
-        #[cfg(not(test))]
-        false
-    }
-
-    /// Whether a test asked for this mistake. Never outside tests.
-    #[cfg(not(test))]
-    #[inline]
-    #[allow(clippy::unused_self, reason = "the same call as in tests")]
-    pub(super) const fn makes(&self, _mistake: Mistake) -> bool {
-        false
     }
 }
 

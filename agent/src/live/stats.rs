@@ -4,9 +4,9 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use hdrhistogram::Histogram;
-use parking_lot::Mutex;
 
 use super::damage::{Damage, DamagedRun};
+use super::sync::Mutex;
 
 /// The longest wait that the histogram tells from longer ones.
 const LONGEST_WAIT: Duration = Duration::from_secs(3600);

@@ -11,7 +11,7 @@ use block::{AlignedBuf, ByteRange, Durability, Result};
 
 use super::device::LiveDevice;
 use super::holds::Hold;
-use super::mistakes::Mistake;
+use super::mistakes::{Mistake, catch_up, later, makes};
 use super::source::Urgency;
 
 impl LiveDevice {
@@ -22,7 +22,7 @@ impl LiveDevice {
         durability: Durability,
     ) -> (Result<()>, AlignedBuf) {
         let (mut result, buf) = self.write_volatile(range, buf).await;
-        if result.is_ok() && durability == Durability::Stable {
+        if result.is_ok() && durability == Durability::Stable && !makes(Mistake::FuaUnsynced) {
             result = self.flush_all().await;
         }
         (result, buf)
@@ -44,36 +44,44 @@ impl LiveDevice {
             Err(error) => return (Err(error), buf),
         };
         self.preserve(&blocks).await;
-        session.catch_up();
-        let _holds = if self.is_home(range) { Vec::new() } else { self.hold_shared(&blocks).await };
-        if session.makes(Mistake::HomeBeforeCompletion) {
+        catch_up(map);
+        let mut holds = if self.is_home(range) { Vec::new() } else { self.hold_shared(&blocks).await };
+        if makes(Mistake::HomeBeforeCompletion) {
             map.mark_home(blocks.clone());
         }
-        if !session.makes(Mistake::HomeBeforeGuest) {
+        if !makes(Mistake::HomeBeforeGuest) {
             map.mark_guest(blocks.clone());
         }
         let (result, buf) = self.target.write(range.start(), buf, Durability::Volatile).await;
         if result.is_err() {
             session.stats.target_failed();
+            if makes(Mistake::HomeAfterFailedWrite) {
+                map.mark_home(blocks);
+            }
             return (result, buf);
         }
+        if makes(Mistake::HoldEndsBeforeHome) {
+            holds.clear();
+            self.pause().await;
+        }
         self.written(blocks).await;
+        drop(holds);
         (Ok(()), buf)
     }
 
     /// Every touched block is home now: it was before, or all of it was written.
     pub(super) async fn written(&self, blocks: Range<u64>) {
-        let session = &*self.session;
-        if session.makes(Mistake::AckBeforeHome) {
-            return session.later(blocks);
+        if makes(Mistake::AckBeforeHome) {
+            return later(blocks);
         }
-        session.map.mark_home(blocks.clone());
-        if session.makes(Mistake::MappedJournal) {
+        let map = &self.session.map;
+        map.mark_home(blocks.clone());
+        if makes(Mistake::MappedJournal) {
             self.leak_to_journal().await;
         }
-        if session.makes(Mistake::HomeBeforeGuest) {
-            let _ = self.target.read(0, AlignedBuf::zeroed(0)).await;
-            session.map.mark_guest(blocks);
+        if makes(Mistake::HomeBeforeGuest) {
+            self.pause().await;
+            map.mark_guest(blocks);
         }
     }
 
@@ -81,7 +89,7 @@ impl LiveDevice {
     pub(super) async fn bring_edges_home(&self, range: ByteRange) -> Result<()> {
         let session = &*self.session;
         let map = &session.map;
-        if session.makes(Mistake::PartialWithoutFill) {
+        if makes(Mistake::PartialWithoutFill) {
             return Ok(());
         }
         let (touched, whole) = (map.blocks(range), map.whole_blocks(range));

@@ -8,7 +8,7 @@ use std::ops::Range;
 use block::{AlignedBuf, BLOCK_SIZE, ByteRange, DeviceFuture, Durability, ErrorKind, Result, ZeroMode};
 
 use super::device::LiveDevice;
-use super::mistakes::Mistake;
+use super::mistakes::{Mistake, makes};
 use super::stats::Stats;
 
 /// Blocks that are held at once: a range as long as the disk must not take a hold of each chunk.
@@ -40,11 +40,8 @@ impl LiveDevice {
     pub(super) async fn trim_range(&self, range: ByteRange, durability: Durability) -> Result<()> {
         self.session.check_open()?;
         let map = &self.session.map;
-        let whole = if self.session.makes(Mistake::TrimRoundedOutward) {
-            map.blocks(range)
-        } else {
-            map.whole_blocks(range)
-        };
+        let whole =
+            if makes(Mistake::TrimRoundedOutward) { map.blocks(range) } else { map.whole_blocks(range) };
         for step in steps(&whole) {
             let runs: Vec<_> = map.v().runs(step).collect();
             for (run, is_home) in runs {
@@ -81,6 +78,9 @@ impl LiveDevice {
         self.preserve(&blocks).await;
         let _holds = self.hold_shared(&blocks).await;
         session.map.mark_guest(blocks.clone());
+        if makes(Mistake::HomeBeforeZeroes) {
+            session.map.mark_home(blocks.clone());
+        }
         let result = change().await;
         match &result {
             Ok(()) => self.written(blocks).await,
@@ -127,6 +127,9 @@ impl LiveDevice {
                 map.v().runs(map.blocks_of_chunks(&step)).filter(|(_, is_home)| !is_home).collect();
             for (run, _) in absent {
                 let bytes = map.bytes(&run);
+                if makes(Mistake::HomeBeforeZeroes) {
+                    map.mark_home(run.clone());
+                }
                 self.target.write_zeroes(bytes, ZeroMode::UNMAP, Durability::Volatile).await?;
                 Stats::add(&session.stats.zeroed, bytes.len());
                 map.mark_home(run);

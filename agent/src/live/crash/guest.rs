@@ -3,10 +3,11 @@
 use std::cell::{Cell, RefCell};
 use std::rc::Rc;
 
-use block::sim::{Rng, yield_now};
+use block::sim::{Rng, SECTOR, yield_now};
 use block::{AlignedBuf, Attempt, BLOCK_SIZE, BlockDevice, ByteRange, Durability, ErrorKind, ZeroMode};
 
 use super::model::{Ended, UNIT, bytes_of, value_of};
+use super::tally::Kind;
 use super::world::{CHUNK_SIZE, World};
 use crate::live::device::LiveDevice;
 
@@ -48,10 +49,15 @@ impl Guest {
 
     async fn read(&mut self) -> Result<(), Violation> {
         let range = self.range();
+        self.count(Kind::Read);
         let begun = self.world.borrow_mut().model.tick();
         let mut buf = AlignedBuf::zeroed(range.len() as usize);
         if matches!(self.device.try_read(range.start(), &mut buf), Ok(Attempt::Done)) {
+            self.count(Kind::FastRead);
             return self.check_read(range, begun, &buf);
+        }
+        if !self.device.is_home(range) {
+            self.count(Kind::ReadOfBackup);
         }
         let (result, buf) = self.device.read(range.start(), buf).await;
         match result {
@@ -84,6 +90,10 @@ impl Guest {
     async fn write(&mut self) -> Result<(), Violation> {
         let range = self.range();
         let durability = if self.rng.chance(200) { Durability::Stable } else { Durability::Volatile };
+        self.count(Kind::Write);
+        if !(range.start() | range.end()).is_multiple_of(SECTOR) {
+            self.count(Kind::UnalignedWrite);
+        }
         let begun = {
             let model = &mut self.world.borrow_mut().model;
             let value = model.fresh_value();
@@ -94,6 +104,7 @@ impl Guest {
             && matches!(self.device.try_write(range.start(), &bytes), Ok(Attempt::Done))
         {
             self.world.borrow_mut().model.end(begun, Ended::Acknowledged);
+            self.count(Kind::FastWrite);
             return Ok(());
         }
         let (result, _) = self.device.write(range.start(), AlignedBuf::from_slice(&bytes), durability).await;
@@ -103,13 +114,19 @@ impl Guest {
             (Ok(()), Durability::Volatile) => Ended::Acknowledged,
         };
         self.world.borrow_mut().model.end(begun, how);
+        if how == Ended::Durable {
+            self.count(Kind::FuaWrite);
+        }
         self.may("a write", range, result)
     }
 
     async fn flush(&mut self) -> Result<(), Violation> {
         let begun = self.world.borrow_mut().model.tick();
         match self.device.flush().await {
-            Ok(()) => self.world.borrow_mut().model.flushed(begun),
+            Ok(()) => {
+                self.world.borrow_mut().model.flushed(begun);
+                self.count(Kind::Flush);
+            }
             Err(error) => self.failed("a flush", ByteRange::from_bounds(0, 0), &error)?,
         }
         Ok(())
@@ -121,6 +138,7 @@ impl Guest {
         let durability = if self.rng.chance(100) { Durability::Stable } else { Durability::Volatile };
         let result = self.device.trim(range, durability).await;
         self.world.borrow_mut().model.end(begun, Ended::Perhaps);
+        self.count(Kind::Trim);
         self.may("a trim", range, result)
     }
 
@@ -136,12 +154,17 @@ impl Guest {
             (Ok(()), Durability::Volatile) => Ended::Acknowledged,
         };
         self.world.borrow_mut().model.end(begun, how);
+        self.count(if mode == ZeroMode::UNMAP { Kind::ZeroUnmap } else { Kind::ZeroAllocate });
+        if how == Ended::Durable {
+            self.count(Kind::FuaZero);
+        }
         self.may("a write of zeroes", range, result)
     }
 
     async fn prefetch(&mut self) -> Result<(), Violation> {
         let range = self.range();
         let result = self.device.prefetch(range).await;
+        self.count(Kind::Prefetch);
         self.may("a prefetch", range, result)
     }
 
@@ -149,6 +172,7 @@ impl Guest {
         let range = self.range();
         let begun = self.world.borrow_mut().model.tick();
         let limit = 1 + self.rng.below(6) as usize;
+        self.count(Kind::Extents);
         let extents = match self.device.extents(range, limit).await {
             Ok(extents) => extents,
             Err(error) => return self.failed("extents", range, &error),
@@ -171,6 +195,10 @@ impl Guest {
             return Err(format!("extents of {range}, at most {limit}: {extents:?}"));
         }
         Ok(())
+    }
+
+    fn count(&self, kind: Kind) {
+        self.world.borrow_mut().tally.count(kind, 1);
     }
 
     fn may(&self, what: &str, range: ByteRange, result: block::Result<()>) -> Result<(), Violation> {

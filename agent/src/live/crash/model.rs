@@ -24,7 +24,7 @@ struct Change {
 }
 
 /// The histories of all units.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub(super) struct Model {
     units: Vec<Vec<Change>>,
     now: u64,

@@ -1,6 +1,5 @@
 //! What outlives an agent: the target, the journal, the live file's memory, the repository, the boot.
 
-use std::collections::BTreeSet;
 use std::future::Future;
 use std::ops::Range;
 use std::pin::Pin;
@@ -8,18 +7,18 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
+use block::BLOCK_SIZE;
 use block::sim::{Faults, Rng, SimDisk, SimOptions, yield_now};
-use block::{AlignedBuf, BLOCK_SIZE};
-use parking_lot::Mutex;
 
-use super::model::{Model, UNIT, bytes_of};
+use super::model::{Model, UNIT};
+use super::source::SimSource;
+use super::tally::{Kind, Tally};
 use crate::live::journal::JournalLayout;
 use crate::live::live_file::{BootId, LiveWords};
 use crate::live::mistakes::Mistake;
-use crate::live::parts::{ChunkCheck, Identity, SessionOptions, SessionParts};
-use crate::live::source::{
-    ChunkData, ChunkSource, DiskLayout, FetchFuture, SourceError, SourceErrorKind, Urgency,
-};
+use crate::live::parts::{Identity, SessionOptions, SessionParts};
+use crate::live::session::Session;
+use crate::live::source::{ChunkSource, DiskLayout};
 
 pub(super) const CHUNK_SIZE: u32 = 4 * BLOCK_SIZE as u32;
 const CHUNKS: u64 = 12;
@@ -36,30 +35,18 @@ pub(super) struct World {
     pub(super) live: LiveWords,
     pub(super) source: Arc<SimSource>,
     pub(super) model: Model,
-    pub(super) mistake: Option<Mistake>,
     pub(super) target_is_zero: bool,
+    pub(super) tally: Tally,
     boot: u8,
-    /// Nobody has started since the host went down.
-    pub(super) host_died: bool,
+    /// The boot in which a session was served last.
+    last_boot: u8,
+    /// A sync failed, and nobody has been served since.
+    is_poisoned: bool,
+    /// Nobody has started since the host went down or the live file was lost.
+    pub(super) is_unsure: bool,
     /// What the live file's pages held at some times before.
     old_pages: Vec<Vec<u64>>,
     log_pages: u32,
-}
-
-/// A repository's disk in memory.
-pub(super) struct SimSource {
-    disk: DiskLayout,
-    salt: u64,
-    bytes: Vec<u8>,
-    zero: Vec<bool>,
-    verifies: bool,
-    state: Mutex<SourceState>,
-}
-
-struct SourceState {
-    rng: Rng,
-    away_per_mille: u32,
-    damaged: BTreeSet<u64>,
 }
 
 /// Time that passes only by being waited for.
@@ -70,9 +57,7 @@ impl World {
         let mut rng = Rng::new(seed);
         let tail = *rng.pick(&[0, UNIT, 512, BLOCK_SIZE, BLOCK_SIZE + 3 * UNIT]).expect("not empty");
         let disk = DiskLayout { size: CHUNKS * u64::from(CHUNK_SIZE) + tail, chunk_size: CHUNK_SIZE };
-        let mut source = SimSource::new(disk, &mut rng, 0);
-        source.verifies = mistake != Some(Mistake::ServedUnverified);
-        let source = Arc::new(source);
+        let source = Arc::new(SimSource::new(disk, &mut rng, 0, mistake != Some(Mistake::ServedUnverified)));
         let values: Vec<u64> = (0..disk.size / UNIT).map(|unit| source.value(unit)).collect();
         let target_size = disk.size + rng.below(2) * 8192;
         let options = SimOptions {
@@ -97,10 +82,12 @@ impl World {
             target,
             journal,
             source,
-            mistake,
             target_is_zero,
+            tally: Tally::default(),
             boot: 1,
-            host_died: false,
+            last_boot: 0,
+            is_poisoned: false,
+            is_unsure: false,
             old_pages: Vec::new(),
             log_pages,
         }
@@ -125,9 +112,9 @@ impl World {
             clock: Arc::new(SimClock(AtomicU64::new(0))),
             live: self.live.clone(),
             boot: BootId([self.boot; 16]),
-            last_boot: None,
-            // After the loss of the host what a guest wrote and did not flush cannot be told from another disk.
-            check: (!self.host_died).then(|| Arc::clone(&self.source) as _),
+            last_boot: Some(BootId([self.last_boot; 16])),
+            // What a guest wrote and did not flush cannot be told from another disk then.
+            check: (!self.is_unsure).then(|| Arc::clone(&self.source) as _),
             plan: plan(&mut self.rng, self.disk.chunk_count()),
             trace: (0..self.rng.below(6)).map(|_| self.rng.below(self.disk.chunk_count())).collect(),
             options,
@@ -138,8 +125,8 @@ impl World {
     pub(super) fn power_cut(&mut self) {
         self.target.power_cut(&mut self.rng);
         self.journal.power_cut(&mut self.rng);
-        self.boot += 1;
-        self.host_died = true;
+        self.boot = self.boot.wrapping_add(1);
+        self.is_unsure = true;
         self.remember_live_file();
         let words: Vec<AtomicU64> = self
             .live
@@ -165,6 +152,39 @@ impl World {
         self.model.everybody_died();
     }
 
+    pub(super) fn journal_layout(&self) -> JournalLayout {
+        let layout = Session::journal_layout(&*self.source, self.target_is_zero);
+        JournalLayout { log_pages: self.log_pages, ..layout }
+    }
+
+    /// Somebody removed the live file, or what it holds.
+    pub(super) fn lose_live_file(&mut self) {
+        self.live = LiveWords::in_memory(self.disk);
+        self.is_unsure = true;
+    }
+
+    /// A session was given up after a failed sync.
+    pub(super) fn was_poisoned(&mut self) {
+        self.is_poisoned = true;
+        self.target.drop_clean_cache();
+        if self.rng.chance(500) {
+            self.journal.drop_clean_cache();
+        }
+    }
+
+    /// A start did not come to its end. If it was the first after a failed sync it has emptied the live file, and with
+    /// it what was known of unflushed writes.
+    pub(super) const fn was_not_started(&mut self) {
+        self.is_unsure |= self.is_poisoned;
+    }
+
+    /// A session is served.
+    pub(super) const fn is_served(&mut self) {
+        self.is_unsure = false;
+        self.is_poisoned = false;
+        self.last_boot = self.boot;
+    }
+
     pub(super) fn remember_live_file(&mut self) {
         self.old_pages.push(self.live.words().iter().map(|word| word.load(Ordering::Relaxed)).collect());
         if self.old_pages.len() > 4 {
@@ -183,27 +203,60 @@ impl World {
             no_space: often(8, 200),
             sync: often(6, 300),
         };
-        let journal = Faults { sync: often(12, 200), write: often(16, 100), ..Faults::default() };
-        let away_per_mille = often(5, 400);
+        let journal = Faults { sync: often(10, 250), write: often(14, 150), ..Faults::default() };
+        let (away_per_mille, outage) = (often(5, 400), often(8, 60));
         self.target.set_faults(target);
         self.journal.set_faults(journal);
+        self.source.set_away(away_per_mille, outage);
         let damaged = (0..self.rng.below(3)).map(|_| self.rng.below(self.disk.chunk_count())).collect();
-        let mut state = self.source.state.lock();
-        state.away_per_mille = away_per_mille;
         if self.rng.chance(150) {
-            state.damaged = damaged;
+            self.source.set_damaged(damaged);
         }
+    }
+
+    /// Sets what goes wrong while a session is made or resumed.
+    pub(super) fn set_start_faults(&mut self) {
+        let mut often = |one_in: u64, most: u64| {
+            if self.rng.below(one_in) == 0 { self.rng.below(most) as u32 } else { 0 }
+        };
+        let target = Faults { read: often(3, 300), sync: often(4, 500), ..Faults::default() };
+        let journal = Faults { read: often(6, 300), sync: often(2, 700), write: often(4, 400), no_space: 0 };
+        self.target.set_faults(target);
+        self.journal.set_faults(journal);
     }
 
     pub(super) fn clear_faults(&self) {
         self.target.set_faults(Faults::default());
         self.target.set_full(false);
         self.journal.set_faults(Faults::default());
-        self.source.state.lock().away_per_mille = 0;
+        self.source.set_away(0, 0);
     }
 
     pub(super) fn repair_source(&self) {
-        self.source.state.lock().damaged.clear();
+        self.source.set_damaged(std::collections::BTreeSet::new());
+    }
+
+    /// What happened up to now.
+    pub(super) fn take_tally(&mut self) -> Tally {
+        let mut tally = std::mem::take(&mut self.tally);
+        tally.add(&self.source.take_tally());
+        let (target, journal) = (self.target.stats(), self.journal.stats());
+        for (kind, times) in [
+            (Kind::TargetReadError, target.failed_reads),
+            (Kind::TargetWriteError, target.failed_writes),
+            (Kind::TargetSyncError, target.failed_syncs),
+            (Kind::TargetNoSpace, target.no_space),
+            (Kind::JournalWriteError, journal.failed_writes),
+            (Kind::JournalSyncError, journal.failed_syncs),
+            (Kind::LostAtPowerCut, target.lost_sectors + journal.lost_sectors),
+            (Kind::KeptAtPowerCut, target.kept_sectors + journal.kept_sectors),
+            (Kind::TornAtPowerCut, target.torn_cuts + journal.torn_cuts),
+            (Kind::LandedAfterKill, target.landed_late + journal.landed_late),
+            (Kind::LostInFailedSync, target.unwritten_sectors + journal.unwritten_sectors),
+        ] {
+            tally.count(kind, times);
+        }
+        tally
     }
 }
 
@@ -213,88 +266,6 @@ fn plan(rng: &mut Rng, chunks: u64) -> Vec<Range<u64>> {
     rng.shuffle(&mut runs);
     runs.truncate(rng.below(6) as usize);
     runs
-}
-
-impl SimSource {
-    /// A disk of which a third is zeroes. `salt` makes disks of one layout differ.
-    pub(super) fn new(disk: DiskLayout, rng: &mut Rng, salt: u64) -> Self {
-        let zero: Vec<bool> = (0..disk.chunk_count()).map(|_| rng.chance(330)).collect();
-        let mut source = Self {
-            disk,
-            salt,
-            bytes: Vec::new(),
-            zero,
-            verifies: true,
-            state: Mutex::new(SourceState { rng: rng.fork(), away_per_mille: 0, damaged: BTreeSet::new() }),
-        };
-        source.bytes = vec![0; disk.size as usize];
-        for unit in 0..disk.size / UNIT {
-            let at = (unit * UNIT) as usize;
-            let bytes = bytes_of(source.value(unit), UNIT);
-            source.bytes[at..at + UNIT as usize].copy_from_slice(&bytes);
-        }
-        source
-    }
-
-    pub(super) fn value(&self, unit: u64) -> u64 {
-        let chunk = unit * UNIT / u64::from(self.disk.chunk_size);
-        if self.zero[chunk as usize] { 0 } else { BACKUP | self.salt << 40 | (unit + 1) }
-    }
-
-    pub(super) fn bytes(&self, range: Range<u64>) -> &[u8] {
-        &self.bytes[range.start as usize..range.end as usize]
-    }
-
-    pub(super) fn is_damaged(&self, chunk: u64) -> bool {
-        self.state.lock().damaged.contains(&chunk)
-    }
-}
-
-impl ChunkCheck for SimSource {
-    fn is_chunk(&self, chunk: u64, bytes: &[u8]) -> Option<bool> {
-        let range = self.disk.chunk_range(chunk);
-        Some(self.bytes(range.start()..range.end()) == bytes)
-    }
-}
-
-impl ChunkSource for SimSource {
-    fn layout(&self) -> DiskLayout {
-        self.disk
-    }
-
-    fn is_zero(&self, chunk: u64) -> bool {
-        self.zero[chunk as usize]
-    }
-
-    fn fetch(&self, chunk: u64, _urgency: Urgency) -> FetchFuture<'_, Result<ChunkData, SourceError>> {
-        Box::pin(async move {
-            let (polls, is_away, is_damaged) = {
-                let mut state = self.state.lock();
-                let away_per_mille = state.away_per_mille;
-                (state.rng.below(12), state.rng.chance(away_per_mille), state.damaged.contains(&chunk))
-            };
-            for _ in 0..polls {
-                yield_now().await;
-            }
-            assert!(!self.is_zero(chunk), "a zero chunk was fetched");
-            if is_away {
-                // Some of it, or all of it.
-                let kinds = [SourceErrorKind::Missing, SourceErrorKind::Unavailable];
-                return Err(SourceError::new(kinds[(polls % 2) as usize], "simulated: away"));
-            }
-            let range = self.disk.chunk_range(chunk);
-            let chunk_bytes = self.bytes(range.start()..range.end());
-            let mut decoded = AlignedBuf::from_slice(chunk_bytes);
-            if is_damaged {
-                decoded[(polls * 1000) as usize % range.len() as usize] ^= 0x40;
-            }
-            // The bytes stand for their own hash.
-            if self.verifies && decoded[..] != *chunk_bytes {
-                return Err(SourceError::new(SourceErrorKind::Damaged, "simulated: damaged"));
-            }
-            Ok(ChunkData::new(decoded))
-        })
-    }
 }
 
 impl crate::live::clock::Clock for SimClock {

@@ -48,7 +48,7 @@ use tokio::sync::Notify;
 
 use super::device::LiveDevice;
 use super::holds::Holds;
-use super::mistakes::Mistake;
+use super::mistakes::{Mistake, makes};
 use super::session::Session;
 use copies::Copies;
 use set::FrozenSet;
@@ -113,10 +113,7 @@ impl Session {
         loop {
             let ended = self.idle.notified();
             self.check_open()?;
-            if self.makes(Mistake::FrozenUnderWrites) {
-                return Ok(still);
-            }
-            if self.changes.load(Ordering::SeqCst) == 0 {
+            if self.changes.load(Ordering::SeqCst) == 0 || makes(Mistake::FrozenUnderWrites) {
                 return Ok(still);
             }
             ended.await;
@@ -141,7 +138,7 @@ impl Session {
     pub(super) fn needs_no_copy(&self, blocks: &Range<u64>) -> bool {
         let views = &self.views;
         !views.exists.load(Ordering::SeqCst)
-            || self.makes(Mistake::OverwrittenInView)
+            || makes(Mistake::OverwrittenInView)
             || views.view.read().as_ref().is_none_or(|view| !view.needs_copy(blocks))
     }
 
@@ -285,7 +282,11 @@ impl View {
             if !self.set.needs_copy(place, blocks) {
                 continue;
             }
-            let _hold = self.holds.exclusive(self.set.chunks()[place]).await;
+            let _hold = if makes(Mistake::CopiedWithoutHold) {
+                None
+            } else {
+                Some(self.holds.exclusive(self.set.chunks()[place]).await)
+            };
             for run in self.set.uncopied(place, blocks) {
                 if self.has_failed() {
                     return;
@@ -310,7 +311,7 @@ impl LiveDevice {
     /// Before `blocks` are changed: has the view, if there is one, keep what it needs of them. The caller has begun a change.
     pub(super) async fn preserve(&self, blocks: &Range<u64>) {
         if let Some(view) = self.session.view()
-            && !self.session.makes(Mistake::OverwrittenInView)
+            && !makes(Mistake::OverwrittenInView)
         {
             view.preserve(&*self.target, blocks).await;
         }

@@ -12,7 +12,7 @@ use super::copies::Copy;
 use super::set::BlockState;
 use crate::live::clock::Clock;
 use crate::live::device::LiveDevice;
-use crate::live::mistakes::Mistake;
+use crate::live::mistakes::{Mistake, makes};
 use crate::live::source::{ChunkData, ChunkSource, SourceErrorKind, Urgency};
 
 const FIRST_BACKOFF: Duration = Duration::from_millis(50);
@@ -92,7 +92,7 @@ impl FrozenReader {
     ) -> (Result<Vec<Copy>>, AlignedBuf) {
         let set = &self.view.set;
         assert!(places.clone().all(|place| !set.is_taken(place)), "a chunk is taken once");
-        let early = self.makes(Mistake::CopiesTakenFirst).then(|| self.take_copies(places.clone()));
+        let early = makes(Mistake::CopiesTakenFirst).then(|| self.take_copies(places.clone()));
         if let Err(error) = self.view.check() {
             return (Err(error), buf);
         }
@@ -133,10 +133,6 @@ impl FrozenReader {
             self.view.copies.take(place)
         };
         places.flat_map(take).collect()
-    }
-
-    fn makes(&self, mistake: Mistake) -> bool {
-        matches!(&self.below, Below::Live(device) if device.session().makes(mistake))
     }
 
     /// Puts in what is not on the target any more, or was not yet.

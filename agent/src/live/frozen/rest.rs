@@ -24,7 +24,7 @@ use crate::live::clock::Clock;
 use crate::live::error::{Error, ErrorKind, Result};
 use crate::live::fingerprint::{Evidence, check_contents};
 use crate::live::journal::{Journal, SessionId};
-use crate::live::live_file::{BootId, Credulity, LiveFile, LiveWords};
+use crate::live::live_file::{BootId, LiveFile, LiveWords};
 use crate::live::parts::{ChunkCheck, Identity, Resumed};
 use crate::live::session::check_identity;
 use crate::live::source::ChunkSource;
@@ -76,9 +76,7 @@ impl AtRest {
         let (home, guest) = (Bits::new(&home_words, blocks), Bits::new(&guest_words, blocks));
         let live = parts.live.filter(|live| live.words().len() == LiveWords::count_for(disk));
         let live = live.map(|words| LiveFile::new(words, disk));
-        let believed = live
-            .as_ref()
-            .filter(|live| live.is_believable(parts.session, parts.boot, disk, Credulity::default()));
+        let believed = live.as_ref().filter(|live| live.is_believable(parts.session, parts.boot, disk));
         let is_poisoned = live.as_ref().is_some_and(|live| live.is_poisoned(parts.session, parts.boot, disk));
         let opened = async {
             let missing = || Error::new(ErrorKind::Damaged, "the journal is missing");

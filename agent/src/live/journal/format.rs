@@ -111,11 +111,11 @@ impl JournalLayout {
         (pages * PAGE - RECORD_HEADER) / RUN_LEN
     }
 
-    pub(super) const fn slot_at(self, slot: u64) -> u64 {
+    pub(in crate::live) const fn slot_at(self, slot: u64) -> u64 {
         (1 + slot * self.slot_pages as u64) * PAGE as u64
     }
 
-    pub(super) const fn log_at(self) -> u64 {
+    pub(in crate::live) const fn log_at(self) -> u64 {
         self.slot_at(2)
     }
 

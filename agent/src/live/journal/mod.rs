@@ -80,7 +80,9 @@
 //!   written from its start again. A checkpoint says nothing that the log before it did not say, so a crash before
 //!   that sync loses nothing. A log of a newer generation than the newest checkpoint that holds means damage.
 //! - Replay is a bitwise or of the checkpoint and the records, so doing it twice changes nothing.
-//! - Resuming always begins with a fresh checkpoint, so that a torn tail is never written behind.
+//! - Resuming always begins with a fresh checkpoint, so that a torn tail is never written behind. Before it goes to the
+//!   older place the newest is written once more, as it was read, and synced: after a sync that failed it may stand in
+//!   memory alone, and the older place have all that the disk knows.
 
 mod checkpoint;
 mod format;

@@ -3,6 +3,7 @@
 use super::checkpoint::{CheckpointHeader, decode_checkpoint_header};
 use super::format::{BlockRun, JournalLayout, PAGE, Record, SessionId, decode_record};
 use crate::live::error::{Error, ErrorKind, Result};
+use crate::live::mistakes::{Mistake, makes};
 
 /// Where the log ends, and what it said on the way.
 #[derive(Debug, Default, PartialEq, Eq)]
@@ -100,7 +101,7 @@ pub(super) fn order_checkpoints(
     let mut found: Vec<(u64, CheckpointHeader)> = (0..)
         .zip(pages)
         .filter_map(|(slot, page)| Some((slot, decode_checkpoint_header(page, session, layout)?)))
-        .filter(|(slot, header)| header.generation % 2 == *slot)
+        .filter(|(slot, header)| header.generation % 2 == *slot || makes(Mistake::CheckpointOverNewer))
         .collect();
     found.sort_by_key(|(_, header)| std::cmp::Reverse(header.generation));
     found

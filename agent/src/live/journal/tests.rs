@@ -74,7 +74,7 @@ fn write_journal(groups: Vec<Vec<BlockRun>>, faults: Faults) -> Result<SimDisk, 
                     p.set(run.start..run.start + u64::from(run.len));
                 }
             };
-            let entry = Entry { runs: &runs, complete: false, is_synced: true };
+            let entry = Entry { runs: &runs, complete: false };
             journal.append(&device, entry, &p, &g, on_stable).await?;
         }
         Ok::<_, Error>(())
@@ -220,7 +220,7 @@ fn a_torn_append_loses_nothing_that_was_synced_before() {
                 let runs: Vec<_> = (0..900)
                     .map(|run| BlockRun { start: start * 4000 + run * 4, len: 1, guest: true })
                     .collect();
-                let entry = Entry { runs: &runs, complete: false, is_synced: true };
+                let entry = Entry { runs: &runs, complete: false };
                 if journal.append(&device, entry, &p, &g, |_| ()).await.is_err() {
                     return;
                 }

@@ -7,6 +7,7 @@ use super::format::{BlockRun, Header, PAGE, chunk_blocks, encode_record, record_
 use super::replay::{LogEnd, order_checkpoints, replay_log};
 use crate::live::bits::Bits;
 use crate::live::error::{Error, ErrorKind, Result};
+use crate::live::mistakes::{Mistake, makes};
 
 /// What a device writes whole or not at all, in bytes.
 const SECTOR: usize = 512;
@@ -21,6 +22,8 @@ pub(in crate::live) struct Journal {
     sequence: u64,
     /// The journal says that the whole disk is home.
     complete: bool,
+    /// The newest checkpoint as it was read: where it stands, and its bytes.
+    unproven: Option<(u64, AlignedBuf)>,
 }
 
 /// What is to be put on stable storage.
@@ -29,8 +32,6 @@ pub(in crate::live) struct Entry<'a> {
     pub(in crate::live) runs: &'a [BlockRun],
     /// The whole disk is home.
     pub(in crate::live) complete: bool,
-    /// Always true, but where a test wants that mistake made.
-    pub(in crate::live) is_synced: bool,
 }
 
 /// What opening a journal found.
@@ -63,7 +64,13 @@ impl Journal {
         let page = header.encode()?;
         let mut all_but_the_first_sector = header.encode()?;
         all_but_the_first_sector[..SECTOR].fill(0);
-        let mut journal = Self { header, generation: 0, used: 0, sequence: 0, complete: false };
+        let mut journal =
+            Self { header, generation: 0, used: 0, sequence: 0, complete: false, unproven: None };
+        if makes(Mistake::HeaderFirst) {
+            let page = journal.header.encode()?;
+            write(device, 0, page).await?;
+            device.flush().await?;
+        }
         journal.checkpoint(device, false, p, g).await?;
         // A sector is never torn, so a header that begins with zeroes was not finished, and one that
         // does not is whole.
@@ -95,11 +102,10 @@ impl Journal {
             [read(device, layout.slot_at(0), PAGE).await?, read(device, layout.slot_at(1), PAGE).await?];
         let log = read(device, layout.log_at(), layout.log_len()).await?;
         for (slot, checkpoint) in order_checkpoints([&pages[0], &pages[1]], header.session, layout) {
-            let mut body =
-                read(device, layout.slot_at(slot) + PAGE as u64, checkpoint.body_len.next_multiple_of(PAGE))
-                    .await?;
-            body.set_len(checkpoint.body_len);
-            if !checkpoint.apply(&body, chunk_blocks(header.disk), p, g) {
+            let len = PAGE + checkpoint.body_len.next_multiple_of(PAGE);
+            let newest = read(device, layout.slot_at(slot), len).await?;
+            let body = &newest[PAGE..PAGE + checkpoint.body_len];
+            if !checkpoint.apply(body, chunk_blocks(header.disk), p, g) {
                 continue;
             }
             let LogEnd { complete, mended, records } =
@@ -122,6 +128,7 @@ impl Journal {
                 used: layout.log_len(),
                 sequence: 0,
                 complete: replayed.complete,
+                unproven: (!makes(Mistake::ReadTakenForStable)).then_some((layout.slot_at(slot), newest)),
             };
             return Ok((journal, replayed));
         }
@@ -142,7 +149,7 @@ impl Journal {
         g: &Bits<'_>,
         mut on_stable: impl FnMut(&[BlockRun]),
     ) -> Result<()> {
-        let Entry { runs, complete, is_synced } = entry;
+        let Entry { runs, complete } = entry;
         let most = self.header.journal.record_runs_max();
         let pieces: Vec<&[BlockRun]> = if runs.is_empty() { vec![runs] } else { runs.chunks(most).collect() };
         let last = pieces.len() - 1;
@@ -151,7 +158,7 @@ impl Journal {
                 self.checkpoint(device, false, p, g).await?;
             }
             self.append_one(device, complete && index == last, piece).await?;
-            if is_synced {
+            if !makes(Mistake::JournalUnsynced) {
                 device.flush().await?;
             }
             on_stable(piece);
@@ -182,14 +189,23 @@ impl Journal {
         p: &Bits<'_>,
         g: &Bits<'_>,
     ) -> Result<()> {
-        let generation = self.generation + 1;
+        if let Some((at, newest)) = self.unproven.take() {
+            // It may never have reached the disk, where its sync failed: then it is read from memory and nothing
+            // would write it any more. The older place is all that the disk has, and is overwritten below.
+            write(device, at, newest).await?;
+            device.flush().await?;
+        }
+        let generation = self.generation + u64::from(!makes(Mistake::GenerationNotRaised));
         let flags = CheckpointFlags { parked, complete: self.complete };
         let Header { session, disk, journal, .. } = self.header;
         let checkpoint = encode_checkpoint(session, generation, flags, chunk_blocks(disk), p, g);
         let room = journal.slot_pages as usize * PAGE;
         assert!(checkpoint.len() <= room, "more chunks are home in part than were not whole at the start");
-        write(device, self.header.journal.slot_at(generation % 2), checkpoint).await?;
-        device.flush().await?;
+        let place = if makes(Mistake::CheckpointOverNewer) { 1 } else { generation % 2 };
+        write(device, self.header.journal.slot_at(place), checkpoint).await?;
+        if !makes(Mistake::CheckpointUnsynced) {
+            device.flush().await?;
+        }
         self.generation = generation;
         self.used = 0;
         self.sequence = 0;

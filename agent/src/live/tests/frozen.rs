@@ -15,7 +15,7 @@ use crate::live::clock::Clock;
 use crate::live::device::LiveDevice;
 use crate::live::frozen::{AtRest, Frozen, FrozenOptions, FrozenReader, RestParts};
 use crate::live::journal::JournalLayout;
-use crate::live::mistakes::Mistake;
+use crate::live::mistakes::{Making, Mistake};
 use crate::live::source::ChunkSource;
 use crate::live::stats::Phase;
 
@@ -113,7 +113,8 @@ fn guests(spawner: &Spawner, device: &LiveDevice, model: &Rc<RefCell<Vec<u8>>>, 
 fn a_view_under_work(seed: u64, mistake: Option<Mistake>) {
     let mut rig = Rig::new();
     rig.executor = block::sim::Executor::new(seed);
-    let device = rig.create_making(mistake);
+    let _making = Making::new(mistake);
+    let device = rig.create();
     let model = Rc::new(RefCell::new(rig.source.all()));
     let spawner = rig.executor.spawner();
     if !seed.is_multiple_of(3) {

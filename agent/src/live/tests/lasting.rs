@@ -107,6 +107,23 @@ fn a_parked_session_knows_everything_exactly_after_a_reboot() {
 }
 
 #[test]
+fn parking_that_fails_is_a_failed_sync_and_not_a_parking() {
+    let mut rig = Rig::new();
+    let device = rig.create();
+    rig.write(&device, chunk(0), 1).unwrap();
+    rig.journal.set_faults(Faults { sync: 1000, ..Faults::default() });
+    let mut park = || {
+        let parker = device.clone();
+        rig.run(async move { parker.park().await })
+    };
+    park().unwrap_err();
+    assert_eq!(park().unwrap_err().kind(), error::ErrorKind::Poisoned, "it is not parked the second time");
+    assert_eq!(device.session().phase(), Phase::Poisoned);
+    rig.journal.set_faults(Faults::default());
+    assert_eq!(rig.resume().1, Resumed::SyncFailed);
+}
+
+#[test]
 fn a_commit_that_waits_while_the_session_is_parked_writes_nothing_after_it() {
     for seed in 0..40 {
         let mut rig = Rig::new();

@@ -24,7 +24,6 @@ use super::device::LiveDevice;
 use super::error::Result;
 use super::journal::{JournalLayout, SessionId};
 use super::live_file::{BootId, LiveWords};
-use super::mistakes::Mistake;
 use super::parts::{ChunkCheck, Identity, Resumed, SessionOptions, SessionParts};
 use super::session::Session;
 use super::source::{ChunkData, ChunkSource, DiskLayout, FetchFuture, SourceError, SourceErrorKind, Urgency};
@@ -188,17 +187,6 @@ impl Rig {
 
     fn create(&mut self) -> LiveDevice {
         self.try_create().expect("the session can be made")
-    }
-
-    /// A session that makes this mistake.
-    fn create_making(&mut self, mistake: Option<Mistake>) -> LiveDevice {
-        let (parts, target, journal) = (self.parts(), self.target.clone(), self.journal.clone());
-        let (id, is_zero) = (self.id, self.target_is_zero);
-        let create = async move { Session::create(parts, id, is_zero, &target, &journal).await };
-        let session = self.executor.block_on(STEPS, create).expect("the session can be made").making(mistake);
-        self.last_boot = Some(self.boot);
-        let device = session.device(Rc::new(self.target.clone()), Rc::new(self.journal.clone()));
-        device.expect("the target is suitable")
     }
 
     fn try_resume(&mut self) -> Result<(LiveDevice, Resumed)> {
