@@ -80,6 +80,8 @@ mod parts;
 mod peek;
 mod plan;
 mod read;
+#[cfg(test)]
+mod recorded;
 mod session;
 mod source;
 mod stats;
