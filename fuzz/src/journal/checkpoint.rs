@@ -47,11 +47,7 @@ pub fn checkpoint(data: &[u8]) {
         assert_eq!(home.p.last().map_or(0, |word| word >> rest), 0, "home, and beyond the disk");
     }
     let again = fuzzing::encode_checkpoint_of(SESSION, disk, generation, &home);
-    assert_eq!(
-        fuzzing::checkpoint(&again, SESSION, disk),
-        Some((generation, home)),
-        "it does not come back"
-    );
+    assert_eq!(fuzzing::checkpoint(&again, SESSION, disk), Some((generation, home)), "it does not come back");
 }
 
 /// A disk of so many blocks, whose chunks are as large as `mode` says.
