@@ -102,6 +102,16 @@ impl Verb for Args {
             .and_then(|(disk, record)| live_restore::check_identity(&state, record, disk).err());
         let target = locked.as_ref().filter(|_| is_another.is_none() && record.is_some());
         if self.remove_target {
+            if record.as_ref().is_some_and(|record| record.handed_over) {
+                return Err(Failure::new(
+                    format!(
+                        "a machine was moved onto {}, and may run from it: it is not removed",
+                        path.display()
+                    ),
+                    "leave --remove-target out; remove the file by hand once that machine is gone for good",
+                )
+                .into());
+            }
             self.check_removable(target, &path)?;
         }
         let status = record.as_ref().map(|record| live_restore::stopped_status(&state, record));
@@ -189,6 +199,10 @@ impl Args {
             ))?;
         }
         match (record, status) {
+            (_, Some(status)) if self.remove_target => output.line(format_args!(
+                "lost with the target is all that the guest wrote: up to {}, unless it was saved",
+                human_size(status.guest_bytes)
+            ))?,
             (Some(record), _) if record.handed_over => output.line(
                 "nothing is lost: a running machine was moved onto the target, which is a disk of its own",
             )?,

@@ -163,6 +163,25 @@ impl Graph {
         users.filter_map(|(parent, _, role)| Some((self.nodes.get(parent)?, role.as_str())))
     }
 
+    /// Whether a device, an export or a job is somewhere above a node. One that only other nodes use serves nobody: it may be
+    /// what a failed hotplug left behind.
+    fn serves(&self, node: &Node) -> bool {
+        let mut seen = vec![node.id];
+        let mut next = 0;
+        while let Some(&at) = seen.get(next) {
+            next += 1;
+            for (parent, child, _) in &self.edges {
+                if *child == at && !seen.contains(parent) {
+                    if self.nodes.get(parent).is_some_and(|parent| parent.kind != "block-driver") {
+                        return true;
+                    }
+                    seen.push(*parent);
+                }
+            }
+        }
+        false
+    }
+
     fn is_below(&self, node: &Node, top: &Node) -> bool {
         let mut seen = vec![top.id];
         let mut next = 0;
@@ -257,7 +276,7 @@ impl Graph {
 
     /// Where the drive of `home` is.
     pub(super) fn whereabouts(&self, home: &Home<'_>) -> Whereabouts {
-        if self.of_export(home).into_iter().any(|nbd| self.parents(nbd).next().is_some()) {
+        if self.of_export(home).into_iter().any(|nbd| self.serves(nbd)) {
             return Whereabouts::Export;
         }
         let is_home = self.node(&home.file_node()).is_some() && self.is_used(&home.file_node());

@@ -181,6 +181,19 @@ impl Save<'_> {
 
     /// Freezes all disks at one moment.
     fn freeze(&self, served: &[&ServedDisk]) -> anyhow::Result<Vec<LiveView>> {
+        for disk in served {
+            // The record is read again: a move may have marked it since this agent's start.
+            if disk.state.record()?.is_some_and(|record| record.handed_over) {
+                return Err(Failure::new(
+                    format!(
+                        "a running machine was moved onto {}: what it writes there, this agent does not see",
+                        disk.record.target.display()
+                    ),
+                    "take a snapshot of that disk with `lifeboot capture`; the others when this agent has ended",
+                )
+                .into());
+            }
+        }
         let options = served
             .iter()
             .map(|disk| {

@@ -96,12 +96,13 @@ impl TraceKeeper {
     /// # Errors
     /// Where nothing was read, or the repository cannot be written.
     pub(crate) fn take(&self, session: &Session) -> anyhow::Result<KeptTrace> {
-        session.end_recording();
-        let recorded = session.recorded();
+        // One that has nothing yet goes on.
         anyhow::ensure!(
-            !recorded.chunks.is_empty(),
+            !session.recorded().chunks.is_empty(),
             "no guest has read anything of the disk since the recording began"
         );
+        session.end_recording();
+        let recorded = session.recorded();
         *self.state.lock() = State::Done;
         self.keep(&recorded)
     }
