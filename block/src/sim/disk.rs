@@ -249,6 +249,9 @@ impl SimDisk {
         let range = offset as usize..offset as usize + bytes.len();
         contents.view[range.clone()].copy_from_slice(bytes);
         contents.stable[range].copy_from_slice(bytes);
+        // What was written there before must not come back at a power cut.
+        let sectors = ByteRange::from_bounds(offset, offset + bytes.len() as u64).units(SECTOR);
+        contents.unsynced.retain(|sector, _| !sectors.contains(sector));
     }
 }
 
