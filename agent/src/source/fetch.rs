@@ -4,7 +4,7 @@
 //! however much becomes possible at once.
 
 use std::sync::atomic::Ordering;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use parking_lot::MutexGuard;
 
@@ -17,8 +17,6 @@ use crate::live::{SourceErrorKind, Urgency};
 const PIECE_PLAIN_BYTES: usize = 512 << 10;
 /// The same while guests ask: what they ask for waits behind the rest of a piece.
 const SMALL_PIECE_PLAIN_BYTES: usize = 256 << 10;
-/// For how long after a guest asked pieces are small.
-const GUESTS_ASK: Duration = Duration::from_secs(1);
 /// Stored bytes that may wait for the decode pool before nothing more is prefetched.
 const DECODE_BACKLOG_BYTES: u64 = 3 << 20;
 
@@ -93,8 +91,7 @@ impl<S: ChunkStore> Shared<S> {
     /// Chunks to look for together. A guest's are neighbours: it does not wait for others' chunks.
     fn next_keys(&self, state: &mut State<S::Place>, urgency: Urgency) -> Option<Vec<Key>> {
         let first = state.queue.start_next(urgency, |_| true)?;
-        let guests_ask = state.last_demand.is_some_and(|at| at.elapsed() < GUESTS_ASK);
-        let most = if guests_ask { SMALL_PIECE_PLAIN_BYTES } else { PIECE_PLAIN_BYTES };
+        let most = if state.window.do_guests_ask() { SMALL_PIECE_PLAIN_BYTES } else { PIECE_PLAIN_BYTES };
         let mut keys = vec![first];
         let mut plain = self.store.plain_len(first);
         let mut last = first;

@@ -10,6 +10,7 @@
 
 mod args;
 mod chunk_store;
+mod climb;
 mod decode;
 mod disk;
 mod fallback;

@@ -7,7 +7,7 @@ use std::thread::JoinHandle;
 use std::time::Instant;
 
 use block::{AlignedBuf, BufferPool};
-use parking_lot::{Condvar, Mutex};
+use parking_lot::{Condvar, Mutex, MutexGuard};
 use quick_cache::sync::Cache;
 use tokio::sync::oneshot;
 
@@ -92,8 +92,6 @@ pub(super) struct State<P> {
     pub(super) window: Window,
     /// Slots that are taken by what no guest waits for.
     pub(super) prefetch_slots: usize,
-    /// When a guest asked last.
-    pub(super) last_demand: Option<Instant>,
     pub(super) closed: bool,
 }
 
@@ -142,7 +140,6 @@ impl<S: ChunkStore> FetchPool<S> {
                 arrived_bytes: 0,
                 window: Window::default(),
                 prefetch_slots: 0,
-                last_demand: None,
                 closed: false,
             }),
             to_fetch: Condvar::new(),
@@ -185,19 +182,11 @@ impl<S: ChunkStore> FetchPool<S> {
         if let Some(chunk) = self.cached(key) {
             return Box::pin(std::future::ready(Ok(chunk)));
         }
-        let (sender, receiver) = oneshot::channel();
-        let mut state = self.shared.state.lock();
+        let state = self.shared.state.lock();
         if state.closed {
             return Box::pin(std::future::ready(Err(closed())));
         }
-        join(&mut state, key, urgency, Waiter::One(sender));
-        self.shared.wake_fetcher(&state);
-        drop(state);
-        if urgency == Urgency::Demand {
-            // It may have arrived, and wait to be decoded.
-            self.shared.to_decode_urgent.notify_one();
-        }
-        Box::pin(async move { receiver.await.unwrap_or_else(|_| Err(closed())) })
+        self.wait_for(state, key, urgency)
     }
 
     /// The chunk where a fetch of it is wanted or under way already, which becomes as urgent as this; `None`
@@ -207,17 +196,26 @@ impl<S: ChunkStore> FetchPool<S> {
         key: Key,
         urgency: Urgency,
     ) -> Option<FetchFuture<'static, Result<ChunkData, SourceError>>> {
-        let mut state = self.shared.state.lock();
+        let state = self.shared.state.lock();
         state.queue.urgency(key)?;
+        Some(self.wait_for(state, key, urgency))
+    }
+
+    fn wait_for(
+        &self,
+        mut state: MutexGuard<'_, State<S::Place>>,
+        key: Key,
+        urgency: Urgency,
+    ) -> FetchFuture<'static, Result<ChunkData, SourceError>> {
         let (sender, receiver) = oneshot::channel();
-        join(&mut state, key, urgency, Waiter::One(sender));
+        self.shared.join(&mut state, key, urgency, Waiter::One(sender));
         self.shared.wake_fetcher(&state);
         drop(state);
         if urgency == Urgency::Demand {
             // It may have arrived, and wait to be decoded.
             self.shared.to_decode_urgent.notify_one();
         }
-        Some(Box::pin(async move { receiver.await.unwrap_or_else(|_| Err(closed())) }))
+        Box::pin(async move { receiver.await.unwrap_or_else(|_| Err(closed())) })
     }
 
     /// How many plain bytes of prefetching keep the source busy.
@@ -243,7 +241,7 @@ impl<S: ChunkStore> FetchPool<S> {
                 run.settle_copy(slot, Err(closed()));
             } else {
                 let waiter = Waiter::Run(RunSlot { run: Arc::clone(&run), slot });
-                join(&mut state, key, urgency, waiter);
+                self.shared.join(&mut state, key, urgency, waiter);
             }
         }
         self.shared.wake_fetcher(&state);
@@ -293,6 +291,16 @@ impl<S: ChunkStore> Drop for FetchPool<S> {
 }
 
 impl<S: ChunkStore> Shared<S> {
+    /// Adds somebody who waits for `key`, and raises what is already under way for it.
+    fn join(&self, state: &mut State<S::Place>, key: Key, urgency: Urgency, waiter: Waiter) {
+        if urgency == Urgency::Demand {
+            state.window.guest_asks(self.begun.elapsed());
+        }
+        if state.queue.join(key, urgency, waiter) == Joined::Raised {
+            raise(state, key, urgency);
+        }
+    }
+
     /// Keeps a buffer to be used again, unless it has a pool of its own to go back to.
     pub(super) fn recycle(&self, buf: AlignedBuf) {
         let mut spares = self.spares.lock();
@@ -336,15 +344,6 @@ pub(super) fn deliver(waiter: Waiter, result: Result<ChunkData, SourceError>) {
         // Whoever went away does not want it any more.
         Waiter::One(sender) => drop(sender.send(result)),
         Waiter::Run(RunSlot { run, slot }) => run.settle_copy(slot, result.as_deref().map_err(Clone::clone)),
-    }
-}
-
-fn join<P: Placed>(state: &mut State<P>, key: Key, urgency: Urgency, waiter: Waiter) {
-    if urgency == Urgency::Demand {
-        state.last_demand = Some(Instant::now());
-    }
-    if state.queue.join(key, urgency, waiter) == Joined::Raised {
-        raise(state, key, urgency);
     }
 }
 
