@@ -44,8 +44,7 @@ pub(super) fn belongs_elsewhere(target: &Path, record: &SessionRecord, spec: &st
 /// The disk that a session restores.
 pub(super) fn of_record(wish: &Wish<'_>, record: &SessionRecord) -> anyhow::Result<DiskEntry> {
     let repository = wish.repository().map_err(|error| gone(record, error))?;
-    base_of(repository, record)
-        .or_else(|error| wish.fallbacks.find(|copy| base_of(copy, record).ok()).ok_or(error))
+    base_of(repository, record).or_else(|error| wish.fallbacks.or_else(error, |copy| base_of(copy, record)))
 }
 
 fn gone(record: &SessionRecord, error: repository::Error) -> Failure {

@@ -4,7 +4,6 @@
 //! make up [`BATCH_CHUNKS`]. What a guest waits for is decoded alone, and first.
 
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 
 use block::{AlignedBuf, BufPart};
 use parking_lot::{Condvar, MutexGuard};
@@ -141,8 +140,6 @@ impl<S: ChunkStore> Shared<S> {
 
     /// Ends the fetch of a chunk and gives it, or why it could not be had, to everybody who waits.
     fn end(&self, key: Key, into: Room, result: Result<(), SourceError>) {
-        self.counters.chunks.fetch_add(1, Ordering::Relaxed);
-        self.counters.plain_bytes.fetch_add(self.store.plain_len(key) as u64, Ordering::Relaxed);
         match into {
             Room::Run(into, part) => self.end_run_chunk(key, &into, part, result),
             Room::Own(buf) => {

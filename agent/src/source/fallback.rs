@@ -72,7 +72,7 @@ impl Fallbacks {
             warn(format!("the repository cannot be had ({error}): its copy {} is used", path.display()));
             main = Ok(copy);
         }
-        Ok((main, opened.into_iter().map(CopyOfIt::new).collect()))
+        Ok((main, Self(opened.into_iter().map(CopyOfIt::new).collect())))
     }
 
     pub(super) fn copies(&self) -> &[CopyOfIt] {
@@ -85,20 +85,11 @@ impl Fallbacks {
         self.0.is_empty()
     }
 
-    /// The first copy's answer.
-    pub fn find<T>(&self, ask: impl Fn(&Repository) -> Option<T>) -> Option<T> {
-        self.0.iter().find_map(|copy| ask(&copy.repository))
-    }
-
     /// The first copy's answer that is one; `error` where none has any.
     ///
     /// # Errors
     /// `error`.
-    pub fn or_else<T>(
-        &self,
-        error: repository::Error,
-        ask: impl Fn(&Repository) -> repository::Result<T>,
-    ) -> repository::Result<T> {
+    pub fn or_else<T, E>(&self, error: E, ask: impl Fn(&Repository) -> Result<T, E>) -> Result<T, E> {
         self.0.iter().find_map(|copy| ask(&copy.repository).ok()).ok_or(error)
     }
 
@@ -138,12 +129,6 @@ impl Fallbacks {
     }
 }
 
-impl FromIterator<CopyOfIt> for Fallbacks {
-    fn from_iter<T: IntoIterator<Item = CopyOfIt>>(copies: T) -> Self {
-        Self(copies.into_iter().collect())
-    }
-}
-
 impl CopyOfIt {
     pub(super) fn new(repository: Repository) -> Self {
         let reader = repository.reader();
@@ -165,5 +150,31 @@ impl CopyOfIt {
 impl std::fmt::Debug for Fallbacks {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_list().entries(self.0.iter().map(|copy| copy.repository.path())).finish()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use repository::InitOptions;
+
+    use super::*;
+
+    #[test]
+    fn a_repository_is_no_copy_of_itself_and_one_that_cannot_be_had_is_replaced() {
+        let dir = tempfile::tempdir().unwrap();
+        let (repo, copy) = (dir.path().join("repo"), dir.path().join("copy"));
+        for path in [&repo, &copy] {
+            Repository::init(path, InitOptions::default()).unwrap();
+        }
+        let silent = |_: String| ();
+        let beside =
+            |repo: &Path, copies: &[PathBuf]| Fallbacks::beside(Repository::open(repo), copies, silent);
+        let same = beside(&repo, &[dir.path().join("copy/../repo")]).unwrap_err();
+        assert!(same.to_string().contains("the repository itself"), "{same}");
+        let (main, fallbacks) = beside(&dir.path().join("gone"), std::slice::from_ref(&copy)).unwrap();
+        assert_eq!(main.unwrap().path(), Repository::open(&copy).unwrap().path());
+        assert!(fallbacks.is_empty());
+        let (main, fallbacks) = beside(&repo, &[dir.path().join("gone"), copy]).unwrap();
+        assert!(main.is_ok() && fallbacks.copies().len() == 1);
     }
 }

@@ -3,7 +3,6 @@
 //! A thread that has taken an order wakes the next one if there is more to take; so one wake is enough
 //! however much becomes possible at once.
 
-use std::sync::atomic::Ordering;
 use std::time::Instant;
 
 use parking_lot::MutexGuard;
@@ -133,7 +132,6 @@ impl<S: ChunkStore> Shared<S> {
         if let Some(arrives) = arrives {
             std::thread::sleep(arrives.saturating_duration_since(Instant::now()));
         }
-        self.counters.requests.fetch_add(1, Ordering::Relaxed);
         let mut state = self.state.lock();
         if let Some(flight) = flight {
             state.prefetch_slots -= 1;
@@ -145,7 +143,6 @@ impl<S: ChunkStore> Shared<S> {
         match result {
             Ok(()) => {
                 piece.stored = Some(stored);
-                self.counters.stored_bytes.fetch_add(len, Ordering::Relaxed);
                 let urgency = urgency_of(&state, &piece);
                 state.arrived_bytes += len;
                 state.arrived[urgency.lane()].push_back(piece);

@@ -2,7 +2,6 @@
 
 use std::ops::Range;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread::JoinHandle;
 use std::time::Instant;
 
@@ -52,27 +51,6 @@ impl Default for PoolOptions {
     }
 }
 
-/// What a pool has fetched since it began.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct FetchStats {
-    /// Requests made to the source.
-    pub requests: u64,
-    /// Chunks that arrived.
-    pub chunks: u64,
-    /// Stored bytes that arrived.
-    pub stored_bytes: u64,
-    /// Their plain bytes.
-    pub plain_bytes: u64,
-}
-
-#[derive(Default)]
-pub(super) struct Counters {
-    pub(super) requests: AtomicU64,
-    pub(super) chunks: AtomicU64,
-    pub(super) stored_bytes: AtomicU64,
-    pub(super) plain_bytes: AtomicU64,
-}
-
 #[derive(Clone)]
 pub(super) struct ByBytes;
 
@@ -108,7 +86,6 @@ pub(super) struct Shared<S: ChunkStore> {
     /// Wakes the decoding thread that is there for guests alone.
     pub(super) to_decode_urgent: Condvar,
     spares: Mutex<Vec<AlignedBuf>>,
-    pub(super) counters: Counters,
     pub(super) begun: Instant,
 }
 
@@ -146,7 +123,6 @@ impl<S: ChunkStore> FetchPool<S> {
             to_decode: Condvar::new(),
             to_decode_urgent: Condvar::new(),
             spares: Mutex::new(Vec::new()),
-            counters: Counters::default(),
             begun: Instant::now(),
         });
         let mut pool = Self { shared, threads: Vec::new() };
@@ -257,17 +233,6 @@ impl<S: ChunkStore> FetchPool<S> {
     /// Takes a buffer back, to be used again.
     pub fn recycle(&self, buf: AlignedBuf) {
         self.shared.recycle(buf);
-    }
-
-    /// What was fetched until now.
-    pub fn stats(&self) -> FetchStats {
-        let counters = &self.shared.counters;
-        FetchStats {
-            requests: counters.requests.load(Ordering::Relaxed),
-            chunks: counters.chunks.load(Ordering::Relaxed),
-            stored_bytes: counters.stored_bytes.load(Ordering::Relaxed),
-            plain_bytes: counters.plain_bytes.load(Ordering::Relaxed),
-        }
     }
 }
 

@@ -15,25 +15,17 @@
 //! Whether the repository is there is looked at after the failure. A file system that returns in between would make what
 //! it holds look missing, so what is missing is asked for once more before that is said.
 
-use std::collections::HashMap;
-use std::ops::Range;
-use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use parking_lot::{Mutex, RwLock};
-use repository::{ChunkDecoder, ChunkId, ChunkReader, DiskMap, Location, MapEntry, PackId, Repository};
+use repository::{ChunkId, ChunkReader, DiskMap, Location, MapEntry, Repository};
 
 use super::fallback::Fallbacks;
-use super::{ChunkStore, Decode, FetchStats, Key, Placed, Undecoded, ZeroChunks};
+use super::fetched::{FetchStats, Fetched};
+use super::repository_decoder::RepositoryDecoder;
+use super::troubles::{Troubles, kind_of};
+use super::{ChunkStore, Key, Placed};
 use crate::live::{SourceError, SourceErrorKind};
-
-/// How many map entries are looked at together.
-const ENTRIES_AT_ONCE: u64 = 4096;
-
-/// So long the copies are asked first after the repository was out of reach, or a pack was not there.
-const PASSED_OVER: Duration = Duration::from_secs(5);
-/// Packs that are remembered as not being there; of more, the oldest are asked for again.
-const PACKS_REMEMBERED: usize = 4096;
 
 /// The disks of one repository.
 pub struct RepositoryStore {
@@ -43,46 +35,6 @@ pub struct RepositoryStore {
     disks: RwLock<Vec<DiskMap>>,
     fetched: Fetched,
     troubles: Mutex<Troubles>,
-}
-
-/// What the repository could not give lately. Kept only where there are copies.
-#[derive(Debug, Default)]
-struct Troubles {
-    away: Option<Instant>,
-    packs: HashMap<PackId, Instant>,
-}
-
-impl Troubles {
-    fn note(&mut self, now: Instant, pack: PackId, kind: SourceErrorKind) {
-        if kind == SourceErrorKind::Unavailable {
-            self.away = Some(now);
-        } else {
-            if self.packs.len() >= PACKS_REMEMBERED {
-                self.packs.clear();
-            }
-            self.packs.insert(pack, now);
-        }
-    }
-
-    fn is_away(&self, now: Instant) -> bool {
-        self.away.is_some_and(|since| now.duration_since(since) < PASSED_OVER)
-    }
-
-    fn lacks(&self, now: Instant, pack: PackId) -> bool {
-        self.packs.get(&pack).is_some_and(|since| now.duration_since(*since) < PASSED_OVER)
-    }
-}
-
-/// What was fetched for each disk, by its number.
-#[derive(Clone, Debug, Default)]
-struct Fetched(Arc<RwLock<Vec<FetchStats>>>);
-
-impl Fetched {
-    fn add(&self, disk: u32, add: impl FnOnce(&mut FetchStats)) {
-        if let Some(stats) = self.0.write().get_mut(disk as usize) {
-            add(stats);
-        }
-    }
 }
 
 impl RepositoryStore {
@@ -110,13 +62,13 @@ impl RepositoryStore {
     pub fn add(&self, map: DiskMap) -> u32 {
         let mut disks = self.disks.write();
         disks.push(map);
-        self.fetched.0.write().push(FetchStats::default());
+        self.fetched.push();
         u32::try_from(disks.len() - 1).expect("disks are far fewer than 2^32")
     }
 
     /// What was fetched for the disk with this number.
     pub fn fetched(&self, disk: u32) -> FetchStats {
-        self.fetched.0.read().get(disk as usize).copied().unwrap_or_default()
+        self.fetched.of(disk)
     }
 
     /// Tries once, and once more where something is missing though the repository is there.
@@ -155,19 +107,6 @@ impl RepositoryStore {
     }
 }
 
-/// What a failure of this repository means.
-fn kind_of(repository: &Repository, error: &repository::Error) -> SourceErrorKind {
-    if error.is_transient() || error.kind() == repository::ErrorKind::NotPermitted {
-        SourceErrorKind::Unavailable
-    } else if !error.is_missing() {
-        SourceErrorKind::Damaged
-    } else if repository.is_reachable() {
-        SourceErrorKind::Missing
-    } else {
-        SourceErrorKind::Unavailable
-    }
-}
-
 /// Which chunk it is, and where in this repository; `None` where it is zeroes.
 fn find(
     repository: &Repository,
@@ -183,11 +122,11 @@ fn find(
 /// Where a chunk is, and what it must turn out to be.
 #[derive(Clone, Copy, Debug)]
 pub struct ChunkPlace {
-    disk: u32,
-    id: ChunkId,
-    location: Location,
+    pub(super) disk: u32,
+    pub(super) id: ChunkId,
+    pub(super) location: Location,
     /// In which of the copies; `None` in the repository itself.
-    copy: Option<usize>,
+    pub(super) copy: Option<usize>,
 }
 
 impl Placed for ChunkPlace {
@@ -232,10 +171,7 @@ impl ChunkStore for RepositoryStore {
         };
         match result {
             Ok(()) => {
-                self.fetched.add(first.disk, |stats| {
-                    stats.requests += 1;
-                    stats.stored_bytes += stored.len() as u64;
-                });
+                self.fetched.add_stored(first.disk, stored.len());
                 Ok(())
             }
             Err(error) if !self.fallbacks.is_empty() => {
@@ -251,136 +187,12 @@ impl ChunkStore for RepositoryStore {
     }
 
     fn decoder(&self) -> RepositoryDecoder {
-        let (repository, fallbacks) = (self.repository.clone(), self.fallbacks.clone());
-        let fetched = self.fetched.clone();
-        RepositoryDecoder { decoder: ChunkDecoder::new(), repository, fallbacks, fetched }
+        RepositoryDecoder::new(self.repository.clone(), self.fallbacks.clone(), self.fetched.clone())
     }
 
     fn plain_len(&self, key: Key) -> usize {
         self.disks.read()[key.disk as usize].chunk_len(key.chunk)
     }
-}
-
-/// Decodes and verifies for one thread.
-pub struct RepositoryDecoder {
-    decoder: repository::Result<ChunkDecoder>,
-    repository: Repository,
-    fallbacks: Fallbacks,
-    fetched: Fetched,
-}
-
-impl Decode<ChunkPlace> for RepositoryDecoder {
-    fn decode_each(&mut self, chunks: &mut [Undecoded<'_, ChunkPlace>]) -> Vec<Result<(), SourceError>> {
-        let decoder = match &mut self.decoder {
-            Ok(decoder) => decoder,
-            Err(error) => {
-                let why = || SourceError::new(SourceErrorKind::Unavailable, error.clone());
-                return chunks.iter().map(|_| Err(why())).collect();
-            }
-        };
-        let mut undecoded: Vec<_> = chunks
-            .iter_mut()
-            .map(|chunk| repository::Undecoded {
-                at: &chunk.place.location,
-                stored: chunk.stored,
-                id: &chunk.place.id,
-                out: chunk.out,
-            })
-            .collect();
-        let results = decoder.decode_each(&mut undecoded);
-        let (repository, fallbacks) = (&self.repository, &self.fallbacks);
-        let ended = chunks.iter_mut().zip(results).map(|(chunk, result)| match (result, chunk.place.copy) {
-            (Ok(()), None) => Ok(()),
-            (Ok(()), Some(copy)) => {
-                let why = "the repository was out of reach, or a pack was not there";
-                fallbacks.copies()[copy].note(chunk.out.len(), &why);
-                Ok(())
-            }
-            (Err(error), _) if fallbacks.is_empty() => Err(SourceError::new(SourceErrorKind::Damaged, error)),
-            (Err(_), _) => from_anybody(repository, fallbacks, decoder, &chunk.place.id, chunk.out),
-        });
-        let ended: Vec<_> = ended.collect();
-        for (chunk, _) in chunks.iter().zip(&ended).filter(|(_, result)| result.is_ok()) {
-            self.fetched.add(chunk.place.disk, |stats| {
-                stats.chunks += 1;
-                stats.plain_bytes += chunk.out.len() as u64;
-            });
-        }
-        ended
-    }
-}
-
-/// A chunk by its id, from whoever has it. Where nobody does, what the repository says of it counts; but it is not damaged
-/// for good while a copy may still give it.
-fn from_anybody(
-    repository: &Repository,
-    fallbacks: &Fallbacks,
-    decoder: &mut ChunkDecoder,
-    id: &ChunkId,
-    out: &mut [u8],
-) -> Result<(), SourceError> {
-    let Err(why) = repository.read_chunk(id, decoder, out) else { return Ok(()) };
-    let Err(others) = fallbacks.rescue(id, decoder, out, &why) else { return Ok(()) };
-    let is_final = |(copy, error)| kind_of(copy, error) == SourceErrorKind::Damaged;
-    let copies = fallbacks.copies().iter().map(|copy| &copy.repository);
-    let kind = match kind_of(repository, &why) {
-        SourceErrorKind::Damaged if !copies.zip(&others).all(is_final) => SourceErrorKind::Missing,
-        kind => kind,
-    };
-    Err(SourceError::new(kind, why))
-}
-
-/// Which chunks of a disk are zeroes.
-///
-/// # Errors
-/// Where the disk's map cannot be read, or is damaged.
-pub fn zero_chunks(map: &DiskMap) -> repository::Result<ZeroChunks> {
-    let mut zero = ZeroChunks::all(map.chunk_count());
-    for_each_data_chunk(map, |chunk, _| {
-        zero.set_data(chunk);
-        Ok(())
-    })?;
-    Ok(zero)
-}
-
-/// The runs of neighbouring data chunks in the order in which they lie in packs. A chunk that the
-/// index does not find comes last: whoever fetches it learns why.
-///
-/// # Errors
-/// Where the disk's map or the index cannot be read.
-pub fn pack_order(repository: &Repository, map: &DiskMap) -> repository::Result<Vec<Range<u64>>> {
-    let mut placed: Vec<(Option<(PackId, u32)>, u64)> = Vec::new();
-    for_each_data_chunk(map, |chunk, id| {
-        let location = repository.locate(&id)?;
-        placed.push((location.map(|location| (location.pack, location.offset)), chunk));
-        Ok(())
-    })?;
-    placed.sort_unstable_by_key(|(place, chunk)| (place.is_none(), *place, *chunk));
-    let mut runs: Vec<Range<u64>> = Vec::new();
-    for (_, chunk) in placed {
-        match runs.last_mut() {
-            Some(run) if run.end == chunk => run.end += 1,
-            _ => runs.push(chunk..chunk + 1),
-        }
-    }
-    Ok(runs)
-}
-
-fn for_each_data_chunk(
-    map: &DiskMap,
-    mut visit: impl FnMut(u64, ChunkId) -> repository::Result<()>,
-) -> repository::Result<()> {
-    let mut at = 0;
-    while at < map.chunk_count() {
-        let end = (at + ENTRIES_AT_ONCE).min(map.chunk_count());
-        for (chunk, entry) in (at..end).zip(map.entries(at..end)?) {
-            if let MapEntry::Chunk(id) = entry {
-                visit(chunk, id)?;
-            }
-        }
-        at = end;
-    }
-    Ok(())
 }
 
 #[cfg(test)]
@@ -390,6 +202,7 @@ mod tests {
     use repository::{CaptureOptions, ChunkEncoder, DEFAULT_LEVEL, InitOptions, SnapshotMeta};
 
     use super::*;
+    use crate::source::{Decode, Undecoded};
 
     const CHUNK: u32 = 64 << 10;
     const CHUNKS: u64 = 3;
@@ -571,23 +384,6 @@ mod tests {
         assert_eq!(read(&store, 1), Ok(()));
         spoil(&of_copy);
         assert_eq!(read(&store, 1), Err(SourceErrorKind::Damaged));
-    }
-
-    #[test]
-    fn a_repository_is_no_copy_of_itself_and_one_that_cannot_be_had_is_replaced() {
-        let dir = tempfile::tempdir().unwrap();
-        drop(store_with_copy(dir.path()));
-        let (repo, copy) = (dir.path().join("repo"), dir.path().join("copy"));
-        let silent = |_: String| ();
-        let beside =
-            |repo: &Path, copies: &[PathBuf]| Fallbacks::beside(Repository::open(repo), copies, silent);
-        let same = beside(&repo, &[dir.path().join("copy/../repo")]).unwrap_err();
-        assert!(same.to_string().contains("the repository itself"), "{same}");
-        let (main, fallbacks) = beside(&dir.path().join("gone"), std::slice::from_ref(&copy)).unwrap();
-        assert_eq!(main.unwrap().path(), Repository::open(&copy).unwrap().path());
-        assert!(fallbacks.is_empty());
-        let (main, fallbacks) = beside(&repo, &[dir.path().join("gone"), copy]).unwrap();
-        assert!(main.is_ok() && fallbacks.copies().len() == 1);
     }
 
     #[test]
