@@ -56,12 +56,6 @@ impl AtomicBitmap {
         Self { words: Words::Mapped { first, count, _file: file }, len }
     }
 
-    /// How many bytes `len` bits take: a multiple of 8.
-    #[must_use]
-    pub const fn bytes_for(len: u64) -> u64 {
-        len.div_ceil(WORD) * 8
-    }
-
     fn words_for(len: u64) -> usize {
         usize::try_from(len.div_ceil(WORD)).expect("a bitmap fits in the address space")
     }
@@ -128,20 +122,6 @@ impl AtomicBitmap {
                 u64::from((mask & self.words()[word].fetch_and(!mask, Ordering::AcqRel)).count_ones())
             })
             .sum()
-    }
-
-    /// Sets every bit that is set in `other`.
-    ///
-    /// # Panics
-    /// Where they are of different lengths.
-    pub fn union(&self, other: &Self) {
-        assert_eq!(self.len, other.len, "bitmaps of one disk are of one length");
-        for (into, from) in self.words().iter().zip(other.words()) {
-            let bits = from.load(Ordering::Acquire);
-            if bits != 0 {
-                into.fetch_or(bits, Ordering::Release);
-            }
-        }
     }
 
     /// Whether all of `bits` are set; true of none.

@@ -178,16 +178,6 @@ impl LiveRestore {
         self.process.wait_for("its event `complete`", |line| event(line, "complete"))
     }
 
-    /// Waits for the next report of progress and returns it; the event `complete` counts as one.
-    ///
-    /// # Errors
-    /// It ended before.
-    pub fn wait_progress(&mut self) -> Result<Value> {
-        self.process.wait_for("an event `progress`", |line| {
-            event(line, "progress").or_else(|| event(line, "complete"))
-        })
-    }
-
     /// Waits for the next event that it prints, or until `limit` is over.
     ///
     /// # Errors

@@ -36,8 +36,8 @@ pub struct Global {
     pub quiet: bool,
 }
 
-/// What a verb works with. Clones of one whose interrupt is watched share it.
-#[derive(Clone, Debug)]
+/// What a verb works with.
+#[derive(Debug)]
 pub struct Context {
     repo: Option<PathBuf>,
     output: Output,

@@ -1,5 +1,6 @@
 //! The restored disk as one shard serves it: what is home from the target, the rest from the backup.
 
+use std::cell::RefCell;
 use std::os::fd::BorrowedFd;
 use std::rc::Rc;
 use std::sync::Arc;
@@ -9,7 +10,6 @@ use block::{
     AlignedBuf, Attempt, BLOCK_SIZE, BlockDevice, ByteRange, DeviceFuture, Durability, Error, ErrorKind,
     Extent, Geometry, Result, ZeroMode,
 };
-use parking_lot::Mutex;
 
 use super::mistakes::{Mistake, makes, makes_any};
 use super::session::Session;
@@ -26,7 +26,7 @@ pub struct LiveDevice {
     pub(super) target: Rc<dyn BlockDevice>,
     pub(super) journal: Rc<dyn BlockDevice>,
     /// The streams of the client whose handle this is.
-    streams: Rc<Mutex<Streams>>,
+    streams: Rc<RefCell<Streams>>,
 }
 
 impl LiveDevice {

@@ -9,12 +9,12 @@
 //! succeed while others fail. So a success ends it only when none has failed for [`FULL_QUIET`] after the background
 //! went on; until then the background waits longer and longer between its attempts.
 
+use std::cell::RefCell;
 use std::ops::Range;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use block::{AlignedBuf, Durability, ErrorKind, Result};
-use parking_lot::Mutex;
 
 use super::damage::Lasting;
 use super::device::LiveDevice;
@@ -297,27 +297,30 @@ impl Session {
     }
 
     /// A guest reads `chunks`: what it will probably read next is wanted.
-    pub(super) fn is_asked_for(&self, chunks: Range<u64>, streams: &Mutex<Streams>) {
-        let chunk_size = u64::from(self.map.disk().chunk_size);
-        let is_filling = self.phase() == Phase::Filling;
-        for chunk in chunks {
-            // Zeroes need no fetch, so nobody has to expect them.
-            let is_new = !self.source.is_zero(chunk) && self.asked.is_new(chunk, || self.clock.now());
-            if !is_filling {
-                continue;
-            }
-            let ahead = streams.lock().saw(chunk, self.map.disk().chunk_count());
-            if !is_new && ahead.is_empty() {
-                continue;
-            }
-            let mut fills = self.fills.lock();
-            fills.plan.want_ahead(ahead);
-            if is_new && fills.background {
-                fills.plan.want_near(chunk, NEAR_BYTES / chunk_size);
-            }
-            drop(fills);
-            self.work.notify_one();
+    pub(super) fn is_asked_for(&self, chunks: Range<u64>, streams: &RefCell<Streams>) {
+        // Zeroes need no fetch, so nobody has to expect them.
+        let is_new =
+            |chunk: &u64| !self.source.is_zero(*chunk) && self.asked.is_new(*chunk, || self.clock.now());
+        let new: Vec<u64> = chunks.clone().filter(is_new).collect();
+        if self.phase() != Phase::Filling {
+            return;
         }
+        let disk = self.map.disk();
+        let ahead: Vec<Range<u64>> = {
+            let mut streams = streams.borrow_mut();
+            chunks.flat_map(|chunk| streams.saw(chunk, disk.chunk_count())).collect()
+        };
+        if new.is_empty() && ahead.is_empty() {
+            return;
+        }
+        let mut fills = self.fills.lock();
+        fills.plan.want_ahead(ahead);
+        if fills.background {
+            let within = NEAR_BYTES / u64::from(disk.chunk_size);
+            new.into_iter().for_each(|chunk| fills.plan.want_near(chunk, within));
+        }
+        drop(fills);
+        self.work.notify_one();
     }
 
     fn chunk_state(&self, chunk: u64) -> Chunk {

@@ -106,10 +106,26 @@ impl LiveWords {
             allocate(&file, bytes)?;
             Ok(file)
         };
-        let file =
-            open().map_err(|error| block::Error::io(format_args!("live file {}", path.display()), error))?;
+        Self::map(&open().map_err(|error| failed(path, error))?, bytes)
+    }
+
+    /// Maps the live file at `path` to be read; `None` where there is no live file of this disk.
+    pub fn existing(path: &Path, disk: DiskLayout) -> block::Result<Option<Self>> {
+        let bytes = Self::count_for(disk) as u64 * 8;
+        let open = || -> std::io::Result<Option<File>> {
+            let file = File::options().read(true).write(true).open(path)?;
+            Ok((file.metadata()?.len() == bytes).then_some(file))
+        };
+        match open() {
+            Ok(file) => file.map(|file| Self::map(&file, bytes)).transpose(),
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(None),
+            Err(error) => Err(failed(path, error)),
+        }
+    }
+
+    fn map(file: &File, bytes: u64) -> block::Result<Self> {
         let len = usize::try_from(bytes).expect("the bitmaps of a disk fit in the address space");
-        Ok(Self::Mapped(Arc::new(MappedFile::map(&file, len)?)))
+        Ok(Self::Mapped(Arc::new(MappedFile::map(file, len)?)))
     }
 
     /// Words of zeroes in memory.
@@ -124,6 +140,10 @@ impl LiveWords {
             Self::Memory(words) => words,
         }
     }
+}
+
+fn failed(path: &Path, error: std::io::Error) -> block::Error {
+    block::Error::io(format_args!("live file {}", path.display()), error)
 }
 
 fn allocate(file: &File, bytes: u64) -> std::io::Result<()> {

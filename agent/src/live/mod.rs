@@ -7,7 +7,7 @@
 //! 1. [`Session::create`], or [`Session::resume`] where the journal is one (any thread, once; the target's lock is held).
 //! 2. On each shard [`Session::device`] over that shard's own handles: it is what NBD serves. Clones share everything.
 //! 3. On each shard a few [`LiveDevice::fill_worker`]s; on one of them [`LiveDevice::commit_worker`].
-//! 4. [`Session::stats`], [`Session::set_limit`], [`Session::set_background`] from anywhere, at any time.
+//! 4. [`Session::stats`], [`Session::set_limit`] from anywhere, at any time.
 //! 5. To leave: stop the server, [`Session::stop_workers`], let the workers end, [`LiveDevice::park`].
 //!
 //! # States

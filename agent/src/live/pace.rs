@@ -37,19 +37,12 @@ struct State {
     rate: Option<f64>,
     looked_at: Duration,
     taken: u64,
-    p99: Duration,
 }
 
 impl Pace {
     /// With this target; without one nothing is watched or paced.
     pub(super) fn new(target: Option<Duration>) -> Self {
-        let state = State {
-            limit: RateLimit::new(0),
-            rate: None,
-            looked_at: Duration::ZERO,
-            taken: 0,
-            p99: Duration::ZERO,
-        };
+        let state = State { limit: RateLimit::new(0), rate: None, looked_at: Duration::ZERO, taken: 0 };
         Self { target, seen: std::array::from_fn(|_| AtomicU32::new(0)), state: Mutex::new(state) }
     }
 
@@ -88,8 +81,8 @@ impl Pace {
         (state.looked_at, state.taken) = (now, 0);
         let counts: Vec<u32> = self.seen.iter().map(|count| count.swap(0, Ordering::Relaxed)).collect();
         let total: u32 = counts.iter().sum();
-        state.p99 = if total >= ENOUGH { p99_of(&counts, total) } else { Duration::ZERO };
-        state.rate = if state.p99 > target {
+        let p99 = if total >= ENOUGH { p99_of(&counts, total) } else { Duration::ZERO };
+        state.rate = if p99 > target {
             Some((state.rate.unwrap_or(reached).min(reached.max(SLOWEST)) / 2.0).max(SLOWEST))
         } else {
             state.rate.map(|rate| rate * 1.25).filter(|rate| *rate < (reached * FREE).max(SLOWEST * FREE))

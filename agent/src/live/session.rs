@@ -333,7 +333,8 @@ impl Session {
     }
 
     /// Begins or ends bringing home what nobody asked for.
-    pub fn set_background(&self, is_on: bool) {
+    #[cfg(test)]
+    pub(super) fn set_background(&self, is_on: bool) {
         self.fills.lock().background = is_on;
         self.work.notify_waiters();
     }

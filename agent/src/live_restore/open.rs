@@ -381,7 +381,7 @@ impl Parts {
 
     /// For a session that is wholly home.
     fn without_repository(wish: &Wish<'_>, record: &SessionRecord) -> anyhow::Result<Self> {
-        let layout = DiskLayout { size: record.size, chunk_size: record.chunk_size };
+        let layout = record.layout();
         let source = Arc::new(NoSource::new(layout));
         let boot = BootId::current().context("cannot read the kernel's boot id")?;
         let (plan, trace) = (Vec::new(), Vec::new());
@@ -399,7 +399,7 @@ impl Parts {
             clock: Arc::new(TokioClock::new()),
             live,
             boot: self.boot,
-            last_boot: record.boot.as_ref().and_then(|boot| boot.parse().ok()),
+            last_boot: record.last_boot(),
             check: self.check,
             plan: self.plan,
             trace: self.trace,

@@ -16,6 +16,7 @@ use super::state_dir::{StateDir, absolute};
 use super::wanted::belongs_elsewhere;
 use crate::cli::{Failure, UsageError};
 use crate::live::SessionOptions;
+use crate::output::human_count;
 use crate::pivot::Drive;
 use crate::source::PoolOptions;
 
@@ -125,9 +126,9 @@ impl Order {
             return Err(Failure::new(
                 format!(
                     "{snapshot} has {}: {}; {} were named",
-                    count(disks.len(), "disk"),
+                    human_count(disks.len() as u64, "disk", "disks"),
                     disks.join(", "),
-                    count(targets.len(), "target")
+                    human_count(targets.len() as u64, "target", "targets")
                 ),
                 "name one TARGET for each disk, in this order or as DISK=TARGET; or one disk, as in SNAPSHOT/DISK",
             )
@@ -260,11 +261,6 @@ fn check_different<'a>(targets: impl Iterator<Item = &'a Path>) -> anyhow::Resul
         seen.push(path);
     }
     Ok(())
-}
-
-fn count(number: usize, what: &str) -> String {
-    let plural = if number == 1 { "" } else { "s" };
-    format!("{number} {what}{plural}")
 }
 
 #[cfg(test)]

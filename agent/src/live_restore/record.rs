@@ -6,6 +6,7 @@ use serde::{Deserialize, Serialize};
 
 use super::identity::TargetIdentity;
 use crate::cli::Failure;
+use crate::live::{BootId, DiskLayout};
 
 const VERSION: u32 = 2;
 
@@ -58,6 +59,17 @@ impl SessionRecord {
     #[must_use]
     pub const fn version() -> u32 {
         VERSION
+    }
+
+    /// The layout of the disk.
+    #[must_use]
+    pub const fn layout(&self) -> DiskLayout {
+        DiskLayout { size: self.size, chunk_size: self.chunk_size }
+    }
+
+    /// The boot that the session was last served under.
+    pub(super) fn last_boot(&self) -> Option<BootId> {
+        self.boot.as_ref().and_then(|boot| boot.parse().ok())
     }
 
     /// Whether it may have been served. If not, its first start was cut short, and may be made anew.

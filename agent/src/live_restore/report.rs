@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use super::fetching::Fetching;
 use super::service::ServedDisk;
-use crate::live::{self, DiskLayout, StatsSnapshot};
+use crate::live::{self, StatsSnapshot};
 use crate::status::{DamagedRange, Misses, Phase, Status};
 
 /// Over what time a rate is taken.
@@ -37,7 +37,7 @@ impl RateMeter {
 /// The status of a disk that an agent serves.
 pub(super) fn status(disk: &ServedDisk, stats: &StatsSnapshot) -> Status {
     let record = &disk.record;
-    let layout = DiskLayout { size: record.size, chunk_size: record.chunk_size };
+    let layout = record.layout();
     let left = stats.disk_bytes.saturating_sub(stats.home_bytes);
     let fetched = disk.fetched();
     let bytes_per_second = disk.rates.home.load(Ordering::Relaxed);

@@ -62,9 +62,6 @@ impl Rest {
         let number = store.add(map.clone());
         let pool = FetchPool::start(store, PoolOptions::default());
         let pool = Arc::new(pool.context("cannot start the fetching threads")?);
-        let live = state.file(LIVE_FILE);
-        let is_whole =
-            live.metadata().is_ok_and(|live| live.len() == LiveWords::count_for(layout) as u64 * 8);
         let parts = RestParts {
             identity: journal_identity(record),
             session: SessionId(parse_id(&record.session)?),
@@ -72,9 +69,9 @@ impl Rest {
                 as Arc<dyn ChunkSource>,
             clock: Arc::new(TokioClock::new()),
             source_timeout: SOURCE_PATIENCE,
-            live: if is_whole { Some(LiveWords::open(&live, layout)?) } else { None },
+            live: LiveWords::existing(&state.file(LIVE_FILE), layout)?,
             boot: BootId::current().context("cannot read the kernel's boot id")?,
-            last_boot: record.boot.as_ref().and_then(|boot| boot.parse().ok()),
+            last_boot: record.last_boot(),
             check: Some(Arc::new(MapCheck(map)) as Arc<dyn ChunkCheck>),
         };
         let journal = state.file(JOURNAL);

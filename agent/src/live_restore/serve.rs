@@ -7,13 +7,12 @@
 //! # Starting it from another verb
 //! ```text
 //!   let running = start(&order, repository, context, &interrupt)?;    // guests may connect
-//!   running.service().uris / disks / set_limit / end                  // from any thread, at any time
-//!   running.tell(&Until::Told, &mut watcher)?                         // to the end; Running and Service may change threads
+//!   running.tell(&Until::Told, &mut watcher)?                         // to the end; Running may change threads
 //! ```
 //! [`Watcher`] is told of ready, progress, complete, and the end, on the thread that called [`Running::tell`], which also answers the
 //! control sockets: so nothing in it may block. What takes long (QMP, a child process) belongs to a thread of the watcher's
-//! own; [`Watcher::poll`] is called some twenty times a second to look at it. [`Service::end`] ends the service from anywhere, in
-//! order: guests' requests finish, what is not complete is parked, and `tell` returns. A `Running` that is dropped untold parks too.
+//! own; [`Watcher::poll`] is called some twenty times a second to look at it, and may end the service. The end is in order:
+//! guests' requests finish, what is not complete is parked, and `tell` returns. A `Running` that is dropped untold parks too.
 
 use std::sync::Arc;
 
@@ -25,20 +24,19 @@ use nbd_server::{
 use repository::Repository;
 
 use super::damage;
-use super::epoch::EpochName;
 use super::fetching::SharedPool;
-use super::late::LateDisk;
+use super::late::LateExport;
 use super::open::{self, Found, Opened, Wish};
 use super::order::{Order, Wanted};
 use super::record::SessionRecord;
 use super::scrape::Scraped;
-use super::service::{ServedDisk, Service};
+use super::service::{ServedDisk, Service, share};
 use super::stamp;
 use super::story::{End, Story};
 use super::target;
 use crate::cli::{Context, Failure, Interrupt};
 use crate::in_use::Claim;
-use crate::live::{DiskLayout, LiveDisk, Session, SessionOptions};
+use crate::live::{LiveDisk, Session, SessionOptions};
 use crate::source::Fallbacks;
 use crate::status::Status;
 use crate::trace::TraceKeeper;
@@ -85,10 +83,9 @@ pub(crate) fn start(
     let claims = wanted.iter().map(|wanted| claim(wanted, order.drive.is_some()));
     let claims = claims.filter_map(Result::transpose).collect::<anyhow::Result<Vec<_>>>()?;
     let pool = SharedPool::new(order.pool, &fallbacks);
-    let limit = order.options.limit;
     let options = SessionOptions {
         // Until it is known which disks have anything to copy.
-        limit: if limit == 0 { 0 } else { (limit / wanted.len() as u64).max(1) },
+        limit: share(order.options.limit, wanted.len() as u64),
         ..order.options
     };
     let wishes: Vec<Wish<'_>> = wanted
@@ -109,89 +106,68 @@ pub(crate) fn start(
         .collect();
     let found = wishes.iter().zip(&wanted).map(|(wish, wanted)| open::find(wish, &wanted.state));
     let found = found.collect::<anyhow::Result<Vec<_>>>()?;
-    let lates: Vec<Arc<LateDisk>> = found.iter().map(|_| Arc::default()).collect();
-    let names: Vec<_> = found.iter().map(|found| Arc::new(EpochName::of(&found.names().1))).collect();
-    let server = bind(&found, &lates, &names, &order.listen)?;
+    let exports: Vec<_> = found.iter().map(|found| Arc::new(LateExport::of(&found.names().1))).collect();
+    let server = bind(&found, &exports, &order.listen)?;
     let metrics = order.metrics.as_ref().map(Scraped::bind).transpose()?;
     let opened = open_all(found, order.engine, interrupt)?;
     drop(wishes);
-    serve(
-        opened,
-        wanted,
-        Binding { server, lates, names, metrics },
-        claims,
-        limit,
-        order,
-        repository.ok(),
-        context,
-        interrupt,
-    )
+    serve(order, opened, wanted, Bound { server, exports, metrics, claims }, repository.ok(), interrupt)
 }
 
-/// What listens, and where its disks are put in.
-struct Binding {
+/// What was had before anything was made: who listens, where its disks are put in, and what keeps others away.
+struct Bound {
     server: Server,
-    lates: Vec<Arc<LateDisk>>,
-    names: Vec<Arc<EpochName>>,
+    exports: Vec<Arc<LateExport>>,
     metrics: Option<Scraped>,
+    claims: Vec<Claim>,
 }
 
-#[allow(clippy::too_many_arguments, reason = "the last step of `start`, which has all of them")]
+/// The last step of [`start`].
 fn serve(
+    order: &Order,
     opened: Vec<Opened>,
     wanted: Vec<Wanted>,
-    binding: Binding,
-    claims: Vec<Claim>,
-    limit: u64,
-    order: &Order,
+    bound: Bound,
     repository: Option<Repository>,
-    context: &Context,
     interrupt: &Interrupt,
 ) -> anyhow::Result<Running> {
     let engine = order.engine;
     let disks: Vec<Arc<LiveDisk>> = opened.iter().map(live_disk).collect();
-    for ((opened, wanted), (disk, late)) in opened.iter().zip(&wanted).zip(disks.iter().zip(&binding.lates)) {
+    for ((opened, wanted), (disk, export)) in opened.iter().zip(&wanted).zip(disks.iter().zip(&bound.exports))
+    {
         damage::recall(&opened.session, &wanted.state, &opened.record);
-        late.put(Arc::clone(disk));
-    }
-    for (opened, names) in opened.iter().zip(&binding.names) {
-        names.put(opened.record.epoch);
+        export.put(Arc::clone(disk), opened.record.epoch);
     }
     let shards = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
     // Where it fails, sessions that are new are taken back.
-    let handle = match binding.server.on_shard_start(workers(&disks)).run(shards, engine) {
+    let handle = match bound.server.on_shard_start(workers(&disks)).run(shards, engine) {
         Ok(handle) => handle,
         Err(error) => {
             give_back(&opened, engine);
             return Err(error.into());
         }
     };
+    let repository = repository.filter(|_| order.uses_trace);
     let served = opened.into_iter().zip(wanted).zip(disks).map(|((opened, wanted), disk)| {
         let Opened { record, fetching, resumed, made, .. } = opened;
         if let Some(made) = made {
             made.keep();
         }
-        let trace = repository.as_ref().filter(|_| order.uses_trace);
-        let trace =
-            trace.and_then(|repository| trace_keeper(repository, &record, disk.session(), resumed.is_some()));
+        let trace = repository
+            .as_ref()
+            .and_then(|repository| trace_keeper(repository, &record, disk.session(), resumed.is_some()));
         let mut served = ServedDisk::new(record, wanted.state, disk, fetching, handle.addresses(), resumed);
         served.trace = trace.map(Arc::new);
         served
     });
     let served = served.collect();
-    let mut service = Service::new(context, interrupt, engine, repository, handle.monitor(), served, limit);
-    service.metrics_url = binding.metrics.as_ref().map(Scraped::url);
+    let mut service = Service::new(interrupt, engine, handle.monitor(), served, order.options.limit);
+    service.metrics_url = bound.metrics.as_ref().map(Scraped::url);
     let service = Arc::new(service);
-    Ok(Running { service, handle: Some(handle), metrics: binding.metrics, _claims: claims })
+    Ok(Running { service, handle: Some(handle), metrics: bound.metrics, _claims: bound.claims })
 }
 
 impl Running {
-    /// The service, for whoever wants to look at it or to end it.
-    #[allow(dead_code, reason = "for verbs that serve in process")]
-    pub(crate) fn service(&self) -> &Arc<Service> {
-        &self.service
-    }
-
     /// Tells how it goes and answers whoever asks, until it ends; then parks what is not complete.
     ///
     /// # Errors
@@ -254,9 +230,8 @@ fn trace_keeper(
     is_resumed: bool,
 ) -> Option<TraceKeeper> {
     let (snapshot, disk) = (record.snapshot.parse().ok()?, record.disk.parse().ok()?);
-    let layout = DiskLayout { size: record.size, chunk_size: record.chunk_size };
     let data_chunks = session.data_chunks();
-    Some(TraceKeeper::new(repository.clone(), &snapshot, disk, layout, data_chunks, is_resumed))
+    Some(TraceKeeper::new(repository.clone(), &snapshot, disk, record.layout(), data_chunks, is_resumed))
 }
 
 /// Keeps others from a target until the session ends. An agent that serves it already is named. A QEMU that is being moved
@@ -274,7 +249,7 @@ fn claim(wanted: &Wanted, is_settled: bool) -> anyhow::Result<Option<Claim>> {
         record.check_not_handed_over(dir)?;
     }
     Err(match super::control::ask_status(dir) {
-        Ok(Some(_)) => target::in_use(&wanted.target, dir),
+        Ok(Some(by)) => target::in_use(&wanted.target, Some(&by)),
         _ => error,
     })
 }
@@ -323,14 +298,13 @@ fn park(disk: &LiveDisk, engine: Engine) -> anyhow::Result<()> {
 /// Listens for sessions that are still to be opened: whoever connects waits.
 fn bind(
     found: &[Found<'_>],
-    lates: &[Arc<LateDisk>],
-    names: &[Arc<EpochName>],
+    exports: &[Arc<LateExport>],
     listen: &[ListenAddress],
 ) -> nbd_server::Result<Server> {
-    let exports = found.iter().zip(lates).zip(names).map(|((found, late), names)| {
+    let exports = found.iter().zip(exports).map(|(found, late)| {
         let (snapshot, name) = found.names();
         let mut export = Export::new(name.clone(), Arc::clone(late) as Arc<dyn OpenDevice>);
-        export.names = Some(Arc::clone(names) as Arc<dyn ExportNames>);
+        export.names = Some(Arc::clone(late) as Arc<dyn ExportNames>);
         export.description = format!("live restore of {snapshot}/{name}");
         export.dirty_bitmap = Some(super::DIRTY_BITMAP.to_owned());
         export

@@ -5,14 +5,13 @@ use std::sync::{Arc, OnceLock};
 
 use block::Engine;
 use nbd_server::{ListenAddress, Monitor};
-use repository::Repository;
 
 use super::fetching::Fetching;
 use super::handover::HandedOver;
 use super::record::SessionRecord;
 use super::report;
 use super::state_dir::StateDir;
-use crate::cli::{Context, Failure, Interrupt};
+use crate::cli::{Failure, Interrupt};
 use crate::live::{LiveDisk, Phase, Resumed, Session, StatsSnapshot};
 use crate::source::FetchStats;
 use crate::status::Status;
@@ -20,14 +19,8 @@ use crate::trace::TraceKeeper;
 
 /// An agent that serves.
 pub(crate) struct Service {
-    /// How this run was called, and how it talks.
-    #[allow(dead_code, reason = "for requests that concern the whole agent")]
-    pub(crate) context: Context,
     /// By what its disks are read and written.
     pub(crate) engine: Engine,
-    /// The repository, unless it cannot be had and is not needed.
-    #[allow(dead_code, reason = "for requests that read it or write to it")]
-    pub(crate) repository: Option<Repository>,
     /// Sees the connections of its server.
     pub(crate) monitor: Monitor,
     /// Where its metrics are to be had.
@@ -36,14 +29,7 @@ pub(crate) struct Service {
     pub(super) disks: Vec<ServedDisk>,
     /// Bytes a second that the background of all disks together may take; 0 is no limit.
     limit: AtomicU64,
-    ending: Ending,
-}
-
-/// Whether it is to end, or does.
-#[derive(Default)]
-struct Ending {
-    is_wanted: AtomicBool,
-    has_begun: AtomicBool,
+    is_ending: AtomicBool,
 }
 
 /// One of its disks.
@@ -88,24 +74,20 @@ pub(super) struct Rates {
 
 impl Service {
     pub(super) fn new(
-        context: &Context,
         interrupt: &Interrupt,
         engine: Engine,
-        repository: Option<Repository>,
         monitor: Monitor,
         disks: Vec<ServedDisk>,
         limit: u64,
     ) -> Self {
         let service = Self {
-            context: context.clone(),
             engine,
-            repository,
             monitor,
             metrics_url: None,
             interrupt: interrupt.clone(),
             disks,
             limit: AtomicU64::new(limit),
-            ending: Ending::default(),
+            is_ending: AtomicBool::new(false),
         };
         service.share_limit();
         service
@@ -154,7 +136,7 @@ impl Service {
     pub(super) fn share_limit(&self) {
         let limit = self.limit();
         let busy = self.disks.iter().filter(|disk| disk.is_busy()).count() as u64;
-        let share = if limit == 0 { 0 } else { (limit / busy.max(1)).max(1) };
+        let share = share(limit, busy);
         for disk in &self.disks {
             // Setting it forgives what was taken in advance, so it is not set for nothing.
             if disk.share.swap(share, Ordering::Relaxed) != share {
@@ -163,18 +145,12 @@ impl Service {
         }
     }
 
-    /// Has the agent end in order, as a signal would: what is not complete is parked.
-    #[allow(dead_code, reason = "for verbs that serve in process, and requests that end the agent")]
-    pub(crate) fn end(&self) {
-        self.ending.is_wanted.store(true, Ordering::Relaxed);
-    }
-
     pub(super) fn is_to_end(&self) -> bool {
-        self.interrupt.is_raised() || self.ending.is_wanted.load(Ordering::Relaxed)
+        self.interrupt.is_raised()
     }
 
     pub(super) fn begin_ending(&self) {
-        self.ending.has_begun.store(true, Ordering::Relaxed);
+        self.is_ending.store(true, Ordering::Relaxed);
     }
 
     /// Fails once the agent is about to end: whatever takes long gives up then, in order.
@@ -183,11 +159,16 @@ impl Service {
     /// [`crate::cli::Interrupted`] or a [`Failure`].
     pub(crate) fn check_ending(&self) -> anyhow::Result<()> {
         self.interrupt.check()?;
-        if self.is_to_end() || self.ending.has_begun.load(Ordering::Relaxed) {
+        if self.is_ending.load(Ordering::Relaxed) {
             return Err(Failure::new("the agent is ending", "start it again, then ask again").into());
         }
         Ok(())
     }
+}
+
+/// What each of so many disks may take of a limit, in bytes a second; 0 is no limit.
+pub(super) fn share(limit: u64, disks: u64) -> u64 {
+    if limit == 0 { 0 } else { (limit / disks.max(1)).max(1) }
 }
 
 impl ServedDisk {

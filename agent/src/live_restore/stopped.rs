@@ -6,7 +6,7 @@ use block::{DirectIo, Engine, FileDisk, FileOptions, OpenDevice as _};
 use super::open::cannot_resume;
 use super::record::SessionRecord;
 use super::state_dir::{JOURNAL, LIVE_FILE, StateDir};
-use crate::live::{BootId, DiskLayout, LiveWords, peek};
+use crate::live::{BootId, LiveWords, peek};
 use crate::status::{Phase, Status};
 
 /// What is known of a session that no agent serves.
@@ -22,10 +22,8 @@ pub fn stopped_status(state: &StateDir, record: &SessionRecord) -> anyhow::Resul
     if !path.exists() {
         return Err(state.unusable(format!("the journal {} is missing", path.display())).into());
     }
-    let layout = DiskLayout { size: record.size, chunk_size: record.chunk_size };
-    let live = state.file(LIVE_FILE);
-    let is_whole = live.metadata().is_ok_and(|live| live.len() == LiveWords::count_for(layout) as u64 * 8);
-    let live = if is_whole { Some(LiveWords::open(&live, layout)?) } else { None };
+    let layout = record.layout();
+    let live = LiveWords::existing(&state.file(LIVE_FILE), layout)?;
     let boot = BootId::current().context("cannot read the kernel's boot id")?;
     let engine = Engine::THREADS;
     let options = FileOptions::new(engine).direct(DirectIo::Off).read_only(true);

@@ -19,6 +19,7 @@ use super::control;
 use super::made::{Made, Undo};
 use crate::blank;
 use crate::cli::{Failure, Interrupt};
+use crate::status::Status;
 
 /// How long a successor waits for the operations that a killed agent left in flight.
 pub(super) const LOCK_PATIENCE: Duration = Duration::from_secs(30);
@@ -183,19 +184,20 @@ fn holds_data(path: &Path, place: &str) -> anyhow::Error {
 /// Refuses where an agent serves this session: there is no need to try anything then.
 pub(super) fn check_unserved(path: &Path, state: &Path) -> anyhow::Result<()> {
     match control::ask_status(state) {
-        Ok(Some(_)) => Err(in_use(path, state)),
+        Ok(Some(by)) => Err(in_use(path, Some(&by))),
         _ => Ok(()),
     }
 }
 
-pub(super) fn in_use(path: &Path, state: &Path) -> anyhow::Error {
-    let who = match control::ask_status(state) {
-        Ok(Some(status)) => format!(
+/// A target is in use: by this agent, if it is known.
+pub(super) fn in_use(path: &Path, by: Option<&Status>) -> anyhow::Error {
+    let who = match by {
+        Some(status) => format!(
             "by the agent with the process id {}, which restores {}",
             status.pid.unwrap_or_default(),
             status.snapshot
         ),
-        _ => "by another program".to_owned(),
+        None => "by another program".to_owned(),
     };
     Failure::new(
         format!("the target {} is in use {who}", path.display()),
@@ -223,9 +225,9 @@ pub(super) fn lock(
                     .with_context(|| format!("cannot lock the target {}", path.display()));
             }
         }
-        let alive = matches!(control::ask_status(state), Ok(Some(_)));
-        if alive || begun.elapsed() >= patience {
-            return Err(in_use(path, state));
+        let by = control::ask_status(state).ok().flatten();
+        if by.is_some() || begun.elapsed() >= patience {
+            return Err(in_use(path, by.as_ref()));
         }
         if !said {
             said = true;

@@ -52,12 +52,6 @@ impl Output {
         self.json
     }
 
-    /// Whether `-q` was given.
-    #[must_use]
-    pub const fn is_quiet(&self) -> bool {
-        self.quiet
-    }
-
     /// Whether stderr, where bars and logs go, is a terminal.
     #[must_use]
     pub const fn is_terminal(&self) -> bool {

@@ -131,11 +131,9 @@ impl Window {
         let seconds = latency.as_secs_f64().max(1e-6);
         let bandwidth = self.saw_bandwidth(flight, seconds, now);
         let quickest = self.saw_latency(flight, latency, now);
-        if self.is_starting {
-            if latency.as_secs_f64() < quickest.as_secs_f64() * QUEUED {
-                self.product = (self.product + flight.len).min(LARGEST_WINDOW);
-                return;
-            }
+        if self.is_starting && latency.as_secs_f64() < quickest.as_secs_f64() * QUEUED {
+            self.product = (self.product + flight.len).min(LARGEST_WINDOW);
+            return;
         }
         // The quickest one's own transfer is part of what it took, which makes one piece; this is another.
         let product = (bandwidth * quickest.as_secs_f64()) as u64 + flight.len.min(SMALLEST_WINDOW);

@@ -14,8 +14,8 @@
 //! 1. A variant of [`Request`], with what it needs to be told.
 //! 2. An arm in `handlers::answer` that calls an `async fn(…, &Asked) -> anyhow::Result<T>` in the module of its subject; `T` is
 //!    what `done` carries. [`Asked`] gives the disk that was asked about ([`Asked::disk`]: session, engine handles,
-//!    record, state directory, fetching threads), and the whole agent ([`Asked::service`]: all disks, the repository, the
-//!    context, the I/O engine, the interrupt).
+//!    record, state directory, fetching threads), and the whole agent ([`Asked::service`]: all disks, the I/O engine,
+//!    whether it ends).
 //! 3. The verb calls [`ask`], or [`ask_telling`] where it shows progress. An error that carries a [`crate::cli::Failure`] reaches
 //!    the other end with its advice.
 //!
