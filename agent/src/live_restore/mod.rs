@@ -68,6 +68,8 @@ pub use identity::TargetIdentity;
 pub(crate) use narrate::qemu_arguments;
 pub(crate) use order::{Order, first_path};
 pub use record::SessionRecord;
+#[cfg(test)]
+pub(crate) use record::tests::record as a_record;
 pub(crate) use rest::{Rest, check_identity, lock_target};
 pub(crate) use serve::{Ended, Until, Watcher, start};
 pub(crate) use service::{ServedDisk, Service};

@@ -137,7 +137,7 @@ fn damaged(why: &str) -> serde_json::Error {
 pub(super) mod tests {
     use super::*;
 
-    pub(in crate::live_restore) fn record() -> SessionRecord {
+    pub(crate) fn record() -> SessionRecord {
         SessionRecord {
             version: VERSION,
             session: "00".repeat(16),

@@ -122,10 +122,11 @@ impl Output {
         self.stdout(table.render(self.stdout_terminal).as_bytes())
     }
 
-    /// How wide the terminal is that stdout is, just now; `None` where it is none.
+    /// How wide and how high the terminal is that stdout is, just now; `None` where it is none, or does not say.
     #[must_use]
-    pub fn terminal_width(&self) -> Option<usize> {
-        if self.stdout_terminal { table::terminal_width() } else { None }
+    pub fn terminal_size(&self) -> Option<(usize, usize)> {
+        let size = rustix::termios::tcgetwinsize(io::stdout()).ok().filter(|_| self.stdout_terminal)?;
+        (size.ws_col > 0 && size.ws_row > 0).then(|| (size.ws_col.into(), size.ws_row.into()))
     }
 
     /// Bytes on stdout as they are.

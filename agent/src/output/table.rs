@@ -62,11 +62,6 @@ impl Table {
     }
 }
 
-/// How wide the terminal is that stdout is.
-pub(super) fn terminal_width() -> Option<usize> {
-    comfy_table::Table::new().width().map(usize::from)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -43,13 +43,13 @@ pub(super) fn watch(context: &Context, target: &Path, state: Option<&Path>) -> a
     let output = context.output();
     let mut drawn = 0;
     while !interrupt.is_raised() {
-        let width = output.terminal_width();
-        let cells = width.map_or(CELLS, |width| width.saturating_sub(2).max(8));
+        let size = output.terminal_size();
+        let cells = size.map_or(CELLS, |(width, _)| width.saturating_sub(2).max(8));
         let seen = look(target, state, cells)?;
         if output.is_json() {
             output.event(&Document { disks: &seen })?;
-        } else if let Some(width) = width {
-            drawn = draw(output, &seen, width, drawn)?;
+        } else if let Some(size) = size {
+            drawn = draw(output, &seen, size, drawn)?;
         } else {
             for one in &seen {
                 output.stdout(format!("{}\n", line(one)).as_bytes())?;
@@ -81,9 +81,13 @@ fn look(target: &Path, state: Option<&Path>, cells: usize) -> anyhow::Result<Vec
 }
 
 /// Draws over the lines that were drawn before; returns how many there are now.
-fn draw(output: &Output, seen: &[Seen], width: usize, drawn: usize) -> anyhow::Result<usize> {
-    let mut lines: Vec<String> = seen.iter().flat_map(block).collect();
-    lines.push(LEGEND.to_owned());
+fn draw(
+    output: &Output,
+    seen: &[Seen],
+    (width, height): (usize, usize),
+    drawn: usize,
+) -> anyhow::Result<usize> {
+    let lines = fitting(seen, height);
     let mut text = String::new();
     if drawn > 0 {
         text.push_str(&format!("\x1b[{drawn}A"));
@@ -97,6 +101,27 @@ fn draw(output: &Output, seen: &[Seen], width: usize, drawn: usize) -> anyhow::R
     text.push_str("\x1b[J");
     output.stdout(text.as_bytes())?;
     Ok(lines.len())
+}
+
+/// The lines that fit, below each other and above the cursor's: what scrolled out could not be drawn over.
+fn fitting(seen: &[Seen], height: usize) -> Vec<String> {
+    let blocks: Vec<Vec<String>> = seen.iter().map(block).collect();
+    let most = height.saturating_sub(1).max(1);
+    let mut lines = Vec::new();
+    for (disk, block) in blocks.iter().enumerate() {
+        let is_last = disk + 1 == blocks.len();
+        if lines.len() + block.len() + usize::from(!is_last) > most {
+            let left = human_count((blocks.len() - disk) as u64, "disk", "disks");
+            lines.extend(block.iter().take(most.saturating_sub(lines.len() + 1)).cloned());
+            lines.push(format!("… {left} not shown, or not wholly: the terminal is too low"));
+            return lines;
+        }
+        lines.extend_from_slice(block);
+    }
+    if lines.len() < most {
+        lines.push(LEGEND.to_owned());
+    }
+    lines
 }
 
 fn state_of(status: &Status) -> &'static str {
@@ -185,4 +210,30 @@ fn line(seen: &Seen) -> String {
         line.push_str(&format!(" [{strip}]"));
     }
     line
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::live_restore::a_record;
+
+    fn disks(count: usize) -> Vec<Seen> {
+        let one = || Seen { status: Status::at_rest(&a_record(), Phase::Stopped), strip: Some("#".into()) };
+        std::iter::repeat_with(one).take(count).collect()
+    }
+
+    #[test]
+    fn the_view_is_never_higher_than_the_terminal_and_says_what_it_leaves_out() {
+        let whole = fitting(&disks(3), 100);
+        assert_eq!(whole.last().map(String::as_str), Some(LEGEND));
+        let needed = whole.len();
+        for height in 1..needed + 3 {
+            let lines = fitting(&disks(3), height);
+            assert!(lines.len() <= (height - 1).max(1), "{height}: {lines:?}");
+            let is_cut = lines.last().unwrap().starts_with('\u{2026}');
+            assert_eq!(is_cut, height < needed, "{height}: {lines:?}");
+        }
+        assert!(fitting(&disks(3), 6).last().unwrap().contains("2 disks not shown"));
+        assert!(fitting(&disks(1), 1)[0].contains("1 disk not shown"));
+    }
 }
