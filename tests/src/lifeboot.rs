@@ -290,7 +290,15 @@ pub fn serve_raw(disk: &Path, socket: &Path, further: &[&str]) -> Result<Process
 /// # Errors
 /// It ended with another code than 0, or 3 for damage, or printed no JSON.
 pub fn status(target: &Path) -> Result<Value> {
-    let output = run_any(lifeboot(["status", "--json"])?.arg(target))?;
+    status_with(target, &[])
+}
+
+/// The same with further arguments.
+///
+/// # Errors
+/// As [`status`].
+pub fn status_with(target: &Path, further: &[&str]) -> Result<Value> {
+    let output = run_any(lifeboot(["status", "--json"])?.args(further).arg(target))?;
     let said = String::from_utf8_lossy(&output.stderr);
     ensure!(matches!(output.status.code(), Some(0 | 3)), "status ended with {}: {said}", output.status);
     serde_json::from_slice(&output.stdout).context("the status is JSON")

@@ -7,10 +7,11 @@ use std::process::Command;
 
 use e2e::captured::Captured;
 use e2e::guest::GuestImage;
-use e2e::lifeboot::{LiveRestore, lifeboot, status};
+use e2e::lifeboot::{LiveRestore, lifeboot, status_with};
 use e2e::machine::{Machine, Running};
 use e2e::process::{run, run_any};
 use e2e::small_guest::make_initrd;
+use e2e::work_dir::LoopDevice;
 use serde_json::Value;
 
 const DISK_BYTES: u64 = 96 << 20;
@@ -31,9 +32,9 @@ fn monitor(socket: &Path) -> Vec<String> {
 }
 
 /// Has the guest write, and returns when it does.
-fn begin_fio(machine: &mut Machine, captured: &Captured) -> Running {
+fn begin_fio(machine: &mut Machine, captured: &Captured, in_state: &[&str]) -> Running {
     let running = machine.begin(&format!("{FIO} --filename=/dev/vda")).unwrap();
-    while status(&captured.target).unwrap()["guest_bytes"] == 0 {
+    while status_with(&captured.target, in_state).unwrap()["guest_bytes"] == 0 {
         assert!(machine.process().is_running(), "{:?}", machine.process().lines());
     }
     running
@@ -77,7 +78,7 @@ fn fio_in_a_guest_verifies_across_the_move_by_reopening() {
     let further = [live.qemu_arguments().unwrap(), monitor(&qmp)].concat();
     let mut machine = Machine::start_small(&image, &initrd, &further, captured.work.path()).unwrap();
     machine.wait_ready().unwrap();
-    let running = begin_fio(&mut machine, &captured);
+    let running = begin_fio(&mut machine, &captured, &[]);
     run(lifeboot(["limit"]).unwrap().arg(&captured.target).arg("0")).unwrap();
     live.wait_complete().unwrap();
     let told = handed_over(&mut live);
@@ -88,6 +89,28 @@ fn fio_in_a_guest_verifies_across_the_move_by_reopening() {
     // The session is over, and says so.
     let said = refused(&captured, &[]);
     assert!(said.contains("a disk of its own"), "{said}");
+}
+
+#[test]
+fn fio_in_a_guest_verifies_across_the_move_onto_a_block_device() {
+    let (mut captured, image, initrd) = captured("pivot-device");
+    let (file, state) = (captured.work.file("device.img"), captured.work.file("state"));
+    std::fs::File::create(&file).unwrap().set_len(DISK_BYTES).unwrap();
+    let device = LoopDevice::attach(&file).unwrap();
+    captured.target = device.path().to_owned();
+    let qmp = captured.work.socket("qmp");
+    let in_state = ["--state", state.to_str().unwrap()];
+    let with_qmp = ["--limit", "256KiB", "--qmp", qmp.to_str().unwrap()];
+    let mut live = captured.start(&[&in_state[..], &with_qmp].concat()).unwrap();
+    let further = [live.qemu_arguments().unwrap(), monitor(&qmp)].concat();
+    let mut machine = Machine::start_small(&image, &initrd, &further, captured.work.path()).unwrap();
+    machine.wait_ready().unwrap();
+    let running = begin_fio(&mut machine, &captured, &in_state);
+    run(lifeboot(["limit"]).unwrap().args(in_state).arg(&captured.target).arg("0")).unwrap();
+    live.wait_complete().unwrap();
+    handed_over(&mut live);
+    live.process().wait_success().unwrap();
+    finish(machine, running, &captured);
 }
 
 #[test]
@@ -122,7 +145,7 @@ fn fio_in_a_guest_verifies_across_the_move_of_a_drive_that_qemu_named_by_itself(
     assert!(String::from_utf8_lossy(&output.stderr).contains("does not answer"), "{output:?}");
     drop(taken);
 
-    let running = begin_fio(&mut machine, &captured);
+    let running = begin_fio(&mut machine, &captured, &[]);
     let told = run(&mut pivot(&captured, &qmp, &["--device", "d0"])).unwrap();
     let told: Value = serde_json::from_str(&told).unwrap();
     assert_eq!(told["target"], captured.target.to_str().unwrap(), "{told}");
@@ -139,7 +162,7 @@ fn an_agent_killed_around_the_move_leaves_a_guest_that_fio_finds_whole() {
     let further = [live.qemu_arguments().unwrap(), monitor(&qmp)].concat();
     let mut machine = Machine::start_small(&image, &initrd, &further, captured.work.path()).unwrap();
     machine.wait_ready().unwrap();
-    let running = begin_fio(&mut machine, &captured);
+    let running = begin_fio(&mut machine, &captured, &[]);
     live = live.kill().unwrap().start_with(&with_qmp).unwrap();
     live.wait_complete().unwrap();
     // Somewhere in the move, or before, or after it: whichever it is, the same command ends well.
