@@ -24,6 +24,7 @@ mod socket;
 pub use address::ListenAddress;
 pub use error::{Error, ErrorKind, Result};
 pub use export::{Export, ExportNames};
+pub use listen::{Listener, SocketFile};
 pub use options::{LateRequests, Limits, ServerOptions};
 pub use server::{Monitor, Server, ServerHandle, Stats};
 pub use shard::{ShardContext, ShardTask};

@@ -14,14 +14,16 @@ use crate::{Error, ErrorKind, ListenAddress, Result};
 
 /// A socket that listens, and does not block.
 #[derive(Debug)]
-pub(crate) enum Listener {
+pub enum Listener {
+    /// A unix socket, and its file.
     Unix(UnixListener, SocketFile),
+    /// A TCP socket.
     Tcp(TcpListener),
 }
 
 /// The file of a unix socket; removed when this is dropped, unless another took its place.
 #[derive(Debug)]
-pub(crate) struct SocketFile {
+pub struct SocketFile {
     path: PathBuf,
     identity: Option<(u64, u64)>,
 }
@@ -29,6 +31,12 @@ pub(crate) struct SocketFile {
 impl SocketFile {
     fn of(path: &Path) -> Self {
         Self { path: path.to_owned(), identity: identity(path) }
+    }
+
+    /// Where it is.
+    #[must_use]
+    pub fn path(&self) -> &Path {
+        &self.path
     }
 }
 
@@ -48,7 +56,10 @@ fn identity(path: &Path) -> Option<(u64, u64)> {
 
 impl Listener {
     /// Listens at `address`. The address that comes back has the port that the system chose.
-    pub(crate) fn bind(address: &ListenAddress) -> Result<(Self, ListenAddress)> {
+    ///
+    /// # Errors
+    /// [`ErrorKind::AddressInUse`] where somebody else has it; what the system says.
+    pub fn bind(address: &ListenAddress) -> Result<(Self, ListenAddress)> {
         match address {
             ListenAddress::Unix(path) => {
                 let listener = bind_unix(path)?;

@@ -4,15 +4,14 @@
 //! control's thread, never a shard.
 
 use std::io;
-use std::os::unix::fs::FileTypeExt as _;
-use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
-use nbd_server::ListenAddress;
+use nbd_server::{ListenAddress, Listener};
 use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
+use super::control::patiently;
 use super::metrics;
 use super::service::Service;
 use crate::cli::Failure;
@@ -23,15 +22,10 @@ const PATIENCE: Duration = Duration::from_secs(5);
 const MOST_HEAD_BYTES: usize = 8 << 10;
 /// Scrapers at once; others wait.
 const MOST_CONNECTIONS: usize = 16;
-/// How long it waits after it could not accept.
-const PAUSE: Duration = Duration::from_millis(100);
 
 /// An address where metrics are to be had, bound before anything is made.
 #[derive(Debug)]
-pub(super) enum Scraped {
-    Unix(std::os::unix::net::UnixListener, PathBuf),
-    Tcp(std::net::TcpListener),
-}
+pub(super) struct Scraped(Listener);
 
 impl Scraped {
     /// Listens there.
@@ -39,34 +33,21 @@ impl Scraped {
     /// # Errors
     /// Where the address cannot be had.
     pub(super) fn bind(address: &ListenAddress) -> anyhow::Result<Self> {
-        let bound = match address {
-            ListenAddress::Unix(path) => bind_unix(path).map(|listener| Self::Unix(listener, path.clone())),
-            ListenAddress::Tcp { host, port } => {
-                std::net::TcpListener::bind((host.as_str(), *port)).map(Self::Tcp)
-            }
-        };
-        let bound = bound.and_then(|bound| {
-            match &bound {
-                Self::Unix(listener, _) => listener.set_nonblocking(true)?,
-                Self::Tcp(listener) => listener.set_nonblocking(true)?,
-            }
-            Ok(bound)
-        });
-        bound.map_err(|error| {
+        let bound = Listener::bind(address).map_err(|error| {
             Failure::new(
                 format!("cannot listen for scrapers of metrics at {address}"),
                 "name another address with --metrics",
             )
             .because(error)
-            .into()
-        })
+        });
+        Ok(Self(bound?.0))
     }
 
     /// Where it is, with the port that the system chose.
     pub(super) fn url(&self) -> String {
-        match self {
-            Self::Unix(_, path) => format!("unix:{}", path.display()),
-            Self::Tcp(listener) => match listener.local_addr() {
+        match &self.0 {
+            Listener::Unix(_, file) => format!("unix:{}", file.path().display()),
+            Listener::Tcp(listener) => match listener.local_addr() {
                 Ok(address) => format!("http://{address}/metrics"),
                 Err(_) => "http:///metrics".to_owned(),
             },
@@ -76,49 +57,30 @@ impl Scraped {
     /// Answers whoever asks, until it is dropped. Called within a runtime.
     pub(super) async fn serve(&self, service: Arc<Service>) -> io::Result<()> {
         let places = Arc::new(Semaphore::new(MOST_CONNECTIONS));
-        match self {
-            Self::Unix(listener, _) => {
+        match &self.0 {
+            Listener::Unix(listener, _) => {
                 let listener = tokio::net::UnixListener::from_std(listener.try_clone()?)?;
-                loop {
-                    let Ok(place) = Arc::clone(&places).acquire_owned().await else { return Ok(()) };
-                    match listener.accept().await {
-                        Ok((stream, _)) => drop(tokio::spawn(answer(stream, Arc::clone(&service), place))),
-                        Err(_) => tokio::time::sleep(PAUSE).await,
-                    }
-                }
+                answer_all(|| listener.accept(), &service, &places).await;
             }
-            Self::Tcp(listener) => {
+            Listener::Tcp(listener) => {
                 let listener = tokio::net::TcpListener::from_std(listener.try_clone()?)?;
-                loop {
-                    let Ok(place) = Arc::clone(&places).acquire_owned().await else { return Ok(()) };
-                    match listener.accept().await {
-                        Ok((stream, _)) => drop(tokio::spawn(answer(stream, Arc::clone(&service), place))),
-                        Err(_) => tokio::time::sleep(PAUSE).await,
-                    }
-                }
+                answer_all(|| listener.accept(), &service, &places).await;
             }
         }
+        Ok(())
     }
 }
 
-impl Drop for Scraped {
-    fn drop(&mut self) {
-        if let Self::Unix(_, path) = self {
-            // The next one takes over what is left here.
-            let _ = std::fs::remove_file(path);
-        }
+async fn answer_all<S, A, F>(accept: impl Fn() -> F, service: &Arc<Service>, places: &Arc<Semaphore>)
+where
+    S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
+    F: Future<Output = io::Result<(S, A)>>,
+{
+    loop {
+        let Ok(place) = Arc::clone(places).acquire_owned().await else { return };
+        let (stream, _) = patiently(&accept).await;
+        tokio::spawn(answer(stream, Arc::clone(service), place));
     }
-}
-
-/// A socket that nobody listens at any more is taken over.
-fn bind_unix(path: &Path) -> io::Result<std::os::unix::net::UnixListener> {
-    use std::os::unix::net::{UnixListener, UnixStream};
-    let is_dead = std::fs::symlink_metadata(path).is_ok_and(|found| found.file_type().is_socket())
-        && UnixStream::connect(path).is_err_and(|error| error.kind() == io::ErrorKind::ConnectionRefused);
-    if is_dead {
-        std::fs::remove_file(path)?;
-    }
-    UnixListener::bind(path)
 }
 
 async fn answer(

@@ -248,7 +248,9 @@ fn misunderstood(error: &serde_json::Error) -> Reply {
 
 /// Tries until it succeeds. What fails now (there are too many open files, say) fails at once again, so this waits a
 /// little before it tries again.
-async fn patiently<T, F: Future<Output = io::Result<T>>>(mut attempt: impl FnMut() -> F) -> T {
+pub(in crate::live_restore) async fn patiently<T, F: Future<Output = io::Result<T>>>(
+    mut attempt: impl FnMut() -> F,
+) -> T {
     loop {
         match attempt().await {
             Ok(done) => return done,
