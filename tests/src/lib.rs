@@ -5,6 +5,7 @@
 
 pub mod captured;
 pub mod disk;
+pub mod failing;
 pub mod guest;
 pub mod lifeboot;
 pub mod machine;

@@ -122,6 +122,21 @@ impl Machine {
         self.process.wait_for_text(&format!("{}| {line}", running.id)).map(|_| ())
     }
 
+    /// Whether a command that was begun has ended.
+    pub fn has_ended(&self, running: &Running) -> bool {
+        let end_mark = format!("{} exit ", running.id);
+        self.process.lines().iter().any(|line| line.starts_with(&end_mark))
+    }
+
+    /// How many requests QEMU has sent to the server so far, by its own record.
+    ///
+    /// # Errors
+    /// The record cannot be read.
+    pub fn requests(&self) -> Result<usize> {
+        let record = fs::read(&self.trace).context("QEMU's trace")?;
+        Ok(record.iter().filter(|byte| **byte == b'\n').count())
+    }
+
     /// Waits for the end of a command and returns what it printed.
     ///
     /// # Errors

@@ -78,8 +78,8 @@ impl FromStr for BootId {
 /// The words of a live file.
 #[derive(Clone, Debug)]
 pub enum LiveWords {
-    /// A mapped file: what production uses.
-    Mapped(Arc<MappedFile>),
+    /// A mapped file: what production uses. Where it may come back as it was before it was marked, the mark is set there too.
+    Mapped(Arc<MappedFile>, Option<Arc<Path>>),
     /// Plain memory. It survives nothing but the session; tests keep a clone of it.
     Memory(Arc<[AtomicU64]>),
 }
@@ -96,6 +96,12 @@ impl LiveWords {
     ///
     /// A file of another size is no live file of this disk: it is emptied.
     pub fn open(path: &Path, disk: DiskLayout) -> block::Result<Self> {
+        Self::open_marked(path, disk, None)
+    }
+
+    /// As [`LiveWords::open`]; once nobody is to believe it any more, a file is made at `mark`, in a directory that is there, on
+    /// storage that does not fail with this one's.
+    pub fn open_marked(path: &Path, disk: DiskLayout, mark: Option<Arc<Path>>) -> block::Result<Self> {
         let count = Self::count_for(disk);
         let bytes = count as u64 * 8;
         let open = || -> std::io::Result<File> {
@@ -106,7 +112,7 @@ impl LiveWords {
             allocate(&file, bytes)?;
             Ok(file)
         };
-        Self::map(&open().map_err(|error| failed(path, error))?, bytes)
+        Self::map(path, &open().map_err(|error| failed(path, error))?, bytes, mark)
     }
 
     /// Maps the live file at `path` to be read; `None` where there is no live file of this disk.
@@ -117,15 +123,21 @@ impl LiveWords {
             Ok((file.metadata()?.len() == bytes).then_some(file))
         };
         match open() {
-            Ok(file) => file.map(|file| Self::map(&file, bytes)).transpose(),
+            Ok(file) => file.map(|file| Self::map(path, &file, bytes, None)).transpose(),
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(None),
             Err(error) => Err(failed(path, error)),
         }
     }
 
-    fn map(file: &File, bytes: u64) -> block::Result<Self> {
+    fn map(path: &Path, file: &File, bytes: u64, mark: Option<Arc<Path>>) -> block::Result<Self> {
         let len = usize::try_from(bytes).expect("the bitmaps of a disk fit in the address space");
-        Ok(Self::Mapped(Arc::new(MappedFile::map(file, len)?)))
+        let last_words = format!(
+            "lifeboot: the live file {} can be used no more: the storage below it has failed\n  look after it, then run the same \
+             command: it goes on from what is known to be stable\n",
+            path.display()
+        );
+        let mapped = MappedFile::map(file, len)?.with_last_words(last_words, mark.as_deref());
+        Ok(Self::Mapped(Arc::new(mapped), mark))
     }
 
     /// Words of zeroes in memory.
@@ -134,9 +146,17 @@ impl LiveWords {
         Self::Memory((0..Self::count_for(disk)).map(|_| AtomicU64::new(0)).collect())
     }
 
+    /// What was in use is not to be believed: it was marked, and the mark was lost.
+    pub fn distrust(&self) {
+        let state = &self.words()[STATE_AT];
+        if u64::from_le(state.load(Ordering::Acquire)) == IN_USE {
+            state.store(POISONED.to_le(), Ordering::SeqCst);
+        }
+    }
+
     pub(super) fn words(&self) -> &[AtomicU64] {
         match self {
-            Self::Mapped(mapped) => mapped.words(0, mapped.len() / 8),
+            Self::Mapped(mapped, _) => mapped.words(0, mapped.len() / 8),
             Self::Memory(words) => words,
         }
     }
@@ -218,6 +238,11 @@ impl LiveFile {
     /// From now on nobody believes it.
     pub(super) fn poison(&self) {
         self.store(STATE_AT, POISONED);
+        if let LiveWords::Mapped(_, Some(mark)) = &self.words
+            && let Err(error) = File::create(mark)
+        {
+            tracing::warn!(%error, mark = %mark.display(), "it cannot be noted that the live file is not to be believed");
+        }
     }
 
     pub(super) fn g(&self) -> Bits<'_> {
@@ -278,6 +303,29 @@ mod tests {
         assert!(!believed(SESSION, BOOT, DISK));
         assert!(live.is_poisoned(SESSION, BOOT, DISK));
         assert!(!live.is_poisoned(SESSION, BootId([3; 16]), DISK), "the host went down since");
+    }
+
+    #[test]
+    fn a_mark_that_was_lost_with_the_file_system_is_set_anew_from_the_one_beside_it() {
+        let dir = tempfile::tempdir().unwrap();
+        let (path, mark) = (dir.path().join("live"), dir.path().join("mark"));
+        let open = || LiveWords::open_marked(&path, DISK, Some(Arc::from(mark.clone()))).unwrap();
+        let live = LiveFile::new(open(), DISK);
+        live.begin(SESSION, BOOT, DISK);
+        let as_it_was = std::fs::read(&path).unwrap();
+        assert!(!mark.exists());
+        live.poison();
+        assert!(mark.exists());
+        drop(live);
+        std::fs::write(&path, as_it_was).unwrap();
+        let words = open();
+        assert!(LiveFile::new(words.clone(), DISK).is_believable(SESSION, BOOT, DISK), "it came back");
+        words.distrust();
+        assert!(LiveFile::new(words, DISK).is_poisoned(SESSION, BOOT, DISK));
+        // What was never in use stays so.
+        let words = LiveWords::in_memory(DISK);
+        words.distrust();
+        assert!(!LiveFile::new(words, DISK).is_poisoned(SESSION, BOOT, DISK));
     }
 
     #[test]

@@ -7,7 +7,7 @@ use anyhow::Context as _;
 
 use super::record::SessionRecord;
 use super::state_dir::{JOURNAL, LIVE_FILE, RECORD, StateDir};
-use super::{control, damage, stamp};
+use super::{control, damage, distrust, stamp};
 
 impl StateDir {
     /// Removes the session that is kept here. `record` is what it is, where that can be told. The caller holds the target's
@@ -29,6 +29,7 @@ impl StateDir {
         let synced = File::open(self.path()).and_then(|dir| dir.sync_all());
         synced.with_context(|| format!("cannot sync {}", self.path().display()))?;
         remove(&self.file(RECORD))?;
+        record.into_iter().for_each(distrust::forget);
         self.remove_if_empty();
         if self.path().exists() {
             tracing::warn!(path = %self.path().display(), "the session's directory holds something else, and stays");

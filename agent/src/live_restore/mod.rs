@@ -18,6 +18,7 @@ mod carrier;
 mod control;
 mod damage;
 mod discarded;
+mod distrust;
 mod epoch;
 mod fetching;
 mod handover;

@@ -24,11 +24,12 @@ use anyhow::Context as _;
 use block::{DirectIo, Engine, FileDisk, FileOptions, OpenDevice};
 use repository::{ChunkId, DiskEntry, DiskMap, GroupName, MapEntry, Repository, Snapshot, SnapshotName};
 
+use super::distrust;
 use super::fetching::{Fetching, SharedPool};
 use super::identity::TargetIdentity;
 use super::made::Made;
 use super::record::SessionRecord;
-use super::state_dir::{JOURNAL, LIVE_FILE, StateDir};
+use super::state_dir::{JOURNAL, StateDir};
 use super::stopped::stopped_status;
 use super::target::{self, Contents};
 use super::wanted;
@@ -225,7 +226,7 @@ impl Found<'_> {
             .into());
         }
         let journal = open_journal(&state.file(JOURNAL), wish.engine)?;
-        let words = LiveWords::open(&state.file(LIVE_FILE), parts.layout)?;
+        let words = distrust::open_live(state, &record, parts.layout)?;
         let (parts, fetching, boot) = parts.into_session(&record, words);
         let id = SessionId(parse_id(&record.session)?);
         let raise_epoch = |resumed: Resumed| {
@@ -254,6 +255,7 @@ impl Found<'_> {
         record.identity = identity;
         record.boot = Some(boot.to_string());
         state.keep(&record)?;
+        distrust::forget(&record);
         Ok(Opened { session, target, journal, record, fetching, resumed: Some(resumed), made: None })
     }
 
@@ -302,7 +304,7 @@ impl Found<'_> {
         };
         made.create_dir(state)?;
         state.keep(&record)?;
-        let words = LiveWords::open(&state.file(LIVE_FILE), parts.layout)?;
+        let words = distrust::open_live(state, &record, parts.layout)?;
         let is_zero = taken.contents() == Contents::Zeroes;
         let layout = Session::journal_layout(&*parts.source, is_zero);
         let journal = make_journal(&state.file(JOURNAL), layout, wish.engine)?;

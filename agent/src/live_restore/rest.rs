@@ -14,12 +14,12 @@ use repository::{DiskEntry, Repository};
 use super::identity::TargetIdentity;
 use super::open::{MapCheck, cannot_resume, journal_identity, parse_id};
 use super::record::SessionRecord;
-use super::state_dir::{JOURNAL, LIVE_FILE, StateDir};
-use super::{target, wanted};
+use super::state_dir::{JOURNAL, StateDir};
+use super::{distrust, target, wanted};
 use crate::cli::{Failure, Interrupt};
 use crate::live::{
-    AtRest, BootId, ChunkCheck, ChunkSource, DiskLayout, Frozen, FrozenReader, LiveWords, RestParts,
-    SessionId, TokioClock,
+    AtRest, BootId, ChunkCheck, ChunkSource, DiskLayout, Frozen, FrozenReader, RestParts, SessionId,
+    TokioClock,
 };
 use crate::source::{DiskSource, FetchPool, PoolOptions, RepositoryStore, zero_chunks};
 
@@ -69,7 +69,7 @@ impl Rest {
                 as Arc<dyn ChunkSource>,
             clock: Arc::new(TokioClock::new()),
             source_timeout: SOURCE_PATIENCE,
-            live: LiveWords::existing(&state.file(LIVE_FILE), layout)?,
+            live: distrust::look_at_live(state, record)?,
             boot: BootId::current().context("cannot read the kernel's boot id")?,
             last_boot: record.last_boot(),
             check: Some(Arc::new(MapCheck(map)) as Arc<dyn ChunkCheck>),

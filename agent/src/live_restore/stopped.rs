@@ -3,10 +3,11 @@
 use anyhow::Context as _;
 use block::{DirectIo, Engine, FileDisk, FileOptions, OpenDevice as _};
 
+use super::distrust;
 use super::open::cannot_resume;
 use super::record::SessionRecord;
-use super::state_dir::{JOURNAL, LIVE_FILE, StateDir};
-use crate::live::{BootId, LiveWords, peek};
+use super::state_dir::{JOURNAL, StateDir};
+use crate::live::{BootId, peek};
 use crate::status::{Phase, Status};
 
 /// What is known of a session that no agent serves.
@@ -22,8 +23,7 @@ pub fn stopped_status(state: &StateDir, record: &SessionRecord) -> anyhow::Resul
     if !path.exists() {
         return Err(state.unusable(format!("the journal {} is missing", path.display())).into());
     }
-    let layout = record.layout();
-    let live = LiveWords::existing(&state.file(LIVE_FILE), layout)?;
+    let live = distrust::look_at_live(state, record)?;
     let boot = BootId::current().context("cannot read the kernel's boot id")?;
     let engine = Engine::THREADS;
     let options = FileOptions::new(engine).direct(DirectIo::Off).read_only(true);
