@@ -1,4 +1,4 @@
-//! JSON documents behind one line with their length and hash: the configuration, the manifests, the boot traces.
+//! JSON documents behind one line with their length and hash: the configuration, the manifests, the boot traces, the leases.
 
 use serde::Serialize;
 use serde::de::DeserializeOwned;
@@ -18,6 +18,7 @@ pub(crate) enum Document {
     Config,
     Manifest,
     Trace,
+    Lease,
 }
 
 impl Document {
@@ -26,6 +27,7 @@ impl Document {
             Self::Config => "config",
             Self::Manifest => "manifest",
             Self::Trace => "trace",
+            Self::Lease => "lease",
         }
     }
 }

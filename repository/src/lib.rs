@@ -15,8 +15,8 @@
 //! | **verify** | yes: what is not named yet is not looked at | yes | yes | yes, as above |
 //! | **merge** | yes | yes | yes | yes: both results are right |
 //!
-//! No operation takes a lock that another process waits for. Nothing removes packs or manifests; whoever brings that brings leases, and
-//! a place in this table.
+//! No operation takes a lock that another process waits for. Nothing removes packs or manifests; whoever brings that brings a
+//! place in this table, and asks [`Repository::leases`] what live-restores need.
 
 mod aligned;
 mod capture;
@@ -30,6 +30,7 @@ mod hash;
 mod header;
 mod id;
 mod index;
+mod leases;
 mod manifest;
 mod map;
 mod name;
@@ -49,6 +50,7 @@ pub use error::{Error, ErrorKind, Result};
 pub use hash::chunk_ids;
 pub use header::FORMAT_VERSION;
 pub use id::{ChunkId, PackId};
+pub use leases::{LEASE_SLACK, LEASE_SPAN, Lease, Leases};
 pub use manifest::{
     Attachment, Consistency, DiskEntry, DiskStats, MAX_ATTACHMENTS, MAX_DISKS, MAX_NOTE_LEN, Manifest, Saved,
     SavedUpTo, Snapshot, SnapshotMeta,

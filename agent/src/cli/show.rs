@@ -4,7 +4,7 @@ use std::io::Write;
 use std::path::{Path, PathBuf};
 
 use anyhow::Context as _;
-use repository::{Attachment, Manifest, Repository, SavedUpTo, Snapshot};
+use repository::{Attachment, Lease, Leases, Manifest, Repository, SavedUpTo, Snapshot};
 use serde::Serialize;
 
 use super::snapshots::one_line;
@@ -37,6 +37,8 @@ struct Document<'a> {
     size_bytes: u64,
     #[serde(flatten)]
     manifest: &'a Manifest,
+    /// Live-restores that need it.
+    leases: &'a [&'a Lease],
 }
 
 #[derive(Serialize)]
@@ -65,9 +67,23 @@ impl Verb for Args {
             manifest.disks = vec![disk];
         }
         let name = snapshot.name().to_string();
-        output.document(&Document { snapshot: name, size_bytes: manifest.size(), manifest: &manifest })?;
+        // What it holds can be shown all the same.
+        let known = repository.leases(jiff::Timestamp::now()).unwrap_or_else(|error| {
+            output.warn(format_args!("which live-restores need it cannot be told: {error}"));
+            Leases::default()
+        });
+        for error in &known.unreadable {
+            output.warn(format_args!("a lease, perhaps on this snapshot, cannot be read: {error}"));
+        }
+        let leases: Vec<&Lease> = known.of(&snapshot.name()).collect();
+        output.document(&Document {
+            snapshot: name,
+            size_bytes: manifest.size(),
+            manifest: &manifest,
+            leases: &leases,
+        })?;
         if !output.is_json() {
-            describe(output, &repository, &manifest)?;
+            describe(output, &repository, &manifest, &leases)?;
         }
         Ok(Outcome::Done)
     }
@@ -105,7 +121,12 @@ fn attachment<'a>(snapshot: &'a Snapshot, name: &str) -> anyhow::Result<&'a Atta
     }
 }
 
-fn describe(output: &Output, repository: &Repository, manifest: &Manifest) -> anyhow::Result<()> {
+fn describe(
+    output: &Output,
+    repository: &Repository,
+    manifest: &Manifest,
+    leases: &[&Lease],
+) -> anyhow::Result<()> {
     let consistency = serde_json::to_value(manifest.consistency)?;
     let mut facts = vec![
         ("snapshot", manifest.name().to_string()),
@@ -122,6 +143,10 @@ fn describe(output: &Output, repository: &Repository, manifest: &Manifest) -> an
             SavedUpTo::Flushed => "everything that the guest had flushed",
         };
         facts.push(("saved", format!("of the live-restore of {}: {up_to}", saved.live_restore_of)));
+    }
+    for lease in leases {
+        let (disk, host, since) = (&lease.disk, one_line(&lease.host), human_time(lease.since));
+        facts.push(("needed", format!("by the live-restore of {disk} on {host}, since {since}")));
     }
     if let Some(note) = &manifest.note {
         facts.push(("note", one_line(note)));

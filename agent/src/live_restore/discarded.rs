@@ -7,7 +7,7 @@ use anyhow::Context as _;
 
 use super::record::SessionRecord;
 use super::state_dir::{JOURNAL, LIVE_FILE, RECORD, StateDir};
-use super::{control, damage, distrust, stamp};
+use super::{control, damage, distrust, lease, stamp};
 
 impl StateDir {
     /// Removes the session that is kept here. `record` is what it is, where that can be told. The caller holds the target's
@@ -20,8 +20,11 @@ impl StateDir {
             // From here on there is no session.
             self.keep(&SessionRecord { boot: None, ..record.clone() })?;
         }
-        let names = [JOURNAL, LIVE_FILE, damage::FILE, stamp::FILE, control::SOCKET, "status.sock"];
-        let temporary = [RECORD, damage::FILE, stamp::FILE].map(|name| self.temporary(name));
+        // While it is known where that is.
+        lease::release(self.path());
+        let names =
+            [JOURNAL, LIVE_FILE, damage::FILE, stamp::FILE, lease::FILE, control::SOCKET, "status.sock"];
+        let temporary = [RECORD, damage::FILE, stamp::FILE, lease::FILE].map(|name| self.temporary(name));
         for path in names.iter().map(|name| self.file(name)).chain(temporary) {
             remove(&path)?;
         }

@@ -24,6 +24,7 @@ mod fetching;
 mod handover;
 mod identity;
 mod late;
+mod lease;
 mod made;
 mod metrics;
 mod mover;

@@ -26,6 +26,7 @@ use repository::Repository;
 use super::damage;
 use super::fetching::SharedPool;
 use super::late::LateExport;
+use super::lease::LeaseKeeper;
 use super::open::{self, Found, Opened, Wish};
 use super::order::{Order, Wanted};
 use super::record::SessionRecord;
@@ -53,6 +54,8 @@ pub(crate) struct Running {
     service: Arc<Service>,
     handle: Option<ServerHandle>,
     metrics: Option<Scraped>,
+    /// Keeps the snapshots that are needed; nothing does without the repository.
+    _leases: Option<LeaseKeeper>,
     /// Keep others from the targets.
     _claims: Vec<Claim>,
 }
@@ -147,24 +150,34 @@ fn serve(
             return Err(error.into());
         }
     };
-    let repository = repository.filter(|_| order.uses_trace);
+    let traced = repository.as_ref().filter(|_| order.uses_trace);
     let served = opened.into_iter().zip(wanted).zip(disks).map(|((opened, wanted), disk)| {
         let Opened { record, fetching, resumed, made, .. } = opened;
         if let Some(made) = made {
             made.keep();
         }
-        let trace = repository
-            .as_ref()
+        let trace = traced
             .and_then(|repository| trace_keeper(repository, &record, disk.session(), resumed.is_some()));
         let mut served = ServedDisk::new(record, wanted.state, disk, fetching, handle.addresses(), resumed);
         served.trace = trace.map(Arc::new);
         served
     });
-    let served = served.collect();
+    let served: Vec<ServedDisk> = served.collect();
+    let leases = repository.as_ref().map(|repository| LeaseKeeper::start(repository, &served)).transpose();
+    let leases = leases.unwrap_or_else(|error| {
+        tracing::warn!(error = format_args!("{error:#}"), "the repository is not told what is needed of it");
+        None
+    });
     let mut service = Service::new(interrupt, engine, handle.monitor(), served, order.options.limit);
     service.metrics_url = bound.metrics.as_ref().map(Scraped::url);
     let service = Arc::new(service);
-    Ok(Running { service, handle: Some(handle), metrics: bound.metrics, _claims: bound.claims })
+    Ok(Running {
+        service,
+        handle: Some(handle),
+        metrics: bound.metrics,
+        _leases: leases,
+        _claims: bound.claims,
+    })
 }
 
 impl Running {

@@ -11,6 +11,7 @@
 //! | `journal` | which blocks are known on stable storage | see `agent::live` |
 //! | `live` | the live file, for a restart on the same boot | see `agent::live` |
 //! | `damaged.json` | what could not be brought home | while there is such, by the agent that finds it |
+//! | `lease.json` | where the repository was told that the snapshot is needed | while it is needed |
 //! | `control.sock` | answers `lifeboot status` and other verbs while an agent runs | by each agent |
 
 use std::fs::File;
