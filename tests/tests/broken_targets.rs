@@ -73,10 +73,11 @@ fn failing_device(captured: &Captured) -> FailingDevice {
 
 /// Waits for the end of an agent whose session is given up, and demands that it says what to do.
 fn ensure_given_up(mut live: LiveRestore) {
+    let advice = live.process().wait_for_text("look after").unwrap();
     let ended = live.process().wait().unwrap();
     let lines = live.process().lines().join("\n");
     assert_eq!(ended.code(), Some(1), "{lines}");
-    assert!(lines.contains("look after") && lines.contains("run the same command"), "{lines}");
+    assert!(advice.contains("run the same command") || lines.contains("then run the same"), "{lines}");
     assert!(!lines.contains("panicked"), "{lines}");
 }
 
@@ -215,6 +216,26 @@ h.shutdown = lambda: None
         run(fio(&live.export(), 0, work).arg("--verify_only=1")).unwrap();
         finish(live, &captured, &target, &[0], &[40, 42]);
     }
+}
+
+#[test]
+fn a_session_that_cannot_be_parked_says_so_and_is_found_as_it_was_flushed() {
+    let captured = Captured::new("shut-down-park", DISK_BYTES, 67).unwrap();
+    let work = captured.work.path();
+    let below = FileSystem::make("xfs", &captured.work.file("image"), captured.work.file("mnt")).unwrap();
+    let target = below.path().join("target.raw");
+    let mut live = start(&captured, &target, &["--no-background"]);
+    run(&mut fio(&live.export(), 0, work)).unwrap();
+    live.export().qemu_io(&["write -P 0xa1 40M 64k"]).unwrap();
+    below.shut_down().unwrap();
+    // Nobody has noticed yet.
+    live.process().terminate().unwrap();
+    ensure_given_up(live);
+    below.remount().unwrap();
+    let live = start(&captured, &target, &[]);
+    assert!(live.ready()["uris"].to_string().contains("/disk0@2"), "{}", live.ready());
+    run(fio(&live.export(), 0, work).arg("--verify_only=1")).unwrap();
+    finish(live, &captured, &target, &[0], &[40]);
 }
 
 /// Brings everything home and demands that the target holds what fio wrote, and the snapshot everywhere but in these MiB.
