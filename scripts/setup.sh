@@ -10,9 +10,9 @@ readonly TOOLS=(
     cc=build-essential
     qemu-system-x86_64=qemu-system-x86
     qemu-img=qemu-utils qemu-io=qemu-utils qemu-nbd=qemu-utils
-    nbdkit=nbdkit nbdinfo=libnbd-bin nbdcopy=libnbd-bin nbd-server=nbd-server
+    nbdkit=nbdkit nbdinfo=libnbd-bin nbdcopy=libnbd-bin nbdfuse=libnbd-bin nbd-server=nbd-server
     fio=fio
-    debootstrap=debootstrap mkfs.ext4=e2fsprogs debugfs=e2fsprogs mkfs.xfs=xfsprogs
+    debootstrap=debootstrap mkfs.ext4=e2fsprogs debugfs=e2fsprogs mkfs.xfs=xfsprogs xfs_io=xfsprogs
     losetup=mount setpriv=util-linux
     shellcheck=shellcheck
 )
