@@ -2,7 +2,7 @@
 //!
 //! It is recorded from the session's start until guests *settle*: until they have asked for nothing new for a while,
 //! or for as much as a trace may hold. What was asked for when they settled is the trace; what they ask for after
-//! that is their work, and no start.
+//! that is their work, and no start. A recording that somebody began by hand lasts until somebody ends it, or as much was asked for.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
@@ -32,6 +32,8 @@ struct Recording {
     order: Vec<u64>,
     begun: Option<Duration>,
     last: Duration,
+    /// Somebody began it by hand, and ends it.
+    by_hand: bool,
 }
 
 /// What was recorded.
@@ -96,10 +98,10 @@ impl Asked {
         }
     }
 
-    /// Begins anew: what is asked for from now on is the trace.
+    /// Begins anew, by hand: what is asked for from now on until [`Self::end`] is the trace.
     pub(super) fn begin(&self) {
         let mut recording = self.recording.lock();
-        *recording = Recording::default();
+        *recording = Recording { by_hand: true, ..Recording::default() };
         self.bits().clear_all();
         self.is_recording.store(true, Ordering::Relaxed);
     }
@@ -114,6 +116,9 @@ impl Asked {
 impl Recording {
     fn settle(&self, now: Duration, is_recording: &AtomicBool) {
         let Some(begun) = self.begun else { return };
+        if self.by_hand && self.order.len() < MOST_CHUNKS {
+            return;
+        }
         let is_quiet = !self.order.is_empty() && now.saturating_sub(self.last) >= SETTLED_AFTER;
         if is_quiet || now.saturating_sub(begun) >= LONGEST || self.order.len() >= MOST_CHUNKS {
             is_recording.store(false, Ordering::Relaxed);
@@ -160,5 +165,21 @@ mod tests {
         asked.end();
         asked.is_new(3, || seconds(3));
         assert_eq!(asked.recorded(seconds(4)).chunks, [2]);
+    }
+
+    #[test]
+    fn a_recording_by_hand_lasts_until_it_is_ended_or_holds_as_much_as_a_trace_may() {
+        let asked = Asked::new(MOST_CHUNKS as u64 + 10);
+        asked.begin();
+        asked.is_new(1, || seconds(1));
+        asked.is_new(2, || seconds(1) + SETTLED_AFTER);
+        asked.is_new(3, || seconds(1) + LONGEST + LONGEST);
+        let recorded = asked.recorded(seconds(100_000));
+        assert_eq!((recorded.chunks, recorded.is_settled), (vec![1, 2, 3], false));
+        for chunk in 0..MOST_CHUNKS as u64 + 10 {
+            asked.is_new(chunk, || seconds(100_000));
+        }
+        let recorded = asked.recorded(seconds(100_000));
+        assert_eq!((recorded.chunks.len(), recorded.is_settled), (MOST_CHUNKS, true));
     }
 }

@@ -42,7 +42,7 @@ enum What {
         #[arg(long)]
         places: bool,
     },
-    /// Begin to record anew, in a live-restore that runs
+    /// Begin to record anew, in a live-restore that runs: until `trace take`, however long that is
     Begin {
         #[command(flatten)]
         of: Running,
@@ -175,6 +175,19 @@ fn disks_of(repository: &Repository, text: &str) -> anyhow::Result<(GroupName, V
         repository.snapshots(Some(&group))?;
     }
     if let Some(disk) = disk {
+        let newest = repository.latest(&group)?;
+        let of_newest = newest.iter().flat_map(|snapshot| &snapshot.manifest().disks).map(|disk| &disk.name);
+        let mut known: Vec<DiskName> = disks.iter().chain(of_newest).cloned().collect();
+        known.sort();
+        known.dedup();
+        if !known.contains(&disk) {
+            let known: Vec<String> = known.iter().map(ToString::to_string).collect();
+            return Err(Failure::new(
+                format!("the group {group} has no disk called {disk}; it has {}", known.join(", ")),
+                "name one of those, or the group alone for all of them",
+            )
+            .into());
+        }
         disks.retain(|known| *known == disk);
     }
     Ok((group, disks))
