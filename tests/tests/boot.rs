@@ -4,6 +4,7 @@
 use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::time::Duration;
 
 use e2e::disk;
 use e2e::guest::{self, GuestImage};
@@ -154,4 +155,41 @@ fn ensure_hello(target: &Path, captured: &Path) {
     let (bytes, expected) = (std::fs::read(target).unwrap(), std::fs::read(captured).unwrap());
     assert_eq!(&bytes[..6], b"hello\n");
     assert!(bytes[6..] == expected[6..]);
+}
+
+#[test]
+fn a_ctrl_c_at_the_terminal_is_ours_and_asking_again_ends_the_machine_sooner() {
+    let backup = Backup::new("boot-ctrl-c", false);
+    let data = backup.work.file("data-target.raw");
+    // A guest that would power down only when it is asked by one who is not here.
+    let qemu = ["-m", "64", "-display", "none", "-serial", "stdio", "-S"].map(std::ffi::OsString::from);
+    let boot = backup.boot(&[data.display().to_string()], &["--limit", "4KiB"], &qemu);
+    // In front of a terminal of its own, as it were.
+    let mut command = Command::new("setsid");
+    command.arg(boot.get_program()).args(boot.get_args());
+    command.envs(boot.get_envs().filter_map(|(name, value)| Some((name, value?))));
+    let mut machine = Machine::run_qemu(&command, backup.work.path()).unwrap();
+    let started = wait_event(&mut machine, "started");
+    let group = i32::try_from(machine.process().id()).unwrap();
+    let group_of = |pid: &Value| {
+        let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap();
+        stat.rsplit_once(')').unwrap().1.split_whitespace().nth(2).unwrap().to_owned()
+    };
+    assert_ne!(group_of(&started["pid"]), group.to_string(), "what reaches our group does not reach QEMU");
+    let ctrl_c = || {
+        let group = rustix::process::Pid::from_raw(group).unwrap();
+        rustix::process::kill_process_group(group, rustix::process::Signal::INT).unwrap();
+    };
+    ctrl_c();
+    // Signals close to each other are one wish.
+    let told = |line: &str| line.contains("asked once more: QEMU is told to quit").then_some(());
+    let mut said = None;
+    while said.is_none() {
+        ctrl_c();
+        said = machine.process().wait_for_within(Duration::from_millis(300), "it was told", told).unwrap();
+    }
+    let ended = wait_event(&mut machine, "ended");
+    assert_eq!(ended["code"], 0, "{ended}");
+    machine.process().wait_success().unwrap();
+    assert_eq!(status(&data).unwrap()["phase"], "stopped");
 }

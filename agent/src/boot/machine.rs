@@ -1,6 +1,8 @@
 //! QEMU as our child: its arguments, its start and its end.
 
 use std::ffi::OsString;
+use std::io::{self, IsTerminal as _};
+use std::os::unix::process::CommandExt as _;
 use std::path::PathBuf;
 use std::process::{Child, Command, ExitStatus};
 use std::time::{Duration, Instant};
@@ -57,6 +59,11 @@ impl Machine {
             qemu.args(["-mon", &format!("chardev={name},mode=control")]);
         }
         qemu.args(&self.arguments);
+        qemu.args(console(&self.arguments));
+        if !needs_terminal(&self.arguments, io::stdin().is_terminal()) {
+            // What the terminal sends to everybody in front of it (Ctrl-C, its hangup) is ours to pass on.
+            qemu.process_group(0);
+        }
         tracing::debug!(?qemu, "starting QEMU");
         self.child = Some(qemu.spawn().map_err(|error| cannot_start(&self.program, error))?);
         Ok(())
@@ -114,6 +121,33 @@ impl Drop for Machine {
     }
 }
 
+/// What `-nographic` means by itself: the guest's console and the monitor on stdio, where Ctrl-C is the guest's. Our monitors
+/// make QEMU leave out its own; then it would put the console alone there, and end by a Ctrl-C.
+fn console(arguments: &[OsString]) -> &'static [&'static str] {
+    let options = || arguments.iter().filter_map(|argument| argument.to_str()?.strip_prefix('-'));
+    let options = || options().map(|option| option.trim_start_matches('-'));
+    let chooses = ["serial", "monitor", "mon", "qmp", "qmp-pretty", "nodefaults", "readconfig"];
+    let has_serial_device = || {
+        arguments.iter().filter_map(|argument| argument.to_str()).any(|value| value.starts_with("isa-serial"))
+    };
+    let is_usual = options().any(|option| option == "nographic")
+        && !options().any(|option| chooses.contains(&option))
+        && !has_serial_device();
+    if is_usual { &["-serial", "mon:stdio"] } else { &[] }
+}
+
+/// Whether QEMU reads from the terminal: then it must stay in front of it with us, as whoever reads from behind is stopped. A
+/// terminal that QEMU has made raw sends no signals; else they reach QEMU too, and it ends by them as it does without us.
+fn needs_terminal(arguments: &[OsString], is_stdin_terminal: bool) -> bool {
+    arguments.iter().filter_map(|argument| argument.to_str()).any(|argument| {
+        let has = |word: &str| argument.split([':', ',', '=']).any(|part| part == word);
+        let option = argument.trim_start_matches('-');
+        let is_screen = option == "curses" || has("curses");
+        let is_reader = option == "nographic" || option == "readconfig" || has("stdio");
+        is_screen || (is_stdin_terminal && is_reader)
+    })
+}
+
 /// These arguments with another device model, or without devices.
 fn with_model(arguments: Vec<String>, model: &str) -> Vec<String> {
     let mut changed = Vec::new();
@@ -136,6 +170,49 @@ fn with_model(arguments: Vec<String>, model: &str) -> Vec<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_qemu_that_reads_from_the_terminal_stays_in_front_of_it() {
+        let needs = |line: &str, is_terminal| {
+            let arguments: Vec<OsString> = line.split(' ').map(OsString::from).collect();
+            needs_terminal(&arguments, is_terminal)
+        };
+        for line in [
+            "-m 1G -nographic",
+            "-serial stdio",
+            "-serial mon:stdio",
+            "-chardev stdio,id=a",
+            "-chardev backend=stdio,id=a",
+            "-qmp stdio",
+            "-readconfig x",
+        ] {
+            assert!(needs(line, true), "{line}");
+            assert!(!needs(line, false), "nobody is stopped for reading a pipe or a file: {line}");
+        }
+        for line in ["-display none -serial null", "-m 1G -name stdio-x", "-display gtk", "-vnc :1"] {
+            assert!(!needs(line, true), "{line}");
+        }
+        assert!(needs("-display curses", false) && needs("-curses", true));
+    }
+
+    #[test]
+    fn nographic_is_what_it_is_without_us_unless_the_console_was_chosen() {
+        let console_of = |line: &str| {
+            let arguments: Vec<OsString> = line.split(' ').map(OsString::from).collect();
+            console(&arguments)
+        };
+        assert_eq!(console_of("-m 1G -nographic"), ["-serial", "mon:stdio"]);
+        for line in [
+            "-m 1G",
+            "-name nographic",
+            "-nographic -serial null",
+            "-nographic -monitor none",
+            "-nographic -nodefaults",
+            "-nographic -chardev stdio,id=a -device isa-serial,chardev=a",
+        ] {
+            assert!(console_of(line).is_empty(), "{line}");
+        }
+    }
 
     #[test]
     fn a_device_model_takes_the_place_of_the_usual_one() {

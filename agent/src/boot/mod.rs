@@ -6,10 +6,12 @@
 //! | serving | the disks are found, opened and served, as by `live-restore` | QEMU starts, as our child |
 //! | running | QEMU runs | disks come home behind it; each that is home is moved (`crate::pivot`) |
 //! | home | every disk was moved | the service ends; we stay as QEMU's parent |
-//! | asked to end | Ctrl-C, SIGTERM, SIGHUP | the guest is asked to power down; after `--shutdown-timeout` QEMU is told to quit |
+//! | asked to end | Ctrl-C, SIGTERM, SIGHUP | the guest is asked to power down; after `--shutdown-timeout`, or when asked again, QEMU is told to quit; then, or when asked a third time, it is killed |
 //! | ended | QEMU ended | what is not home is parked; the same command goes on |
 //!
 //! Stdin, stdout and the terminal are QEMU's: nothing of ours is read or drawn there. What we say goes to stderr, in lines.
+//! QEMU has a process group of its own, so that a Ctrl-C or the hangup of a terminal reaches us alone; unless it reads from the
+//! terminal (`machine::needs_terminal`), which only whoever is in front of it may.
 //! The sockets stand where the next run, or `live-restore` after a `kill -9` of this one, finds them again: a machine whose
 //! agent died waits there for another.
 
@@ -40,7 +42,8 @@ use watch::BootWatcher;
 /// stays until QEMU ends. What follows -- is given to QEMU: memory, processors, network, display, anything but these disks.
 ///
 /// Where QEMU ends before all is home, the session is parked: the same command goes on. Ctrl-C and SIGTERM ask the guest
-/// to power down. Once the machine was moved, start it from the targets like any other.
+/// to power down, once more tells QEMU to quit, and a third time kills it. A QEMU that reads from the terminal takes its Ctrl-C
+/// itself: with -nographic it is the guest's; with -serial stdio it ends QEMU at once, unless the chardev has signal=off. Once the machine was moved, start it from the targets like any other.
 #[derive(Debug, clap::Args)]
 #[command(after_help = "\
 Example: lifeboot boot -r /backup web01@latest /var/lib/vm/web01.raw -- -m 4G -smp 2 -nic user -nographic
@@ -103,6 +106,14 @@ impl Verb for Args {
         let ended = running.tell(Until::Told, &mut watcher)?;
         watcher.outlive(&ended)
     }
+}
+
+/// Fails where a machine of `boot` whose first target is `target` still runs, and waits for an agent if it has none.
+///
+/// # Errors
+/// A [`Failure`] that says how it is gone on with.
+pub(crate) fn check_no_machine(snapshot: &str, target: &std::path::Path) -> anyhow::Result<()> {
+    Sockets::where_of(target)?.check_unused(snapshot, &[target.to_owned()])
 }
 
 /// What to say where QEMU cannot be started.

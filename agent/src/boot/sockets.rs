@@ -19,14 +19,22 @@ pub(super) struct Sockets {
 impl Sockets {
     /// Those of the machine whose first target this is. The directory is made, for us alone.
     pub(super) fn of(target: &Path) -> anyhow::Result<Self> {
-        let target = absolute(target)?;
-        let name = format!("{:08x}", crc32fast::hash(target.as_os_str().as_encoded_bytes()));
-        let root = root();
-        let dir = root.join(name);
-        for dir in [&root, &dir] {
+        let sockets = Self::at(&root(), target)?;
+        for dir in [&root(), &sockets.dir] {
             make(dir).with_context(|| format!("cannot make {} for the machine's sockets", dir.display()))?;
         }
-        Ok(Self { dir })
+        Ok(sockets)
+    }
+
+    /// Where they would be: nothing is made.
+    pub(super) fn where_of(target: &Path) -> anyhow::Result<Self> {
+        Self::at(&root(), target)
+    }
+
+    fn at(root: &Path, target: &Path) -> anyhow::Result<Self> {
+        let target = absolute(target)?;
+        let name = format!("{:08x}", crc32fast::hash(target.as_os_str().as_encoded_bytes()));
+        Ok(Self { dir: root.join(name) })
     }
 
     pub(super) fn dir(&self) -> &Path {

@@ -130,6 +130,7 @@ impl<'a> BootWatcher<'a> {
     /// Passes a wish to end on to the guest, then to QEMU, then to the kernel.
     fn look_after_end(&mut self) {
         let now = Instant::now();
+        let wishes = self.interrupt.wishes();
         match self.ending {
             Ending::None if self.interrupt.is_raised() => {
                 self.output.side_line(format_args!(
@@ -139,12 +140,13 @@ impl<'a> BootWatcher<'a> {
                 self.machine.ask_to_end(false);
                 self.ending = Ending::Asked(now);
             }
-            Ending::Asked(since) if now.duration_since(since) >= self.shutdown_timeout => {
-                self.output.warn("the guest does not power down: QEMU is told to quit");
+            Ending::Asked(since) if wishes > 1 || now.duration_since(since) >= self.shutdown_timeout => {
+                let why = if wishes > 1 { "asked once more" } else { "the guest does not power down" };
+                self.output.warn(format_args!("{why}: QEMU is told to quit"));
                 self.machine.ask_to_end(true);
                 self.ending = Ending::Quit(now);
             }
-            Ending::Quit(since) if now.duration_since(since) >= QUIT_PATIENCE => {
+            Ending::Quit(since) if wishes > 2 || now.duration_since(since) >= QUIT_PATIENCE => {
                 self.output.warn("QEMU does not end: it is killed");
                 self.machine.kill();
                 self.ending = Ending::Killed;
@@ -183,6 +185,8 @@ impl Watcher for BootWatcher<'_> {
         self.carrier = Some(Carrier::start(service, drive)?);
         self.moved = vec![false; service.disks().len()];
         self.waiting = vec![None; service.disks().len()];
+        // The machine must not outlive us because somebody was impatient: from here on its end is ours to bring about.
+        self.interrupt.see_to_all();
         self.machine.start(service)?;
         self.service = Some(Arc::clone(service));
         let statuses = service.statuses();

@@ -2,7 +2,7 @@
 
 use std::io;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU8, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
 use std::time::{Duration, Instant};
 
 use tokio::signal::unix::{SignalKind, signal};
@@ -38,15 +38,19 @@ impl Interrupted {
 /// group.
 const SAME: Duration = Duration::from_secs(1);
 
-/// Whether a signal that came now, after the first, says that the end is to come at once.
-fn is_another(first: Instant, now: Instant) -> bool {
-    now.saturating_duration_since(first) >= SAME
+/// Whether a signal that came now is another wish than the last one.
+fn is_another(last: Instant, now: Instant) -> bool {
+    now.saturating_duration_since(last) >= SAME
 }
 
 /// Whether the program was asked to end. Clones share one answer.
 #[derive(Clone, Debug, Default)]
 pub struct Interrupt {
     signal: Arc<AtomicU8>,
+    /// How often it was asked to end.
+    wishes: Arc<AtomicU8>,
+    /// Somebody sees to each of them: none ends the program at once.
+    is_seen_to: Arc<AtomicBool>,
 }
 
 impl Interrupt {
@@ -57,7 +61,7 @@ impl Interrupt {
     /// Where the operating system refuses the handlers or the thread.
     pub fn watch() -> io::Result<Self> {
         let interrupt = Self::default();
-        let raised = Arc::clone(&interrupt.signal);
+        let watched = interrupt.clone();
         let runtime = tokio::runtime::Builder::new_current_thread().enable_io().build()?;
         let entered = runtime.enter();
         let mut sources = [
@@ -68,7 +72,7 @@ impl Interrupt {
         drop(entered);
         std::thread::Builder::new().name("signals".into()).spawn(move || {
             runtime.block_on(async {
-                let mut first = None;
+                let mut last = None;
                 loop {
                     let [interrupt, terminate, hangup] = &mut sources;
                     let number = tokio::select! {
@@ -77,17 +81,40 @@ impl Interrupt {
                         _ = hangup.recv() => libc::SIGHUP,
                     };
                     let now = Instant::now();
-                    let first = *first.get_or_insert(now);
-                    if is_another(first, now) {
+                    if last.is_some_and(|last| !is_another(last, now)) {
+                        continue;
+                    }
+                    if last.is_some() && !watched.is_seen_to.load(Ordering::SeqCst) {
                         std::process::exit(128 + number);
                     }
+                    last = Some(now);
                     let number = u8::try_from(number).expect("these three signals have small numbers");
-                    // The exit code tells of the first.
-                    let _ = raised.compare_exchange(0, number, Ordering::SeqCst, Ordering::SeqCst);
+                    watched.wish(number);
                 }
             });
         })?;
         Ok(interrupt)
+    }
+
+    /// Has whoever asks this one end, as a signal would.
+    pub(crate) fn raise(&self) {
+        self.wish(u8::try_from(libc::SIGTERM).expect("its number is small"));
+    }
+
+    fn wish(&self, signal: u8) {
+        // The exit code tells of the first.
+        let _ = self.signal.compare_exchange(0, signal, Ordering::SeqCst, Ordering::SeqCst);
+        let _ = self.wishes.fetch_update(Ordering::SeqCst, Ordering::SeqCst, |wishes| wishes.checked_add(1));
+    }
+
+    /// From now on no signal ends the program at once: whoever calls this sees to [`Self::wishes`].
+    pub(crate) fn see_to_all(&self) {
+        self.is_seen_to.store(true, Ordering::SeqCst);
+    }
+
+    /// How often the program was asked to end, at least a second apart.
+    pub(crate) fn wishes(&self) -> u8 {
+        self.wishes.load(Ordering::SeqCst)
     }
 
     /// Whether the program was asked to end.
