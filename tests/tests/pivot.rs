@@ -7,7 +7,7 @@ use std::process::Command;
 
 use e2e::captured::Captured;
 use e2e::guest::GuestImage;
-use e2e::lifeboot::{LiveRestore, lifeboot, status_with};
+use e2e::lifeboot::{LiveRestore, lifeboot, status, status_with};
 use e2e::machine::{Machine, Running};
 use e2e::process::{run, run_any};
 use e2e::small_guest::make_initrd;
@@ -89,6 +89,9 @@ fn fio_in_a_guest_verifies_across_the_move_by_reopening() {
     // The session is over, and says so.
     let said = refused(&captured, &[]);
     assert!(said.contains("a disk of its own"), "{said}");
+    assert_eq!(status(&captured.target).unwrap()["handed_over"], true);
+    let said = run(lifeboot(["status"]).unwrap().arg(&captured.target)).unwrap();
+    assert!(said.contains("handed over: a running machine was moved onto the target"), "{said}");
 }
 
 #[test]

@@ -95,6 +95,7 @@ impl Workers<'_> {
                 chunks.push(Decided::Known(id));
                 continue;
             }
+            self.stop.check()?;
             let StoredChunk { bytes, crc, codec, key, .. } = encoder.encode(plain)?;
             let bytes = if codec == Codec::PLAIN {
                 StoredBytes::Plain

@@ -5,13 +5,13 @@ use std::path::PathBuf;
 use anyhow::Context as _;
 
 use super::{Context, Outcome, Verb};
-use crate::live_restore::{HandedOver, Request, ask, ask_without_agent};
+use crate::live_restore::{HandedOver, PivotProgress, Request, ask_telling, ask_without_agent};
 use crate::pivot::{Aio, Drive};
 use crate::status::session_of;
 
 /// Move a running machine from its live-restore onto the target itself
 ///
-/// Asks the agent that serves TARGET, once all of the disk is home: QEMU then uses the target without Lifeboot, and the guest
+/// Asks the agent that serves TARGET, once all of the disk is home: it waits for a save under way, then QEMU then uses the target without Lifeboot, and the guest
 /// does not notice. An agent whose disks were all moved ends by itself, and the session is over: start the
 /// machine from TARGET from now on. Whatever goes wrong, the machine goes on where it was.
 #[derive(Debug, clap::Args)]
@@ -54,11 +54,19 @@ impl Verb for Args {
         // The agent has another working directory.
         let qmp = std::path::absolute(qmp).context("cannot tell where the QMP socket is")?;
         let drive = Drive { qmp, device, aio };
-        let home = match ask::<HandedOver>(state.path(), &Request::Pivot { drive: drive.clone() })? {
+        let output = context.output();
+        let tell = |progress: Option<serde_json::Value>| {
+            if let Some(progress) = progress {
+                let PivotProgress { waiting } = serde_json::from_value(progress)?;
+                output.warn(waiting);
+            }
+            Ok(())
+        };
+        let request = Request::Pivot { drive: drive.clone() };
+        let home = match ask_telling::<HandedOver>(state.path(), &request, tell)? {
             Some(home) => home,
             None => ask_without_agent(&state, &self.target, &drive)?,
         };
-        let output = context.output();
         output.document(&home)?;
         output.line(&home)?;
         Ok(Outcome::Done)

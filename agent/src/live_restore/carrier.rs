@@ -74,7 +74,9 @@ fn carry_all(
             Err(RecvTimeoutError::Disconnected) => return,
         }
         pending.retain_mut(|(disk, told)| {
-            let Err(error) = hand_over(service, *disk, drive) else { return false };
+            let Err(error) = hand_over(service, *disk, drive, &|waits| tracing::warn!("{waits}")) else {
+                return false;
+            };
             let said = format!("{error:#}");
             if said != *told {
                 *told = said;

@@ -46,12 +46,18 @@ impl fmt::Display for HandedOver {
     }
 }
 
-/// Moves the machine's drive from this disk's export onto its target. It blocks, for as long as QEMU needs.
+/// Moves the machine's drive from this disk's export onto its target. It blocks, for as long as QEMU needs, and while the
+/// disk is being saved: `tell` is told then what it waits for.
 ///
 /// # Errors
 /// Where the drive is on the export as before: what failed, and what to do. Where QEMU does not say where it is and the agent
 /// ends: then the session is marked, and the next start asks.
-pub(crate) fn hand_over(service: &Arc<Service>, disk: usize, drive: &Drive) -> anyhow::Result<HandedOver> {
+pub(crate) fn hand_over(
+    service: &Arc<Service>,
+    disk: usize,
+    drive: &Drive,
+    tell: &dyn Fn(&str),
+) -> anyhow::Result<HandedOver> {
     let served = &service.disks()[disk];
     let _turn = served.handover.turn.lock();
     if let Some(done) = served.handed_over() {
@@ -78,15 +84,22 @@ pub(crate) fn hand_over(service: &Arc<Service>, disk: usize, drive: &Drive) -> a
     // The first disk is what the empty name means.
     let home =
         Home { is_default: disk == 0, ..home_of(&served.record, &served.addresses, &served.record.disk)? };
-    let mut is_marked = served.record.handed_over;
+    let mut is_marked = served.is_marked();
     let mut last_said = String::new();
+    let mut moving = None;
     loop {
         let attempt = Qmp::connect(&drive.qmp).map_err(|error| {
             if is_marked { Trouble::Unknown(error) } else { Trouble::OnExport(Failure::from(error).into()) }
         });
+        // Not before QEMU is there: a QEMU that cannot be asked must not keep anybody from saving.
+        if attempt.is_ok() && moving.is_none() {
+            let waits =
+                || tell(&format!("{target} is being saved: the machine is moved when that has ended"));
+            moving = Some(served.handover.saves.begin_move(waits, || service.check_ending())?);
+        }
         let carried = attempt.and_then(|mut qmp| {
             pivot::carry_home(&mut qmp, &home, drive, &mut || {
-                mark(&served.state, &served.record, true)?;
+                served.mark(true)?;
                 is_marked = true;
                 Ok(())
             })
@@ -98,11 +111,15 @@ pub(crate) fn hand_over(service: &Arc<Service>, disk: usize, drive: &Drive) -> a
             }
             Err(Trouble::OnExport(error)) if !is_marked => return Err(error),
             // A refusal to look is no answer: only where the drive is said to be on the export the mark goes.
-            Err(Trouble::OnExport(error)) if is_on_export(drive, &home) => {
-                mark(&served.state, &served.record, false)?;
-                return Err(error);
-            }
-            Err(Trouble::OnExport(error)) => say_unknown(&mut last_said, &error),
+            Err(Trouble::OnExport(error)) => match where_it_is(drive, &home) {
+                Some(Whereabouts::Export) => {
+                    served.mark(false)?;
+                    return Err(error);
+                }
+                // Something else writes to the target past us.
+                Some(Whereabouts::Both) => return Err(error),
+                _ => say_unknown(&mut last_said, &error),
+            },
             Err(Trouble::Unknown(error)) => say_unknown(&mut last_said, &error.into()),
         }
         service.check_ending().with_context(|| {
@@ -124,9 +141,10 @@ fn say_unknown(last: &mut String, error: &anyhow::Error) {
     }
 }
 
-fn is_on_export(drive: &Drive, home: &Home<'_>) -> bool {
-    let asked = Qmp::connect(&drive.qmp).and_then(|mut qmp| pivot::whereabouts(&mut qmp, home));
-    matches!(asked, Ok(Whereabouts::Export))
+fn where_it_is(drive: &Drive, home: &Home<'_>) -> Option<Whereabouts> {
+    Qmp::connect(&drive.qmp)
+        .and_then(|mut qmp| pivot::whereabouts(&mut qmp, home, drive.device.as_deref()))
+        .ok()
 }
 
 fn home_of<'a>(
@@ -149,7 +167,7 @@ fn home_of<'a>(
 }
 
 /// Keeps in the record whether QEMU may write to the target past us: on stable storage when it returns.
-fn mark(state: &StateDir, record: &SessionRecord, handed_over: bool) -> anyhow::Result<()> {
+pub(super) fn mark(state: &StateDir, record: &SessionRecord, handed_over: bool) -> anyhow::Result<()> {
     state.keep(&SessionRecord { handed_over, ..record.clone() })
 }
 
@@ -184,6 +202,8 @@ fn look(
             mark(state, record, false)?;
             Ok(None)
         }
+        // The drive needs us; the mark stays as long as something else of this QEMU uses the target.
+        Ok((Whereabouts::Both, _)) => Ok(None),
         // QEMU answers nothing while it waits for its requests: to be moved it needs us. Serving is safe whatever it does
         // next: a machine that is on the target asks us for nothing, and ours writes only what it is asked to. The mark stays
         // until QEMU says where it is.
@@ -251,7 +271,7 @@ pub(crate) fn ask_without_agent(
 /// Where the drive is, by what QEMU says, and how, where that is the target.
 fn ask(drive: &Drive, home: &Home<'_>) -> Result<(Whereabouts, Option<Moved>), QmpError> {
     let mut qmp = Qmp::connect(&drive.qmp)?;
-    let there = pivot::whereabouts(&mut qmp, home)?;
+    let there = pivot::whereabouts(&mut qmp, home, drive.device.as_deref())?;
     let moved = if there == Whereabouts::Target { Some(pivot::at_home(&mut qmp, home)?) } else { None };
     Ok((there, moved))
 }

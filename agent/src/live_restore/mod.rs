@@ -42,6 +42,7 @@ mod state_dir;
 mod stopped;
 mod story;
 mod target;
+mod turns;
 mod wanted;
 
 use std::num::NonZeroU64;
@@ -62,7 +63,7 @@ use narrate::Narrator;
 
 pub(crate) use carrier::Carrier;
 pub(crate) use control::Asked;
-pub use control::{LimitChanged, Reply, Request, Strip, ask, ask_status, ask_telling};
+pub use control::{LimitChanged, PivotProgress, Reply, Request, Strip, ask, ask_status, ask_telling};
 pub use damage::{KeptDamage, kept_damage};
 pub use handover::HandedOver;
 pub(crate) use handover::ask_without_agent;

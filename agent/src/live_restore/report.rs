@@ -80,6 +80,7 @@ pub(super) fn status(disk: &ServedDisk, stats: &StatsSnapshot) -> Status {
             .collect(),
         fallbacks: disk.fetching.as_ref().map(Fetching::fallbacks).unwrap_or_default(),
         waiting: waiting(stats),
+        handed_over: disk.is_marked(),
         ..Status::at_rest(record, phase)
     }
 }

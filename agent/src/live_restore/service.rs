@@ -11,6 +11,7 @@ use super::handover::HandedOver;
 use super::record::SessionRecord;
 use super::report;
 use super::state_dir::StateDir;
+use super::turns::{Busy, Saving, Turns};
 use crate::cli::{Failure, Interrupt};
 use crate::live::{LiveDisk, Phase, Resumed, Session, StatsSnapshot};
 use crate::source::FetchStats;
@@ -57,10 +58,14 @@ pub(crate) struct ServedDisk {
 }
 
 /// Moving the machine from a disk's export onto its target.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(super) struct Handover {
     /// Whoever moves it holds this.
     pub(super) turn: parking_lot::Mutex<()>,
+    /// It and saving take turns.
+    pub(super) saves: Arc<Turns>,
+    /// QEMU may write to the target past us, as the session's record says.
+    is_marked: AtomicBool,
     /// It was moved.
     pub(super) done: OnceLock<HandedOver>,
 }
@@ -181,6 +186,12 @@ impl ServedDisk {
         resumed: Option<Resumed>,
     ) -> Self {
         let share = disk.session().stats().limit;
+        let handover = Handover {
+            turn: parking_lot::Mutex::default(),
+            saves: Arc::default(),
+            is_marked: AtomicBool::new(record.handed_over),
+            done: OnceLock::new(),
+        };
         Self {
             record,
             state,
@@ -192,7 +203,7 @@ impl ServedDisk {
             rates: Rates::default(),
             share: AtomicU64::new(share),
             is_idle: AtomicBool::new(false),
-            handover: Handover::default(),
+            handover,
         }
     }
 
@@ -216,6 +227,52 @@ impl ServedDisk {
     /// What became of it, once the machine was moved onto the target.
     pub(crate) fn handed_over(&self) -> Option<&HandedOver> {
         self.handover.done.get()
+    }
+
+    /// Whether QEMU may write to the target past us.
+    pub(crate) fn is_marked(&self) -> bool {
+        self.handover.is_marked.load(Ordering::SeqCst)
+    }
+
+    /// Keeps in the session's record whether QEMU may write to the target past us: on stable storage when it returns.
+    pub(super) fn mark(&self, handed_over: bool) -> anyhow::Result<()> {
+        super::handover::mark(&self.state, &self.record, handed_over)?;
+        self.handover.is_marked.store(handed_over, Ordering::SeqCst);
+        Ok(())
+    }
+
+    /// Keeps the machine from being moved off us until this is dropped: for a save.
+    ///
+    /// # Errors
+    /// While it is being moved, and where it was: a [`Failure`].
+    pub(crate) fn begin_saving(&self) -> anyhow::Result<Saving> {
+        let target = self.record.target.display();
+        let saving = self.handover.saves.save().map_err(|busy| match busy {
+            Busy::Saving => Failure::new(
+                format!("{target} is being saved already, by another `save` or `capture`"),
+                "ask again when that has ended; one that was interrupted ends within a few seconds",
+            ),
+            Busy::Moving => Failure::new(
+                format!(
+                    "a running machine is just being moved onto {target}: what it writes there, this agent does not see"
+                ),
+                format!(
+                    "ask again in a moment; once it was moved, `lifeboot capture GROUP {target}` takes a snapshot of that \
+                     disk, and the others can be saved when this agent has ended"
+                ),
+            ),
+        })?;
+        if self.is_marked() {
+            return Err(Failure::new(
+                format!("a running machine was moved onto {target}: what it writes there, this agent does not see"),
+                format!(
+                    "take a snapshot of that disk with `lifeboot capture GROUP {target}`; save the others when this agent has \
+                     ended"
+                ),
+            )
+            .into());
+        }
+        Ok(saving)
     }
 
     pub(super) fn fetched(&self) -> FetchStats {

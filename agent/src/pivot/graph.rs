@@ -165,21 +165,28 @@ impl Graph {
 
     /// Whether a device, an export or a job is somewhere above a node. One that only other nodes use serves nobody: it may be
     /// what a failed hotplug left behind.
-    fn serves(&self, node: &Node) -> bool {
+    pub(super) fn serves(&self, node: &Node) -> bool {
+        self.above(node).iter().any(|user| user.kind != "block-driver")
+    }
+
+    /// Whether a job is somewhere above a node.
+    fn has_job(&self, node: &Node) -> bool {
+        self.above(node).iter().any(|user| user.kind == "block-job")
+    }
+
+    /// Whatever uses a node, and what uses that, and so on.
+    fn above(&self, node: &Node) -> Vec<&Node> {
         let mut seen = vec![node.id];
         let mut next = 0;
         while let Some(&at) = seen.get(next) {
             next += 1;
             for (parent, child, _) in &self.edges {
                 if *child == at && !seen.contains(parent) {
-                    if self.nodes.get(parent).is_some_and(|parent| parent.kind != "block-driver") {
-                        return true;
-                    }
                     seen.push(*parent);
                 }
             }
         }
-        false
+        seen[1..].iter().filter_map(|id| self.nodes.get(id)).collect()
     }
 
     fn is_below(&self, node: &Node, top: &Node) -> bool {
@@ -274,13 +281,22 @@ impl Graph {
         Ok(tops)
     }
 
-    /// Where the drive of `home` is.
-    pub(super) fn whereabouts(&self, home: &Home<'_>) -> Whereabouts {
-        if self.of_export(home).into_iter().any(|nbd| self.serves(nbd)) {
-            return Whereabouts::Export;
+    /// Where the drive of `home` is: the one of this name; without one, whichever is on the export or the target.
+    pub(super) fn whereabouts(&self, home: &Home<'_>, device: Option<&str>) -> Whereabouts {
+        let file = self.node(&home.file_node());
+        // A name that means nothing any more was that of a node that went with the move.
+        let tops = device.and_then(|device| self.tops(device).ok()).unwrap_or_default();
+        let named: Vec<&Node> = tops.into_iter().filter(|top| self.serves(top)).collect();
+        let is_drives = |node: &Node| named.is_empty() || named.iter().any(|top| self.is_below(node, top));
+        let is_on_export = self.of_export(home).into_iter().any(|nbd| self.serves(nbd) && is_drives(nbd));
+        let was_named = device.is_some() && named.is_empty();
+        match file {
+            Some(file) if was_named && self.serves(file) && !self.has_job(file) => Whereabouts::Target,
+            Some(file) if is_on_export && self.serves(file) => Whereabouts::Both,
+            _ if is_on_export => Whereabouts::Export,
+            Some(file) if self.is_used(&file.name) && is_drives(file) => Whereabouts::Target,
+            _ => Whereabouts::Neither,
         }
-        let is_home = self.node(&home.file_node()).is_some() && self.is_used(&home.file_node());
-        if is_home { Whereabouts::Target } else { Whereabouts::Neither }
     }
 }
 
@@ -290,4 +306,67 @@ fn names<'a>(names: impl Iterator<Item = &'a str>) -> String {
     names.sort();
     names.dedup();
     if names.is_empty() { "none".to_owned() } else { names.join(", ") }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use nbd_server::ListenAddress;
+
+    use super::*;
+
+    /// A QEMU whose drives lead through these raw nodes: `(drive, raw node, what is below it)`.
+    fn qemu(drives: &[(&str, &str, &str)]) -> Graph {
+        let (mut blocks, mut named, mut nodes, mut edges) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
+        for (index, (drive, raw, below)) in drives.iter().enumerate() {
+            let id = index * 10;
+            let driver = if below.starts_with("lifeboot-") { "file" } else { "nbd" };
+            blocks.push(json!({ "device": drive, "inserted": { "node-name": raw } }));
+            named.push(json!({ "node-name": raw, "drv": "raw", "file": "" }));
+            named.push(json!({ "node-name": below, "drv": driver, "file": "nbd+unix:///disk0?socket=/s" }));
+            nodes.push(json!({ "id": id + 1, "type": "block-backend", "name": drive }));
+            nodes.push(json!({ "id": id + 2, "type": "block-driver", "name": raw }));
+            nodes.push(json!({ "id": id + 3, "type": "block-driver", "name": below }));
+            edges.push(json!({ "parent": id + 1, "child": id + 2, "name": "root" }));
+            edges.push(json!({ "parent": id + 2, "child": id + 3, "name": "file" }));
+        }
+        Graph::parse(&json!(blocks), &json!(named), &json!({ "nodes": nodes, "edges": edges }))
+    }
+
+    #[test]
+    fn where_a_drive_is_does_not_depend_on_another_drive_of_the_same_disk() {
+        let addresses = [ListenAddress::Unix("/s".into())];
+        let home = Home {
+            target: Path::new("/t.raw"),
+            is_device: false,
+            size: 1 << 20,
+            addresses: &addresses,
+            export: "disk0",
+            epoch: 1,
+            is_default: true,
+            session: "0123456789abcdef",
+        };
+        let file = home.file_node();
+        let both = qemu(&[("a", "raw-a", &file), ("b", "raw-b", "nbd-b")]);
+        for (name, expected) in [
+            (Some("a"), Whereabouts::Target),
+            (Some("raw-a"), Whereabouts::Target),
+            (Some("b"), Whereabouts::Both),
+            (Some("nbd-b"), Whereabouts::Both),
+            // The node went with the move.
+            (Some("nbd-a"), Whereabouts::Target),
+            (None, Whereabouts::Both),
+        ] {
+            assert_eq!(both.whereabouts(&home, name), expected, "{name:?}");
+        }
+        let neither = qemu(&[("a", "raw-a", "nbd-a"), ("b", "raw-b", "nbd-b")]);
+        for name in [None, Some("a"), Some("b")] {
+            assert_eq!(neither.whereabouts(&home, name), Whereabouts::Export, "{name:?}");
+        }
+        let other = qemu(&[("a", "raw-a", &file), ("c", "raw-c", "lifeboot-home-another")]);
+        assert_eq!(other.whereabouts(&home, Some("a")), Whereabouts::Target);
+        assert_eq!(other.whereabouts(&home, Some("c")), Whereabouts::Neither);
+        assert_eq!(other.whereabouts(&home, None), Whereabouts::Target);
+    }
 }

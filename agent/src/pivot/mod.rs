@@ -102,6 +102,8 @@ pub enum Whereabouts {
     Export,
     /// On the target.
     Target,
+    /// On our export, while something else of this QEMU uses the target: another drive, or a job that was cut short.
+    Both,
     /// This QEMU has no such drive.
     Neither,
 }

@@ -52,12 +52,16 @@ impl From<QmpError> for Failure {
     }
 }
 
-/// Where the drive is, by what QEMU says.
+/// Where the drive is, by what QEMU says: the one of this name, or the only one.
 ///
 /// # Errors
 /// QEMU does not say.
-pub fn whereabouts(monitor: &mut dyn Monitor, home: &Home<'_>) -> Result<Whereabouts, QmpError> {
-    Ok(Graph::ask(monitor)?.whereabouts(home))
+pub fn whereabouts(
+    monitor: &mut dyn Monitor,
+    home: &Home<'_>,
+    device: Option<&str>,
+) -> Result<Whereabouts, QmpError> {
+    Ok(Graph::ask(monitor)?.whereabouts(home, device))
 }
 
 /// The drive, which is on the target; what an attempt that was cut short after its end left on the export is removed.
@@ -94,7 +98,7 @@ pub fn carry_home(
     if end_old_job(monitor, home).map_err(asked)? {
         graph = Graph::ask(monitor).map_err(asked)?;
     }
-    if graph.whereabouts(home) == Whereabouts::Target {
+    if graph.whereabouts(home, wanted.device.as_deref()) == Whereabouts::Target {
         mark().map_err(Trouble::OnExport)?;
         remove_left_behind(monitor, home).map_err(Trouble::Unknown)?;
         return Ok(finished(&graph, home));
@@ -123,6 +127,13 @@ impl Moving<'_> {
     /// Has QEMU open the target; tells whether it does so through the page cache although it was to go around it.
     fn prepare(&mut self, graph: &Graph) -> anyhow::Result<bool> {
         self.check_drive()?;
+        if graph.node(&self.home.file_node()).is_some_and(|file| graph.serves(file)) {
+            return Err(Failure::new(
+                format!("another drive of this QEMU runs from {} already", self.home.target.display()),
+                "a disk has one drive: end what uses the other one, then run `lifeboot pivot`",
+            )
+            .into());
+        }
         for left in [self.home.raw_node(), self.home.file_node()] {
             if graph.node(&left).is_some() {
                 // An attempt was cut short.
@@ -243,9 +254,9 @@ impl Moving<'_> {
         };
         // Whatever it answered, where the drive is says the graph.
         let graph = Graph::ask(self.monitor).map_err(Trouble::Unknown)?;
-        match (graph.whereabouts(self.home), done) {
+        match (graph.whereabouts(self.home, self.wanted.device.as_deref()), done) {
             (Whereabouts::Target, _) => {}
-            (Whereabouts::Export, Err(error)) => {
+            (Whereabouts::Export | Whereabouts::Both, Err(error)) => {
                 self.remove_ours();
                 return Err(Trouble::OnExport(
                     Failure::new(
@@ -259,7 +270,7 @@ impl Moving<'_> {
                     .into(),
                 ));
             }
-            (Whereabouts::Export | Whereabouts::Neither, _) => {
+            (Whereabouts::Export | Whereabouts::Both | Whereabouts::Neither, _) => {
                 return Err(Trouble::Unknown(QmpError::Refused {
                     command: "the move".to_owned(),
                     reason: "the drive is neither on the export nor on the target".to_owned(),

@@ -179,6 +179,12 @@ impl FakeQemu {
                 edges.push(json!({ "parent": ids[name], "child": ids[child], "name": "file" }));
             }
         }
+        if self.job {
+            nodes.push(json!({ "id": 2, "type": "block-job", "name": "lifeboot-move-0123456789ab" }));
+            for child in [self.root.as_str(), "lifeboot-raw-0123456789ab"] {
+                edges.push(json!({ "parent": 2, "child": ids[&child.to_owned()], "name": "job" }));
+            }
+        }
         json!({ "nodes": nodes, "edges": edges })
     }
 }
@@ -290,7 +296,7 @@ fn a_drive_of_every_graph_comes_home_and_nothing_of_the_export_stays() {
         assert_eq!(qemu.bottom(), "file", "{raw:?} {nbd}");
         assert!(qemu.nodes.values().all(|node| node.driver != "nbd"), "{:?}", qemu.nodes);
         assert!(qemu.nodes.contains_key(&moved.node) && qemu.nodes.contains_key(&moved.file_node));
-        assert_eq!(whereabouts(&mut qemu, &place.home()).unwrap(), Whereabouts::Target);
+        assert_eq!(whereabouts(&mut qemu, &place.home(), None).unwrap(), Whereabouts::Target);
         // Once more is no mistake.
         let (again, is_marked) = place.carry(&mut qemu, None);
         again.unwrap();
@@ -320,8 +326,12 @@ fn whatever_goes_wrong_at_any_command_the_drive_is_where_it_is_said_to_be_and_co
                 }
                 // Another connection, and nothing in its way.
                 (qemu.is_silent, qemu.mishap) = (false, None);
-                let told = whereabouts(&mut qemu, &place.home()).unwrap();
-                let expected = if qemu.bottom() == "nbd" { Whereabouts::Export } else { Whereabouts::Target };
+                let told = whereabouts(&mut qemu, &place.home(), None).unwrap();
+                let expected = match (qemu.bottom(), qemu.job) {
+                    ("nbd", false) => Whereabouts::Export,
+                    ("nbd", true) => Whereabouts::Both,
+                    _ => Whereabouts::Target,
+                };
                 assert_eq!(told, expected, "{context}");
                 let (moved, _) = place.carry(&mut qemu, None);
                 moved.unwrap_or_else(|error| panic!("{context}: {error:?}"));
@@ -353,8 +363,12 @@ fn a_mark_that_cannot_be_made_leaves_the_drive_on_the_export() {
 fn a_drive_is_named_by_its_device_its_path_or_its_node() {
     for device in ["drive0", "disk-a", "/machine/peripheral/disk-a/virtio-backend", "raw0", "nbd0"] {
         let place = Place::new();
-        let (moved, _) = place.carry(&mut place.qemu(Some("raw0"), "nbd0"), Some(device));
+        let mut qemu = place.qemu(Some("raw0"), "nbd0");
+        let (moved, _) = place.carry(&mut qemu, Some(device));
         moved.unwrap_or_else(|error| panic!("{device}: {error:?}"));
+        // By each of its names it is found there, one that went with the move included.
+        let told = whereabouts(&mut qemu, &place.home(), Some(device)).unwrap();
+        assert_eq!(told, Whereabouts::Target, "{device}");
     }
     let place = Place::new();
     let said = place.refused(&mut place.qemu(Some("raw0"), "nbd0"), Some("disk"));

@@ -26,7 +26,7 @@ const MEMORY_BYTES: u64 = 64 << 20;
 /// The most of them that are kept in a file, and at most half of the room that there is.
 const SPILL_BYTES: u64 = 4 << 30;
 /// How often the requester is told how far it is.
-const TELL_INTERVAL: Duration = Duration::from_millis(500);
+const TELL_INTERVAL: Duration = Duration::from_millis(200);
 
 /// What an agent is asked to save.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -73,6 +73,9 @@ pub(crate) async fn answer(request: SaveRequest, asked: &Asked) -> anyhow::Resul
     let progress = Output::new(false, true).progress("saving", None);
     let is_abandoned = Arc::new(AtomicBool::new(false));
     let (counted, abandoned) = (progress.clone(), Arc::clone(&is_abandoned));
+    let interrupt = Interrupt::default();
+    let raised = interrupt.clone();
+    let agent = Arc::clone(&service);
     let work = asked.blocking(move || {
         let check = || {
             service.check_ending()?;
@@ -81,7 +84,8 @@ pub(crate) async fn answer(request: SaveRequest, asked: &Asked) -> anyhow::Resul
             }
             Ok(())
         };
-        Save { request: &request, disks: service.disks(), engine: service.engine }.run(&counted, &check)
+        let (disks, engine) = (service.disks(), service.engine);
+        Save { request: &request, disks, engine, interrupt: raised }.run(&counted, &check)
     });
     let mut work = std::pin::pin!(work);
     let mut ticks = tokio::time::interval(TELL_INTERVAL);
@@ -93,6 +97,10 @@ pub(crate) async fn answer(request: SaveRequest, asked: &Asked) -> anyhow::Resul
         asked.progress(&SaveProgress { bytes_done: progress.done() });
         // Ctrl-C at the other end: what nobody waits for is not made.
         is_abandoned.store(asked.is_abandoned(), Ordering::Relaxed);
+        if asked.is_abandoned() || agent.check_ending().is_err() {
+            // Not only between two steps: a chunk may take long to be compressed, and guests pay for the view meanwhile.
+            interrupt.raise();
+        }
     }
 }
 
@@ -100,6 +108,8 @@ struct Save<'a> {
     request: &'a SaveRequest,
     disks: &'a [ServedDisk],
     engine: Engine,
+    /// Raised when nobody wants it any more.
+    interrupt: Interrupt,
 }
 
 impl Save<'_> {
@@ -133,6 +143,8 @@ impl Save<'_> {
             }
             return Ok(report);
         }
+        // From before the views begin until they were read: no machine is moved off us in between.
+        let _saving = served.iter().map(|disk| disk.begin_saving()).collect::<anyhow::Result<Vec<_>>>()?;
         let views = self.freeze(&served)?;
         let mut disks = Vec::new();
         for (((disk, name), base), view) in served.iter().zip(names).zip(bases).zip(&views) {
@@ -140,9 +152,9 @@ impl Save<'_> {
             report.disks.push(planned_disk(&name, &disk.record.target, &disk.record, chunks, bytes));
             disks.push(Disk { name, base, view });
         }
-        let interrupt = Interrupt::default();
-        let stored = store(&repository, &disks, order, self.engine, progress, &interrupt, check);
-        let stored = stored.map_err(|error| given_up(error, &served, &views))?;
+        let stored = store(&repository, &disks, order, self.engine, progress, &self.interrupt, check);
+        let stored =
+            stored.map_err(|error| check().err().unwrap_or_else(|| given_up(error, &served, &views)))?;
         report.complete(&stored, started);
         Ok(report)
     }
@@ -181,19 +193,6 @@ impl Save<'_> {
 
     /// Freezes all disks at one moment.
     fn freeze(&self, served: &[&ServedDisk]) -> anyhow::Result<Vec<LiveView>> {
-        for disk in served {
-            // The record is read again: a move may have marked it since this agent's start.
-            if disk.state.record()?.is_some_and(|record| record.handed_over) {
-                return Err(Failure::new(
-                    format!(
-                        "a running machine was moved onto {}: what it writes there, this agent does not see",
-                        disk.record.target.display()
-                    ),
-                    "take a snapshot of that disk with `lifeboot capture`; the others when this agent has ended",
-                )
-                .into());
-            }
-        }
         let options = served
             .iter()
             .map(|disk| {

@@ -33,7 +33,7 @@ pub(crate) use store::{Disk, Order, Stored, View, store};
 use crate::cli::{Context, Failure, Interrupt, Outcome, UsageError, Verb};
 use crate::live::Resumed;
 use crate::live_restore::{self, Request, Rest, SessionRecord, StateDir};
-use crate::output::{Output, human_duration, human_size};
+use crate::output::{Output, StdoutClosed, human_duration, human_size};
 use crate::status::DamagedRange;
 
 /// Make a snapshot of what a live-restore's guest wrote
@@ -155,14 +155,22 @@ impl Verb for Args {
         for one in &wanted {
             one.check_not_handed_over()?;
         }
-        let mut is_served = false;
+        let (mut served, mut at_rest) = (None, None);
         for one in &wanted {
-            is_served |= live_restore::ask_status(one.state.path())?.is_some();
+            let is_served = live_restore::ask_status(one.state.path())?.is_some();
+            if is_served { &mut served } else { &mut at_rest }.get_or_insert(one.path.display());
         }
-        if is_served {
-            return self.save_served(context, &repository, &wanted);
+        match (served, at_rest) {
+            (None, _) => self.save_at_rest(context, &repository, &wanted, group),
+            (Some(_), None) => self.save_served(context, &repository, &wanted),
+            (Some(served), Some(at_rest)) => Err(Failure::new(
+                format!(
+                    "an agent serves {served}, and none {at_rest}: they cannot be saved as of one moment, in one snapshot"
+                ),
+                "save them one by one; or have one agent serve both, or none (SIGTERM parks a session), and save them together",
+            )
+            .into()),
         }
-        self.save_at_rest(context, &repository, &wanted, group)
     }
 }
 
@@ -449,17 +457,20 @@ impl Report {
 
     /// Says what was done.
     pub(crate) fn conclude(&self, output: &Output) -> anyhow::Result<Outcome> {
-        output.document(self)?;
-        let sum = |of: fn(&ReportedDisk) -> u64| self.disks.iter().map(of).sum::<u64>();
-        output.line(format_args!(
-            "saved {} in {}: {} of {} chunks looked at, {} of it new ({} stored)",
-            self.snapshot,
-            human_duration(std::time::Duration::from_secs_f64(self.seconds)),
-            sum(|disk| disk.changed_chunks),
-            sum(|disk| disk.chunks),
-            human_size(sum(|disk| disk.new_bytes)),
-            human_size(sum(|disk| disk.new_stored_bytes)),
-        ))?;
+        self.tell(output).map_err(|error| {
+            if error.is::<StdoutClosed>() {
+                return error;
+            }
+            Failure::new(
+                format!(
+                    "the snapshot {} was made all the same; only the report of it is lost",
+                    self.snapshot
+                ),
+                format!("`lifeboot show {}` tells what is in it", self.snapshot),
+            )
+            .because(error)
+            .into()
+        })?;
         for ReportedDamage { disk, range } in &self.damaged {
             output.damaged(format_args!(
                 "bytes {}..{} of {}/{disk}: not saved, they are as in {}: {}",
@@ -471,5 +482,19 @@ impl Report {
             ));
         }
         Ok(if self.damaged.is_empty() { Outcome::Done } else { Outcome::Damaged })
+    }
+
+    fn tell(&self, output: &Output) -> anyhow::Result<()> {
+        output.document(self)?;
+        let sum = |of: fn(&ReportedDisk) -> u64| self.disks.iter().map(of).sum::<u64>();
+        output.line(format_args!(
+            "saved {} in {}: {} of {} chunks looked at, {} of it new ({} stored)",
+            self.snapshot,
+            human_duration(std::time::Duration::from_secs_f64(self.seconds)),
+            sum(|disk| disk.changed_chunks),
+            sum(|disk| disk.chunks),
+            human_size(sum(|disk| disk.new_bytes)),
+            human_size(sum(|disk| disk.new_stored_bytes)),
+        ))
     }
 }

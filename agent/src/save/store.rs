@@ -12,6 +12,7 @@
 
 use std::cell::RefCell;
 use std::rc::Rc;
+use std::time::Duration;
 
 use block::{AlignedBuf, Engine};
 use jiff::Timestamp;
@@ -29,6 +30,8 @@ use crate::status::DamagedRange;
 
 /// Damaged ranges that a note names; the others are counted.
 const NOTED_RANGES: usize = 8;
+/// How often it looks whether it is still wanted while it waits: the backup may be out of reach.
+const LOOK_INTERVAL: Duration = Duration::from_millis(100);
 
 /// A view, wherever it is of.
 pub(crate) trait View {
@@ -161,7 +164,10 @@ async fn read_all(
                 tokio::select! {
                     Some(taken) = taking.join_next() => finished(taken)?,
                     free = freed.recv() => break free,
+                    () = tokio::time::sleep(LOOK_INTERVAL) => {}
                 }
+                stop.check()?;
+                check()?;
             };
             let Some(Some(bytes)) = free else { return stop.check() };
             let piece = Piece {
@@ -179,8 +185,13 @@ async fn read_all(
             sequence += 1;
         }
     }
-    while let Some(taken) = taking.join_next().await {
-        finished(taken)?;
+    while !taking.is_empty() {
+        tokio::select! {
+            Some(taken) = taking.join_next() => finished(taken)?,
+            () = tokio::time::sleep(LOOK_INTERVAL) => {}
+        }
+        stop.check()?;
+        check()?;
     }
     Ok(())
 }

@@ -105,6 +105,9 @@ pub struct Status {
     /// What came from copies of the repository since this agent began, for all of its disks.
     #[serde(default)]
     pub fallbacks: Vec<FallbackUse>,
+    /// A running machine was moved onto the target itself, or is about to be: the target is that machine's disk.
+    #[serde(default)]
+    pub handed_over: bool,
     /// Why it does not go on just now: the source is away, the target is full.
     pub waiting: Option<String>,
 }
@@ -140,6 +143,7 @@ impl Status {
             damaged_bytes: 0,
             damaged: Vec::new(),
             fallbacks: Vec::new(),
+            handed_over: record.handed_over,
             waiting: None,
         }
     }

@@ -108,6 +108,10 @@ fn at_rest(state: &StateDir, record: &SessionRecord) -> anyhow::Result<Status> {
 
 fn table(status: &Status) -> Table {
     let state = match status.phase {
+        _ if status.handed_over && status.pid.is_none() => {
+            "handed over: a running machine was moved onto the target, which is a disk of its own".to_owned()
+        }
+        _ if status.handed_over => "complete, and being handed over to the machine".to_owned(),
         Phase::Running => "running: copying home".to_owned(),
         Phase::Complete => match status.pid {
             Some(_) => "complete, and still served".to_owned(),

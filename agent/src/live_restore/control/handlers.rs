@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use serde_json::{Value, to_value};
 
-use super::{Asked, LimitChanged, Request, Strip};
+use super::{Asked, LimitChanged, PivotProgress, Request, Strip};
 use crate::cli::Failure;
 use crate::live::Cell;
 use crate::live_restore::handover::hand_over;
@@ -40,8 +40,9 @@ pub(super) async fn answer(request: Request, asked: &Asked) -> anyhow::Result<Va
         }
         Request::Save(request) => Ok(to_value(crate::save::answer(request, asked).await?)?),
         Request::Pivot { drive } => {
-            let (service, disk) = (Arc::clone(asked.service()), asked.number());
-            let home = asked.blocking(move || hand_over(&service, disk, &drive)).await?;
+            let (service, disk, progress) = (Arc::clone(asked.service()), asked.number(), asked.teller());
+            let tell = move |waiting: &str| progress(&PivotProgress { waiting: waiting.to_owned() });
+            let home = asked.blocking(move || hand_over(&service, disk, &drive, &tell)).await?;
             Ok(to_value(home)?)
         }
     }

@@ -75,9 +75,13 @@ impl Asked {
 
     /// Tells the requester how far it is. It never waits; what the requester does not read in time is left out.
     pub(crate) fn progress(&self, progress: &impl Serialize) {
-        if let Ok(progress) = serde_json::to_value(progress) {
-            let _ = self.progress.try_send(progress);
-        }
+        tell(&self.progress, progress);
+    }
+
+    /// What does [`Self::progress`] from another thread.
+    pub(crate) fn teller<T: Serialize>(&self) -> impl Fn(&T) + Send + 'static {
+        let sender = self.progress.clone();
+        move |progress| tell(&sender, progress)
     }
 
     /// Whether the requester is known to have gone away.
@@ -143,6 +147,12 @@ impl Tasks {
         let _ = self.requests.subscribe().wait_for(|count| *count == 0).await;
         let mut conversations = self.conversations.subscribe();
         let _ = tokio::time::timeout(GOODBYE, conversations.wait_for(|count| *count == 0)).await;
+    }
+}
+
+fn tell(sender: &mpsc::Sender<Value>, progress: &impl Serialize) {
+    if let Ok(progress) = serde_json::to_value(progress) {
+        let _ = sender.try_send(progress);
     }
 }
 

@@ -36,7 +36,7 @@ mod request;
 pub use ask::{ask, ask_status, ask_telling};
 pub(crate) use listen::Asked;
 pub(super) use listen::{Control, Tasks, patiently};
-pub use request::{LimitChanged, Reply, Request, Strip};
+pub use request::{LimitChanged, PivotProgress, Reply, Request, Strip};
 
 use std::fs::File;
 use std::io;

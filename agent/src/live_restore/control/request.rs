@@ -54,6 +54,13 @@ pub struct LimitChanged {
     pub new: u64,
 }
 
+/// What [`Request::Pivot`] tells meanwhile.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PivotProgress {
+    /// What the move waits for.
+    pub waiting: String,
+}
+
 /// A line of the answer. On the wire `reply` names the variant.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(tag = "reply", rename_all = "snake_case")]

@@ -1,0 +1,205 @@
+//! What must not happen at the same time does not, and whoever asks for it is told what to do instead.
+#![allow(clippy::unwrap_used, reason = "what a test calls may panic as the test may")]
+
+use std::fs;
+use std::io::{BufRead as _, BufReader, Write as _};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use e2e::captured::Captured;
+use e2e::disk;
+use e2e::lifeboot::{LiveRestore, lifeboot, status};
+use e2e::process::{Process, run, run_any, run_json};
+use serde_json::Value;
+
+const DISK_BYTES: u64 = 12 << 20;
+/// As much noise takes far longer to save than anything that is done meanwhile.
+const SLOW_BYTES: u64 = 80 << 20;
+
+/// Ends with this code, and says all of `words` on stderr.
+#[track_caller]
+fn ends(command: &mut Command, code: i32, words: &[&str]) {
+    let output = run_any(command).unwrap();
+    let said = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert_eq!(output.status.code(), Some(code), "{said}");
+    for word in words {
+        assert!(said.contains(word), "it lacks {word:?}: {said}");
+    }
+}
+
+fn save(captured: &Captured, further: &[&str]) -> Command {
+    let mut command = captured.repository.verb("save", further).unwrap();
+    command.arg(&captured.target);
+    command
+}
+
+/// One whose chunks take long to compress.
+fn begin_slow_save(captured: &Captured) -> Process {
+    let mut saving = Process::spawn(&save(captured, &["--json", "--level", "22"])).unwrap();
+    saving.wait_for("its progress", |line| line.contains("\"bytes_done\"").then_some(())).unwrap();
+    saving
+}
+
+/// Writes noise over the whole disk, and returns what the disk is then.
+fn write_noise(captured: &Captured, live: &LiveRestore) -> PathBuf {
+    let noise = captured.work.file("noise.raw");
+    let bytes = disk::Noise::new(77).bytes(SLOW_BYTES as usize);
+    fs::write(&noise, bytes).unwrap();
+    let script = format!(
+        "d = open('{}', 'rb').read()\nfor at in range(0, len(d), 1 << 20):\n    h.pwrite(d[at:at + (1 << 20)], at)\nh.flush()",
+        noise.display()
+    );
+    live.export().nbdsh("", &script).unwrap();
+    noise
+}
+
+/// What takes a QEMU's place at a monitor's socket: it greets, and then does nothing of what it is asked.
+struct Stub {
+    stream: BufReader<UnixStream>,
+}
+
+impl Stub {
+    fn accept(listener: &UnixListener) -> Self {
+        let (stream, _) = listener.accept().unwrap();
+        let mut stub = Self { stream: BufReader::new(stream) };
+        stub.say("{\"QMP\": {\"version\": {}, \"capabilities\": []}}");
+        let asked = stub.asked();
+        assert_eq!(asked["execute"], "qmp_capabilities");
+        stub.say(&format!("{{\"return\": {{}}, \"id\": {}}}", asked["id"]));
+        stub
+    }
+
+    fn say(&mut self, line: &str) {
+        writeln!(self.stream.get_mut(), "{line}").unwrap();
+    }
+
+    fn asked(&mut self) -> Value {
+        let mut line = String::new();
+        self.stream.read_line(&mut line).unwrap();
+        serde_json::from_str(&line).unwrap_or_else(|error| panic!("{error}: {line:?}"))
+    }
+}
+
+#[test]
+fn a_move_home_waits_for_a_save_and_a_save_during_a_move_is_refused() {
+    let captured = Captured::new("guards-move", SLOW_BYTES, 41).unwrap();
+    let mut live = captured.start(&[]).unwrap();
+    live.wait_complete().unwrap();
+    let noise = write_noise(&captured, &live);
+    let mut saving = begin_slow_save(&captured);
+
+    let socket = captured.work.socket("qmp");
+    let listener = UnixListener::bind(&socket).unwrap();
+    let mut pivot = lifeboot(["pivot"]).unwrap();
+    let mut pivot = Process::spawn(pivot.arg(&captured.target).arg("--qmp").arg(&socket)).unwrap();
+    let mut monitor = Stub::accept(&listener);
+    pivot.wait_for_text("is being saved: the machine is moved when that has ended").unwrap();
+    // The save goes on; no other begins.
+    ends(&mut save(&captured, &[]), 1, &["is just being moved onto", "lifeboot capture"]);
+    // A guest that goes on writing meanwhile is none of the snapshot's business.
+    live.export().qemu_io(&["write -P 0x55 0 1M"]).unwrap();
+    saving.wait_success().unwrap();
+    // Only now the monitor is asked for anything.
+    assert_eq!(monitor.asked()["execute"], "query-block");
+    ends(&mut save(&captured, &[]), 1, &["is just being moved onto"]);
+    let mut backup = captured.repository.verb("capture", &["vm"]).unwrap();
+    ends(backup.arg(&captured.target), 1, &["is just being moved onto"]);
+    drop(monitor);
+    assert_eq!(pivot.wait().unwrap().code(), Some(1));
+    assert_eq!(status(&captured.target).unwrap()["handed_over"], false);
+
+    // It was not moved: what it is now can be saved.
+    run(&mut save(&captured, &["-q"])).unwrap();
+    let list = run_json(&mut captured.repository.verb("snapshots", &["--json"]).unwrap()).unwrap();
+    let names: Vec<&str> =
+        list.as_array().unwrap().iter().map(|one| one["snapshot"].as_str().unwrap()).collect();
+    assert_eq!(names.len(), 3, "{list}");
+    let mut names = names;
+    names.sort_unstable();
+    let restored = captured.work.file("restored.raw");
+    captured.repository.restore(names[1], &restored).unwrap();
+    disk::ensure_same(&restored, &noise).unwrap();
+}
+
+#[test]
+fn a_save_that_is_interrupted_ends_at_once_and_another_one_says_what_to_do() {
+    let captured = Captured::new("guards-save", SLOW_BYTES, 42).unwrap();
+    let live = captured.start(&[]).unwrap();
+    write_noise(&captured, &live);
+    let mut saving = begin_slow_save(&captured);
+    ends(&mut save(&captured, &[]), 1, &["is being saved already", "ask again when that has ended"]);
+    saving.signal(rustix::process::Signal::INT).unwrap();
+    assert_eq!(saving.wait().unwrap().code(), Some(130));
+    // The agent gives up by itself, and long before that save would have ended: nothing of it is stored.
+    loop {
+        let output = run_any(&mut save(&captured, &["--json", "--dry-run"])).unwrap();
+        assert!(output.status.success(), "{output:?}");
+        let output = run_any(&mut save(&captured, &["-q"])).unwrap();
+        if output.status.success() {
+            break;
+        }
+        let said = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert!(said.contains("is being saved already"), "{said}");
+    }
+    let list = run_json(&mut captured.repository.verb("snapshots", &["--json"]).unwrap()).unwrap();
+    assert_eq!(list.as_array().unwrap().len(), 2, "{list}");
+}
+
+#[test]
+fn a_report_that_cannot_be_written_names_the_snapshot_that_was_made() {
+    let captured = Captured::new("guards-full", DISK_BYTES, 43).unwrap();
+    let _live = captured.start(&[]).unwrap();
+    let mut command = save(&captured, &["--json"]);
+    command.stdout(fs::File::options().write(true).open("/dev/full").unwrap());
+    let output = command.stderr(std::process::Stdio::piped()).spawn().unwrap().wait_with_output().unwrap();
+    let said = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert_eq!(output.status.code(), Some(1), "{said}");
+    let list = run_json(&mut captured.repository.verb("snapshots", &["--json"]).unwrap()).unwrap();
+    let names: Vec<&str> =
+        list.as_array().unwrap().iter().map(|one| one["snapshot"].as_str().unwrap()).collect();
+    assert_eq!(names.len(), 2);
+    let newest = names.iter().max().unwrap();
+    assert!(said.contains(&format!("the snapshot {newest} was made all the same")), "{said}");
+}
+
+#[test]
+fn a_disk_that_a_group_does_not_have_has_no_trace_to_be_shown_or_removed() {
+    let captured = Captured::new("guards-trace", DISK_BYTES, 44).unwrap();
+    for verb in ["show", "remove"] {
+        let trace = |of: &str| {
+            let mut command = lifeboot(["trace", verb, "-r"]).unwrap();
+            command.arg(captured.repository.path()).arg(of);
+            command
+        };
+        ends(&mut trace("vm/nodisk"), 1, &["the group vm has no disk called nodisk", "it has disk0"]);
+        run(&mut trace("vm/disk0")).unwrap();
+    }
+}
+
+/// A second restore of the same snapshot.
+fn second(captured: &Captured) -> (LiveRestore, PathBuf) {
+    let target = captured.work.file("second.raw");
+    let live =
+        LiveRestore::start(&captured.repository, "vm@latest", &target, &captured.work.socket("second"), &[]);
+    (live.unwrap(), target)
+}
+
+fn with(captured: &Captured, other: &Path) -> Command {
+    let mut command = save(captured, &[]);
+    command.arg("--with").arg(other);
+    command
+}
+
+#[test]
+fn a_disk_that_is_served_and_one_at_rest_are_not_saved_as_one_moment() {
+    let captured = Captured::new("guards-with", DISK_BYTES, 45).unwrap();
+    let live = captured.start(&[]).unwrap();
+    let (_second, other) = second(&captured);
+    let (_, parked) = live.park().unwrap();
+    assert!(parked.success());
+    let words = ["an agent serves", "second.raw", "and none", "save them one by one"];
+    ends(&mut with(&captured, &other), 1, &words);
+    let mut command = captured.repository.verb("save", &[]).unwrap();
+    ends(command.arg(&other).arg("--with").arg(&captured.target), 1, &words);
+}
