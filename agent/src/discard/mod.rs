@@ -12,6 +12,9 @@
 //! |---|---|
 //! | none | nothing: exit code 0 |
 //! | served by an agent | refused |
+//! | a machine of `lifeboot boot` waits for an agent to serve it | refused, unless it was moved onto the target |
+//! | a program holds a lock on the target, as QEMU does | refused, unless all is home or it was handed over, and the target stays |
+//! | its files may not be read | refused: that is no damage |
 //! | the target is gone, or is another | the session's files are removed, the target is left alone |
 //! | any other | as above |
 
@@ -24,6 +27,7 @@ use block::{Engine, FileDisk};
 use serde::Serialize;
 
 use crate::cli::{Context, Failure, Outcome, UsageError, Verb};
+use crate::in_use;
 use crate::live_restore::{self, SessionRecord, StateDir};
 use crate::output::{Output, human_size};
 use crate::status::{Phase, Status};
@@ -81,21 +85,26 @@ impl Verb for Args {
         if let Some(status) = live_restore::ask_status(state.path())? {
             return Err(served(&path, &status));
         }
-        // One that cannot be understood is given up all the same.
-        let (record, damage) = match state.record() {
-            Ok(record) => (record, None),
-            Err(error) => (None, Some(error)),
-        };
-        if record.is_none() && damage.is_none() {
+        if matches!(state.record(), Ok(None)) {
             return self.nothing(output, &path, &state);
         }
-        let is_begun = record.as_ref().is_none_or(SessionRecord::was_begun);
         let interrupt = context.interrupt()?;
         // Nobody begins to serve it meanwhile.
         let locked = path
             .exists()
             .then(|| live_restore::lock_target(&state, &path, Engine::THREADS, &interrupt))
             .transpose()?;
+        // Under the lock: before, an agent may have gone on with it, or handed it over. One that cannot be understood is given
+        // up all the same.
+        let (record, damage) = match state.record() {
+            Ok(record) => (record, None),
+            Err(error) if is_unreadable(&error) => return Err(error),
+            Err(error) => (None, Some(error)),
+        };
+        if record.is_none() && damage.is_none() {
+            return self.nothing(output, &path, &state);
+        }
+        let is_begun = record.as_ref().is_none_or(SessionRecord::was_begun);
         let is_another = locked
             .as_ref()
             .zip(record.as_ref().filter(|record| record.was_begun()))
@@ -115,7 +124,16 @@ impl Verb for Args {
             self.check_removable(target, &path)?;
         }
         let status = record.as_ref().map(|record| live_restore::stopped_status(&state, record));
-        let known = status.as_ref().and_then(|status| status.as_ref().ok());
+        let (status, damage) = match status {
+            Some(Err(error)) if is_unreadable(&error) => return Err(error),
+            Some(Err(error)) => (None, Some(error)),
+            Some(Ok(status)) => (Some(status), damage),
+            None => (None, damage),
+        };
+        let known = status.as_ref();
+        if is_another.is_none() {
+            self.check_unused(record.as_ref(), known, &path)?;
+        }
         if is_begun {
             self.tell(output, record.as_ref(), known, damage.as_ref(), is_another.as_ref(), &path)?;
             self.ask(output)?;
@@ -216,6 +234,7 @@ impl Args {
                 status.percent(),
                 human_size(status.size)
             ))?,
+            // Why is said below.
             _ => output.warn("what would be lost cannot be told: the session's files are damaged"),
         }
         if let Some(error) = damage {
@@ -251,6 +270,31 @@ impl Args {
         Err(Failure::new("nothing was discarded", "answer y to discard it").into())
     }
 
+    /// Fails where a machine needs the session, or what it would leave of the target.
+    fn check_unused(
+        &self,
+        record: Option<&SessionRecord>,
+        status: Option<&Status>,
+        path: &Path,
+    ) -> anyhow::Result<()> {
+        let is_handed_over = record.is_some_and(|record| record.handed_over);
+        if let Some(record) = record.filter(|record| !record.handed_over) {
+            crate::boot::check_no_machine(&record.snapshot, path)?;
+        }
+        let is_whole = is_handed_over || status.is_some_and(|status| status.phase == Phase::Complete);
+        if in_use::is_locked(path) && (self.remove_target || !is_whole) {
+            return Err(Failure::new(
+                format!(
+                    "{} is in use: a program holds a lock on it, as QEMU does on its images",
+                    path.display()
+                ),
+                "end the machine first, then discard the session",
+            )
+            .into());
+        }
+        Ok(())
+    }
+
     fn check_removable(&self, target: Option<&FileDisk>, path: &Path) -> anyhow::Result<()> {
         match target {
             Some(target) if target.is_block_device() => Err(UsageError::new(format_args!(
@@ -266,6 +310,16 @@ impl Args {
             _ => Ok(()),
         }
     }
+}
+
+/// Whether an error says that we may not read something, and so nothing of whether it is damaged.
+fn is_unreadable(error: &anyhow::Error) -> bool {
+    error.chain().any(|cause| {
+        let of_system = cause.downcast_ref::<io::Error>().map(io::Error::kind);
+        let of_engine = cause.downcast_ref::<block::Error>().map(block::Error::kind);
+        of_system == Some(io::ErrorKind::PermissionDenied)
+            || of_engine == Some(block::ErrorKind::NotPermitted)
+    })
 }
 
 fn eprint_prompt() -> anyhow::Result<()> {
@@ -295,4 +349,24 @@ fn remove(target: &FileDisk, path: &Path) -> anyhow::Result<bool> {
     }
     std::fs::remove_file(path).with_context(removing)?;
     Ok(true)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_may_not_be_read_is_told_from_what_is_damaged() {
+        let dir = tempfile::tempdir().unwrap();
+        let state = StateDir::of(&dir.path().join("t.raw"), None).unwrap();
+        state.create().unwrap();
+        std::fs::write(state.file("session.json"), "{").unwrap();
+        assert!(!is_unreadable(&state.record().unwrap_err()));
+        let denied = || io::Error::from(io::ErrorKind::PermissionDenied);
+        assert!(is_unreadable(&anyhow::Error::from(denied()).context("cannot read session.json")));
+        // As the journal's opening says it.
+        assert!(is_unreadable(
+            &anyhow::Error::from(block::Error::io("open", denied())).context("the journal")
+        ));
+    }
 }

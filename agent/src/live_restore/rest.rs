@@ -51,6 +51,8 @@ impl Rest {
         interrupt: &Interrupt,
     ) -> anyhow::Result<Self> {
         let target = lock_target(state, path, engine, interrupt)?;
+        // Before, an agent may have gone on with the session, or handed it over.
+        let record = &locked_record(state, record, path)?;
         if !moved {
             check_identity(state, record, &target)?;
         }
@@ -99,6 +101,26 @@ impl Rest {
     pub(crate) fn reader(&self) -> anyhow::Result<FrozenReader> {
         Ok(self.view.reader(self.target.open()?))
     }
+}
+
+/// The record as it is now that the target is locked, of the session that was found before.
+fn locked_record(state: &StateDir, found: &SessionRecord, path: &Path) -> anyhow::Result<SessionRecord> {
+    let now = state.record()?.filter(SessionRecord::was_begun);
+    let now = now.filter(|now| now.session == found.session).ok_or_else(|| {
+        Failure::new(
+            format!("the session in {} was discarded or begun anew just now", state.path().display()),
+            "run the same command again",
+        )
+    })?;
+    if now.handed_over {
+        let path = path.display();
+        return Err(Failure::new(
+            format!("a running machine was moved onto {path}: it is a disk of its own now, not a session's"),
+            format!("`lifeboot capture GROUP {path}` takes a snapshot of it"),
+        )
+        .into());
+    }
+    Ok(now)
 }
 
 /// Opens the target of the session in `state` for reading, and locks it.
