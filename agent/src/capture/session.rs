@@ -6,7 +6,7 @@
 //!
 //! | the session | what is read |
 //! |---|---|
-//! | none | the whole source |
+//! | none | the whole source; refused where somebody holds a lock on it like an agent's |
 //! | served by an agent | the chunks of `G`, by the agent, of a frozen view |
 //! | parked, and nobody has written to the target since (`parked.json`) | the chunks of `G`; of those that are not wholly home, the rest comes from the repository |
 //! | any other that is wholly home: its agent was killed, the target was written to, its snapshot is in another repository | the whole source, and why is said |
@@ -15,6 +15,7 @@
 //!
 //! `--full` reads the whole source where all of it is home, and is refused where it is not.
 
+use std::fs::TryLockError;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 
@@ -63,7 +64,10 @@ pub(super) fn scan(source: &Source, wish: &Wish<'_>) -> anyhow::Result<Scan> {
         )
     };
     let record = state.record().with_context(unknown)?.filter(SessionRecord::was_begun);
-    let Some(record) = record else { return Ok(Scan::Whole { why: None }) };
+    let Some(record) = record else {
+        check_unlocked(source)?;
+        return Ok(Scan::Whole { why: None });
+    };
     if record.handed_over {
         return Ok(Scan::Whole {
             why: Some("a running machine was moved onto it, and writes to it itself".into()),
@@ -88,6 +92,28 @@ pub(super) fn scan(source: &Source, wish: &Wish<'_>) -> anyhow::Result<Scan> {
     match session.changed(wish)? {
         Ok(rest) => Ok(Scan::Changed(Box::new(rest))),
         Err(why) => session.whole(Some(why)),
+    }
+}
+
+/// Fails where somebody holds the lock that an agent holds on the target of its session. That session is known by another name
+/// of the source, or kept elsewhere: what of the source is home is not known here.
+fn check_unlocked(source: &Source) -> anyhow::Result<()> {
+    let path = source.path().display();
+    let file =
+        std::fs::File::open(source.path()).with_context(|| format!("cannot read the source {path}"))?;
+    match file.try_lock_shared() {
+        Ok(()) => Ok(()),
+        Err(TryLockError::WouldBlock) => Err(Failure::new(
+            format_args!(
+                "the source {path} is locked by another program, as lifeboot locks the target of a live-restore: what of it is \
+                 home yet is not known"
+            ),
+            "name where its session is kept with --state DIR, or the name that its live-restore was given; if it is another \
+             program's lock, end that program",
+        )
+        .into()),
+        // A file system without locks has no agent either.
+        Err(TryLockError::Error(_)) => Ok(()),
     }
 }
 

@@ -5,7 +5,9 @@ use block::{BLOCK_SIZE, BlockDevice};
 use super::bits::{Bits, words_for, zeroed_words};
 use super::error::Result;
 use super::journal::Journal;
+use super::journal::SessionId;
 use super::live_file::{BootId, LiveFile, LiveWords};
+use super::source::DiskLayout;
 
 /// What is known of a session at rest.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -16,6 +18,13 @@ pub struct Peek {
     pub guest_bytes: u64,
     /// Whether the whole disk is home, on stable storage.
     pub complete: bool,
+}
+
+/// Whether the live file has everything that the guest of this session was told was written.
+#[must_use]
+pub fn is_live_file_believable(live: LiveWords, session: SessionId, boot: BootId, disk: DiskLayout) -> bool {
+    live.words().len() == LiveWords::count_for(disk)
+        && LiveFile::new(live, disk).is_believable(session, boot, disk)
 }
 
 /// Looks at a session that no agent serves. `live` is its live file, where there is one.

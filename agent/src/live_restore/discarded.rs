@@ -7,7 +7,7 @@ use anyhow::Context as _;
 
 use super::record::SessionRecord;
 use super::state_dir::{JOURNAL, LIVE_FILE, RECORD, StateDir};
-use super::{control, damage, distrust, lease, stamp};
+use super::{control, damage, distrust, lease, pointer, stamp};
 
 impl StateDir {
     /// Removes the session that is kept here. `record` is what it is, where that can be told. The caller holds the target's
@@ -19,6 +19,9 @@ impl StateDir {
         if let Some(record) = record.filter(|record| record.was_begun()) {
             // From here on there is no session.
             self.keep(&SessionRecord { boot: None, ..record.clone() })?;
+        }
+        if let Some(record) = record {
+            pointer::remove(&record.target, &record.session)?;
         }
         // While it is known where that is.
         lease::release(self.path());

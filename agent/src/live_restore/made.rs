@@ -61,6 +61,11 @@ impl Made {
         Ok(())
     }
 
+    /// Another file that was made for the session.
+    pub(super) fn add(&mut self, file: PathBuf) {
+        self.files.insert(0, file);
+    }
+
     /// Nothing is taken back.
     pub(super) fn keep(mut self) {
         self.is_kept = true;

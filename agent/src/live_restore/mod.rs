@@ -31,6 +31,7 @@ mod mover;
 mod narrate;
 mod open;
 mod order;
+mod pointer;
 mod record;
 mod report;
 mod rest;

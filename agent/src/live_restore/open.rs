@@ -28,9 +28,10 @@ use super::distrust;
 use super::fetching::{Fetching, SharedPool};
 use super::identity::TargetIdentity;
 use super::made::Made;
+use super::pointer;
 use super::record::SessionRecord;
 use super::state_dir::{JOURNAL, StateDir};
-use super::stopped::stopped_status;
+use super::stopped::{stopped_status, unusable_journal};
 use super::target::{self, Contents};
 use super::wanted;
 use crate::cli::{Failure, Interrupt};
@@ -203,9 +204,8 @@ impl Found<'_> {
             .into());
         }
         if !state.file(JOURNAL).exists() {
-            return Err(state
-                .unusable(format!("the journal {} is missing", state.file(JOURNAL).display()))
-                .into());
+            let what = format!("the journal {} is missing", state.file(JOURNAL).display());
+            return Err(unusable_journal(state, what).into());
         }
         let target = target::reopen(path, state.path(), wish.engine, interrupt)?;
         let identity = identity_of(&target)?;
@@ -256,6 +256,12 @@ impl Found<'_> {
         record.boot = Some(boot.to_string());
         state.keep(&record)?;
         distrust::forget(&record);
+        if session.phase() == Phase::Complete {
+            forget_pointer(&record);
+        } else if let Err(error) = state.keep_pointer(&record) {
+            // It was said when the session began.
+            tracing::warn!("{:#}", error);
+        }
         Ok(Opened { session, target, journal, record, fetching, resumed: Some(resumed), made: None })
     }
 
@@ -304,6 +310,10 @@ impl Found<'_> {
         };
         made.create_dir(state)?;
         state.keep(&record)?;
+        // Before the target is changed: from then on it is no disk until all of it is home.
+        if let Some(pointer) = state.keep_pointer(&record)? {
+            made.add(pointer);
+        }
         let words = distrust::open_live(state, &record, parts.layout)?;
         let is_zero = taken.contents() == Contents::Zeroes;
         let layout = Session::journal_layout(&*parts.source, is_zero);
@@ -318,6 +328,13 @@ impl Found<'_> {
         record.boot = Some(boot.to_string());
         state.keep(&record)?;
         Ok(Opened { session, target, journal, record, fetching, resumed: None, made: Some(made) })
+    }
+}
+
+/// All of the disk is home: whoever takes the target for a disk is right.
+pub(super) fn forget_pointer(record: &SessionRecord) {
+    if let Err(error) = pointer::remove(&record.target, &record.session) {
+        tracing::warn!("{:#}", error);
     }
 }
 
@@ -342,7 +359,9 @@ pub(super) fn cannot_resume(state: &StateDir, error: crate::live::Error) -> anyh
             "name the target that the session belongs to, or put back what it held; if something else was allowed to \
              write to it (a guest that runs from it without lifeboot), the session is over: remove {dir}"
         ),
-        ErrorKind::Damaged | ErrorKind::NotAJournal => return state.unusable(what).because(error).into(),
+        ErrorKind::Damaged | ErrorKind::NotAJournal => {
+            return unusable_journal(state, what).because(error).into();
+        }
         _ => format!("the session is kept in {dir}; the same command tries again"),
     };
     Failure::new(what, advice).because(error).into()

@@ -56,13 +56,11 @@ impl StateDir {
             )
             .into());
         }
+        let has_links = metadata.as_ref().is_some_and(|metadata| metadata.is_file() && metadata.nlink() > 1);
         let device = metadata.filter(|metadata| metadata.file_type().is_block_device());
+        let is_file = device.is_none();
         let path = match (device, state_root) {
-            (None, None) => {
-                let mut name = absolute.into_os_string();
-                name.push(".lifeboot");
-                PathBuf::from(name)
-            }
+            (None, None) => return Self::beside(&absolute, has_links),
             (device, root) => {
                 let root = root.unwrap_or(Path::new(DEFAULT_STATE_ROOT));
                 let name =
@@ -84,7 +82,33 @@ impl StateDir {
                 find(root, &absolute, identity.as_ref(), &name)
             }
         };
-        Ok(Self { path })
+        let state = Self { path };
+        if is_file && !state.is_begun() {
+            // What stands beside the target is not to be passed over because another place was named.
+            let beside = Self::beside(&absolute, false)
+                .ok()
+                .filter(|beside| beside.path != state.path && beside.is_begun());
+            if let Some(beside) = beside {
+                return Err(Failure::new(
+                    format!(
+                        "the live-restore of {} is kept in {}",
+                        absolute.display(),
+                        beside.path.display()
+                    ),
+                    "leave --state out; or give that session up first: `lifeboot discard`",
+                )
+                .into());
+            }
+        }
+        Ok(state)
+    }
+
+    fn is_begun(&self) -> bool {
+        self.record().ok().flatten().is_some_and(|record| record.was_begun())
+    }
+
+    pub(super) const fn at(path: PathBuf) -> Self {
+        Self { path }
     }
 
     /// The directory itself.

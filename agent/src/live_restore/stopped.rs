@@ -4,11 +4,39 @@ use anyhow::Context as _;
 use block::{DirectIo, Engine, FileDisk, FileOptions, OpenDevice as _};
 
 use super::distrust;
-use super::open::cannot_resume;
+use super::open::{cannot_resume, parse_id};
 use super::record::SessionRecord;
 use super::state_dir::{JOURNAL, StateDir};
-use crate::live::{BootId, peek};
+use crate::cli::Failure;
+use crate::live::{BootId, SessionId, is_live_file_believable, peek};
 use crate::status::{Phase, Status};
+
+/// What to say where a session's journal cannot be used. What its guest wrote can be saved all the same, for as long as
+/// the live file is to be believed.
+pub(super) fn unusable_journal(state: &StateDir, what: impl std::fmt::Display) -> Failure {
+    let record = state.record().ok().flatten();
+    match record.filter(|record| has_believable_live_file(state, record).unwrap_or(false)) {
+        Some(record) => {
+            let target = record.target.display();
+            Failure::new(
+                what,
+                format!(
+                    "save what the guest wrote, before this host is restarted: `lifeboot save {target}`; keep a copy of the target \
+                     and of {}; then `lifeboot discard {target}` gives the session up, and a new one begins with --force",
+                    state.path().display()
+                ),
+            )
+        }
+        None => state.unusable(what),
+    }
+}
+
+fn has_believable_live_file(state: &StateDir, record: &SessionRecord) -> anyhow::Result<bool> {
+    let layout = record.layout();
+    let Some(live) = distrust::look_at_live(state, record)? else { return Ok(false) };
+    let session = SessionId(parse_id(&record.session)?);
+    Ok(is_live_file_believable(live, session, BootId::current()?, layout))
+}
 
 /// What is known of a session that no agent serves.
 ///
@@ -21,7 +49,7 @@ pub fn stopped_status(state: &StateDir, record: &SessionRecord) -> anyhow::Resul
     }
     let path = state.file(JOURNAL);
     if !path.exists() {
-        return Err(state.unusable(format!("the journal {} is missing", path.display())).into());
+        return Err(unusable_journal(state, format!("the journal {} is missing", path.display())).into());
     }
     let live = distrust::look_at_live(state, record)?;
     let boot = BootId::current().context("cannot read the kernel's boot id")?;

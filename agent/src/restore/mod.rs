@@ -16,8 +16,10 @@ use repository::{DiskEntry, DiskMap, MapEntry, Repository, Snapshot};
 use serde::Serialize;
 
 use crate::cli::{Context, Failure, Outcome, Verb};
+use crate::live_restore::{StateDir, stopped_status};
 use crate::output::{Output, human_count, human_duration, human_size};
 use crate::source::{FallbackUse, Fallbacks, PaceArgs, Throttle};
+use crate::status::Phase;
 use damage::{Damage, DamageLog};
 use pipeline::Restore;
 use target::Target;
@@ -97,6 +99,33 @@ struct Report<'a> {
     seconds: f64,
 }
 
+/// Fails where the target is that of a live-restore that is not complete: what its guest wrote is nowhere else.
+fn check_no_session(path: &Path) -> anyhow::Result<()> {
+    if !path.exists() {
+        return Ok(());
+    }
+    let state = StateDir::of(path, None)?;
+    let record = state.record()?.filter(|record| record.was_begun() && !record.handed_over);
+    let Some(record) = record else { return Ok(()) };
+    if stopped_status(&state, &record).is_ok_and(|status| status.phase == Phase::Complete) {
+        return Ok(());
+    }
+    Err(Failure::new(
+        format_args!(
+            "{} is the target of a live-restore of {} that is not complete: session {} ({})",
+            path.display(),
+            record.snapshot,
+            record.session,
+            state.path().display()
+        ),
+        format_args!(
+            "name another target; or `lifeboot save {0}` keeps what its guest wrote, and `lifeboot discard {0}` gives it up",
+            path.display()
+        ),
+    )
+    .into())
+}
+
 impl Verb for Args {
     fn run(self, context: &Context) -> anyhow::Result<Outcome> {
         let started = Instant::now();
@@ -119,6 +148,7 @@ impl Verb for Args {
             Direct::Off => DirectIo::Off,
         };
         let options = FileOptions::new(engine).direct(direct);
+        check_no_session(&self.target)?;
         let (target, target_disk) = Target::open(&self.target, disk.size, self.force, options)?;
 
         let data_bytes = repository.data_bytes(&disk);

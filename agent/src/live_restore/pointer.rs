@@ -1,0 +1,258 @@
+//! Beside a file whose session is kept elsewhere (`--state DIR`): `TARGET.lifeboot` is a file that says where.
+//!
+//! A target that is not wholly home is no disk. Whoever finds no session beside it would take it for one: so whoever looks
+//! there finds this file, in the place where the session would be. It is there before anything of the target is changed, and
+//! goes when all of the disk is home, or the session is given up. A block device has no "beside".
+
+use std::fs::File;
+use std::io::{self, Read as _, Write as _};
+use std::path::{Path, PathBuf};
+
+use anyhow::Context as _;
+use serde::{Deserialize, Serialize};
+
+use super::identity::TargetIdentity;
+use super::record::SessionRecord;
+use super::state_dir::StateDir;
+use crate::cli::Failure;
+
+const VERSION: u32 = 1;
+/// A longer one is none of ours.
+const MAX_BYTES: u64 = 16 << 10;
+
+/// Where a session is kept.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct Pointer {
+    version: u32,
+    /// The session's id.
+    pub(super) session: String,
+    /// Its directory, as an absolute path.
+    pub(super) state: PathBuf,
+}
+
+/// Where a target's session is if not elsewhere, and the file that says where else.
+pub(super) fn beside(target: &Path) -> PathBuf {
+    let mut name = target.as_os_str().to_owned();
+    name.push(".lifeboot");
+    PathBuf::from(name)
+}
+
+/// What stands beside a target; `None` where there is no such file.
+///
+/// # Errors
+/// Where it cannot be read, or is not understood.
+pub(super) fn read(target: &Path) -> anyhow::Result<Option<Pointer>> {
+    let path = beside(target);
+    match std::fs::metadata(&path) {
+        Ok(metadata) if metadata.is_file() => {}
+        Ok(_) => return Ok(None),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+        Err(error) => return Err(error).with_context(|| format!("cannot look at {}", path.display())),
+    }
+    let mut text = Vec::new();
+    let read = File::open(&path).and_then(|file| file.take(MAX_BYTES).read_to_end(&mut text));
+    read.with_context(|| format!("cannot read {}", path.display()))?;
+    let pointer: Option<Pointer> = serde_json::from_slice(&text).ok();
+    match pointer.filter(|pointer| pointer.version == VERSION && pointer.state.is_absolute()) {
+        Some(pointer) => Ok(Some(pointer)),
+        None => Err(Failure::new(
+            format!(
+                "{} should say where the live-restore of {} is kept, and is not understood",
+                path.display(),
+                target.display()
+            ),
+            "name that place with --state; a file that has nothing to do with it must have another name",
+        )
+        .into()),
+    }
+}
+
+/// Says beside the target of `record` that its session is kept in `state`: on stable storage when it returns. Returns the file
+/// that says so.
+///
+/// # Errors
+/// What the operating system says, and where something else has that name.
+pub(super) fn keep(record: &SessionRecord, state: &Path) -> anyhow::Result<PathBuf> {
+    let path = beside(&record.target);
+    let pointer = Pointer { version: VERSION, session: record.session.clone(), state: state.to_owned() };
+    if read(&record.target).is_ok_and(|there| there.as_ref() == Some(&pointer)) {
+        return Ok(path);
+    }
+    let write = || -> io::Result<()> {
+        let mut temporary = path.clone().into_os_string();
+        temporary.push(".new");
+        let mut text = serde_json::to_vec_pretty(&pointer).map_err(io::Error::other)?;
+        text.push(b'\n');
+        let mut file = File::create(&temporary)?;
+        file.write_all(&text)?;
+        file.sync_all()?;
+        // A directory that an earlier session has left, with nothing in it.
+        let _ = std::fs::remove_dir(&path);
+        std::fs::rename(&temporary, &path).inspect_err(|_| {
+            let _ = std::fs::remove_file(&temporary);
+        })?;
+        sync_parent(&path)
+    };
+    write().map_err(|error| {
+        Failure::new(
+            format!("cannot say in {} where the session of {} is kept", path.display(), record.target.display()),
+            "let it be written there, and remove what has that name; whoever takes the target for a disk looks there",
+        )
+        .because(error)
+    })?;
+    Ok(path)
+}
+
+/// Removes what was said of this session, if it was.
+///
+/// # Errors
+/// What the operating system says.
+pub(super) fn remove(target: &Path, session: &str) -> anyhow::Result<()> {
+    if read(target).ok().flatten().is_none_or(|pointer| pointer.session != session) {
+        return Ok(());
+    }
+    let path = beside(target);
+    std::fs::remove_file(&path)
+        .and_then(|()| sync_parent(&path))
+        .with_context(|| format!("cannot remove {}", path.display()))
+}
+
+impl StateDir {
+    /// Of a file whose session is beside it, or where a file beside it says; or beside another name of the file.
+    pub(super) fn beside(target: &Path, has_links: bool) -> anyhow::Result<Self> {
+        if let Some(Pointer { session, state, .. }) = read(target)? {
+            let state = Self::at(state);
+            // One that is damaged is told of by whoever looks.
+            if state.record().ok().is_some_and(|record| record.is_none_or(|record| record.session != session))
+            {
+                return Err(Failure::new(
+                    format!(
+                        "{} is the target of a live-restore that is kept in {}, and is not there",
+                        target.display(),
+                        state.path().display()
+                    ),
+                    format!(
+                        "put it back (is its file system mounted?); if that session was given up, remove {}",
+                        beside(target).display()
+                    ),
+                )
+                .into());
+            }
+            return Ok(state);
+        }
+        let state = Self::at(beside(target));
+        if has_links && !state.path().exists() {
+            return Ok(Self::of_other_name(target).unwrap_or(state));
+        }
+        Ok(state)
+    }
+
+    /// Of a file that has several names, beside another one of them in the same directory.
+    fn of_other_name(target: &Path) -> Option<Self> {
+        let identity =
+            TargetIdentity::at(target).ok().flatten().filter(|identity| identity.name.is_some())?;
+        let entries = std::fs::read_dir(target.parent()?).ok()?.flatten();
+        let mut names: Vec<PathBuf> = entries
+            .map(|entry| entry.path())
+            .filter(|path| path.extension().is_some_and(|extension| extension == "lifeboot"))
+            .map(|path| path.with_extension(""))
+            .collect();
+        names.sort();
+        let states = names.into_iter().filter_map(|name| Self::beside(&name, false).ok());
+        let is_same = |record: &SessionRecord| record.was_begun() && identity.is_same(&record.identity);
+        states.into_iter().find(|state| state.record().ok().flatten().is_some_and(|record| is_same(&record)))
+    }
+
+    /// Says beside the target of `record` that its session is kept here, where that is elsewhere. Returns the file that says
+    /// so.
+    ///
+    /// # Errors
+    /// As [`keep`].
+    pub(super) fn keep_pointer(&self, record: &SessionRecord) -> anyhow::Result<Option<PathBuf>> {
+        let is_file = std::fs::metadata(&record.target).is_ok_and(|metadata| metadata.is_file());
+        if !is_file || self.path() == beside(&record.target) {
+            return Ok(None);
+        }
+        keep(record, &self.absolute_path()?).map(Some)
+    }
+
+    fn absolute_path(&self) -> anyhow::Result<PathBuf> {
+        self.path().canonicalize().with_context(|| format!("cannot find {}", self.path().display()))
+    }
+}
+
+fn sync_parent(path: &Path) -> io::Result<()> {
+    File::open(path.parent().unwrap_or(Path::new("/")))?.sync_all()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::live_restore::record::tests::record;
+
+    /// A target with a session in a state directory.
+    fn session(dir: &Path) -> (PathBuf, PathBuf, SessionRecord, StateDir) {
+        let target = dir.join("t.raw");
+        std::fs::write(&target, "part of a disk").unwrap();
+        let root = dir.join("state");
+        let state = StateDir::of(&target, Some(&root)).unwrap();
+        state.create().unwrap();
+        let record = SessionRecord { target: target.clone(), ..record() };
+        state.keep(&record).unwrap();
+        (target, root, record, state)
+    }
+
+    #[test]
+    fn a_session_that_is_kept_elsewhere_is_found_from_beside_its_target() {
+        let dir = tempfile::tempdir().unwrap();
+        let (target, root, record, state) = session(dir.path());
+        assert_eq!(StateDir::of(&target, None).unwrap().record().unwrap(), None);
+        std::fs::create_dir(beside(&target)).unwrap();
+        keep(&record, state.path()).unwrap();
+        keep(&record, state.path()).unwrap();
+        let found = StateDir::of(&target, None).unwrap();
+        assert_eq!(found.path(), state.path());
+        assert_eq!(found.record().unwrap(), Some(record.clone()));
+        assert_eq!(StateDir::of(&target, Some(&root)).unwrap().path(), state.path());
+        // Another place than that where it is.
+        let refused = StateDir::of(&target, Some(&dir.path().join("other"))).unwrap_err().to_string();
+        assert!(refused.contains(state.path().to_str().unwrap()), "{refused}");
+        remove(&target, "another's").unwrap();
+        assert!(beside(&target).exists());
+        state.discard(Some(&record)).unwrap();
+        assert!(!beside(&target).exists() && !state.path().exists());
+        assert_eq!(StateDir::of(&target, None).unwrap().record().unwrap(), None);
+    }
+
+    #[test]
+    fn a_session_that_is_not_where_it_is_said_to_be_is_not_taken_for_none() {
+        let dir = tempfile::tempdir().unwrap();
+        let (target, _, record, state) = session(dir.path());
+        keep(&record, state.path()).unwrap();
+        std::fs::rename(dir.path().join("state"), dir.path().join("unmounted")).unwrap();
+        let refused = StateDir::of(&target, None).unwrap_err().to_string();
+        assert!(refused.contains("is not there"), "{refused}");
+        std::fs::write(beside(&target), "a shopping list").unwrap();
+        let refused = StateDir::of(&target, None).unwrap_err().to_string();
+        assert!(refused.contains("is not understood"), "{refused}");
+    }
+
+    #[test]
+    fn a_session_is_found_by_a_hard_link_beside_its_target() {
+        let dir = tempfile::tempdir().unwrap();
+        let target = dir.path().join("t.raw");
+        std::fs::write(&target, "part of a disk").unwrap();
+        let identity = TargetIdentity::at(&target).unwrap().unwrap();
+        let state = StateDir::of(&target, None).unwrap();
+        state.create().unwrap();
+        state.keep(&SessionRecord { target: target.clone(), identity, ..record() }).unwrap();
+        let link = dir.path().join("other-name.img");
+        std::fs::hard_link(&target, &link).unwrap();
+        assert_eq!(StateDir::of(&link, None).unwrap().path(), state.path());
+        let copy = dir.path().join("copy.raw");
+        std::fs::copy(&target, &copy).unwrap();
+        std::fs::hard_link(&copy, dir.path().join("copy-2.raw")).unwrap();
+        assert_eq!(StateDir::of(&copy, None).unwrap().record().unwrap(), None, "that is another file");
+    }
+}
