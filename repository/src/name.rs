@@ -139,6 +139,18 @@ pub struct SnapshotSpec {
     pub disk: Option<DiskName>,
 }
 
+impl SnapshotSpec {
+    /// Whether it may mean this snapshot: `latest` may mean any of its group, since what is the newest changes.
+    #[must_use]
+    pub fn may_mean(&self, name: &SnapshotName) -> bool {
+        let is_then = match self.when {
+            When::Latest => true,
+            When::At(time) => time == name.time(),
+        };
+        is_then && *name.group() == self.group
+    }
+}
+
 impl FromStr for SnapshotSpec {
     type Err = Error;
 

@@ -167,12 +167,7 @@ impl Order {
         for (record, (_, path)) in records.iter().zip(targets) {
             let Some(record) = record else { continue };
             let name: SnapshotName = record.snapshot.parse()?;
-            let is_asked_for = *name.group() == spec.group
-                && match spec.when {
-                    repository::When::Latest => true,
-                    repository::When::At(time) => time == name.time(),
-                };
-            if !is_asked_for {
+            if !spec.may_mean(&name) {
                 return Err(belongs_elsewhere(path, record, &self.snapshot));
             }
             match begun {

@@ -14,14 +14,8 @@ use crate::cli::Failure;
 pub(super) fn check_asked(wish: &Wish<'_>, record: &SessionRecord) -> anyhow::Result<()> {
     let name: SnapshotName = record.snapshot.parse()?;
     let spec: repository::SnapshotSpec = wish.spec.parse()?;
-    let of_group = spec.group == *name.group()
-        && spec.disk.as_ref().is_none_or(|wanted| wanted.as_str() == record.disk.as_str());
-    let same = match spec.when {
-        // What was the newest when the session began need not be the newest now.
-        repository::When::Latest => of_group,
-        repository::When::At(time) => of_group && time == name.time(),
-    };
-    if same {
+    let is_disk = spec.disk.as_ref().is_none_or(|wanted| wanted.as_str() == record.disk.as_str());
+    if spec.may_mean(&name) && is_disk {
         return Ok(());
     }
     Err(belongs_elsewhere(wish.target, record, wish.spec))

@@ -183,9 +183,14 @@ impl Status {
     /// How much is home, in percent; 100 only when all of it is.
     #[must_use]
     pub fn percent(&self) -> f64 {
-        if self.home_bytes >= self.size {
-            return 100.0;
-        }
-        (self.home_bytes as f64 / self.size as f64 * 1000.0).floor() / 10.0
+        percent(self.home_bytes, self.size)
     }
+}
+
+/// So much of `size`, in percent; 100 only when it is all.
+pub(super) fn percent(bytes: u64, size: u64) -> f64 {
+    if bytes >= size {
+        return 100.0;
+    }
+    (bytes as f64 / size as f64 * 1000.0).floor() / 10.0
 }

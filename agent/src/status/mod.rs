@@ -208,11 +208,7 @@ fn show_remote(context: &Context, address: &ListenAddress, export: &str) -> anyh
     output.document(&status)?;
     let mut table = Table::new(&[("LIVE-RESTORE", Align::Left), ("", Align::Left)]);
     table.row(["export".to_owned(), status.export.clone()]);
-    let percent = if status.absent_bytes == 0 {
-        100.0
-    } else {
-        (status.home_bytes as f64 / status.size as f64 * 1000.0).floor() / 10.0
-    };
+    let percent = document::percent(status.home_bytes, status.size);
     table.row([
         "home".to_owned(),
         format!("{percent:.1} %, {} of {}", human_size(status.home_bytes), human_size(status.size)),
