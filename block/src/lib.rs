@@ -16,6 +16,7 @@ mod pool;
 mod queue;
 mod range;
 pub mod sim;
+mod turns;
 
 pub use bitmap::AtomicBitmap;
 pub use buffer::{ALIGNMENT, AlignedBuf};
@@ -29,3 +30,4 @@ pub use mapped::MappedFile;
 pub use parts::BufPart;
 pub use pool::{BufferPool, PoolOptions};
 pub use range::{BLOCK_SIZE, ByteRange};
+pub use turns::short_turns;

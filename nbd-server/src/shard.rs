@@ -133,6 +133,9 @@ impl Operations {
 
 /// Runs a shard on the calling thread until the server is drained.
 pub(crate) fn run(seed: ShardSeed, engine: Engine) {
+    if let Err(error) = block::short_turns() {
+        tracing::debug!(%error, "a shard takes turns of the usual length");
+    }
     engine.run(serve(seed));
 }
 

@@ -49,6 +49,7 @@ impl<S: ChunkStore> Shared<S> {
 
     /// The same for what guests wait for alone, and at a guest's priority.
     pub(super) fn decode_urgent_loop(&self) {
+        let _ = block::short_turns();
         self.decode_those(Urgency::Demand, &self.to_decode_urgent);
     }
 

@@ -52,6 +52,8 @@ impl<S: ChunkStore> Shared<S> {
 
     /// Fetches until the pool is closed.
     pub(super) fn fetch_loop(&self) {
+        // Where that is not allowed, all is as it would be without.
+        let _ = block::short_turns();
         let mut state = self.state.lock();
         loop {
             if state.closed {
