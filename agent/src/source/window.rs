@@ -3,7 +3,7 @@
 //! A guest's miss queues on the wire behind whatever was asked for before it. Too little in flight leaves the
 //! wire idle during each delay; too much makes the guest wait. So while guests ask, the window follows the product of
 //! bandwidth and delay, as congestion control by model does (BBR): the bandwidth is the most that was delivered lately,
-//! the delay the least that a fetch took lately, and one piece more is let out, so that the wire has a next one when
+//! the delay the least that a fetch took lately beyond its own transfer, and one piece more is let out, so that the wire has a next one when
 //! one ends. At the start the window doubles until fetches wait for each other. What is in flight hides how short the
 //! delay is, so now and then the wire is left to run empty for a moment.
 //!
@@ -26,6 +26,8 @@ const FIRST_WINDOW: u64 = 1 << 20;
 const BANDWIDTH_AGE: Duration = Duration::from_secs(2);
 /// For how long the shortest delay is believed.
 const DELAY_AGE: Duration = Duration::from_secs(10);
+/// Pieces beyond the product.
+const SPARE_PIECES: u64 = 1;
 /// For how long after a guest asked more may ask.
 const GUESTS_ASK: Duration = Duration::from_secs(1);
 /// A fetch that took so many times as long as the quickest one waited for others: the wire is full.
@@ -47,7 +49,7 @@ pub(super) struct Flight {
 /// The window.
 #[derive(Debug)]
 pub(super) struct Window {
-    /// The product of bandwidth and delay, and a piece.
+    /// The product of bandwidth and delay, and what is spare.
     product: u64,
     climb: Climb,
     /// When a guest asked last.
@@ -57,6 +59,8 @@ pub(super) struct Window {
     delivered: u64,
     /// Bandwidths in bytes a second with when they were seen: each less than the one before it.
     bandwidths: VecDeque<(Duration, f64)>,
+    /// The highest bandwidth of all.
+    best: f64,
     quickest: Option<Quickest>,
     is_probing: bool,
     is_starting: bool,
@@ -67,6 +71,7 @@ pub(super) struct Window {
 struct Quickest {
     seen: Duration,
     latency: Duration,
+    len: u64,
 }
 
 impl Default for Window {
@@ -79,6 +84,7 @@ impl Default for Window {
             in_flight: 0,
             delivered: 0,
             bandwidths: VecDeque::new(),
+            best: 1.0,
             quickest: None,
             is_probing: false,
             is_starting: true,
@@ -131,12 +137,14 @@ impl Window {
         let seconds = latency.as_secs_f64().max(1e-6);
         let bandwidth = self.saw_bandwidth(flight, seconds, now);
         let quickest = self.saw_latency(flight, latency, now);
-        if self.is_starting && latency.as_secs_f64() < quickest.as_secs_f64() * QUEUED {
+        if self.is_starting && latency.as_secs_f64() < quickest.latency.as_secs_f64() * QUEUED {
             self.product = (self.product + flight.len).min(LARGEST_WINDOW);
             return;
         }
-        // The quickest one's own transfer is part of what it took, which makes one piece; this is another.
-        let product = (bandwidth * quickest.as_secs_f64()) as u64 + flight.len.min(SMALLEST_WINDOW);
+        // By the most that was ever seen: a path that became slow for want of a window would look shorter still.
+        let transfer = quickest.len as f64 / self.best;
+        let delay = (quickest.latency.as_secs_f64() - transfer).max(0.0);
+        let product = (bandwidth * delay) as u64 + SPARE_PIECES * flight.len.min(SMALLEST_WINDOW);
         self.product = product.clamp(SMALLEST_WINDOW, LARGEST_WINDOW);
         if std::mem::take(&mut self.is_starting) {
             self.climb = Climb::new(self.product);
@@ -171,20 +179,22 @@ impl Window {
                 self.bandwidths.pop_front();
             }
         }
-        self.bandwidths.front().map_or(seen, |(_, best)| *best).max(1.0)
+        let bandwidth = self.bandwidths.front().map_or(seen, |(_, best)| *best).max(1.0);
+        self.best = self.best.max(bandwidth);
+        bandwidth
     }
 
-    fn saw_latency(&mut self, flight: Flight, latency: Duration, now: Duration) -> Duration {
+    fn saw_latency(&mut self, flight: Flight, latency: Duration, now: Duration) -> Quickest {
         match self.quickest {
             Some(quickest) if latency > quickest.latency && !flight.is_probe => {
                 if now.saturating_sub(quickest.seen) > DELAY_AGE {
                     self.is_probing = true;
                 }
-                quickest.latency
+                quickest
             }
             _ => {
                 self.is_probing = false;
-                self.quickest.insert(Quickest { seen: now, latency }).latency
+                *self.quickest.insert(Quickest { seen: now, latency, len: flight.len })
             }
         }
     }
@@ -273,7 +283,7 @@ mod tests {
             wire.do_guests_ask = true;
             wire.run(60.0);
             let product = rate * delay;
-            let size = wire.window.size() as f64 - 2.0 * PIECE as f64;
+            let size = wire.window.size() as f64 - (SPARE_PIECES * PIECE) as f64;
             assert!(size > product * 0.9 && size < product * 1.5, "{rate} {delay}: {size}");
         }
     }
@@ -284,7 +294,7 @@ mod tests {
             let mut wire = Wire::new(rate, delay);
             wire.run(60.0);
             let product = rate * delay;
-            let size = wire.window.size() as f64 - 2.0 * PIECE as f64;
+            let size = wire.window.size() as f64 - (SPARE_PIECES * PIECE) as f64;
             assert!(size > product * 0.9 && size < product * 2.0, "{rate} {delay}: {size}");
         }
     }

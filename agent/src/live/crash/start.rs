@@ -44,17 +44,16 @@ impl Story {
         }
         let (target, journal) = (world.target.clone(), world.journal.clone());
         let target_is_zero = world.target_is_zero;
-        let (resume, create) = (world.parts(), world.parts());
+        let (parts, was_begun) = (world.parts(), world.was_begun());
         drop(world);
         let started = executor.spawn(async move {
-            match Session::resume(resume, ID, &target, &journal).await {
-                Err(error) if error.kind() == ErrorKind::NotAJournal => {
-                    let session = Session::create(create, ID, target_is_zero, &target, &journal).await;
-                    // A first start that fails is taken back: the journal goes.
-                    session.map(|session| (session, None)).inspect_err(|_| journal.poke(0, &[0; 4096]))
-                }
-                result => result.map(|(session, resumed)| (session, Some(resumed))),
+            if was_begun {
+                let resumed = Session::resume(parts, ID, &target, &journal).await;
+                return resumed.map(|(session, resumed)| (session, Some(resumed)));
             }
+            // What a start left behind that was cut short, or failed, is not gone on with: the journal is made anew.
+            journal.poke(0, &[0; 4096]);
+            Session::create(parts, ID, target_is_zero, &target, &journal).await.map(|session| (session, None))
         });
         for _ in 0..patience {
             if let Some(result) = started.take() {

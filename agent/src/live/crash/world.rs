@@ -44,6 +44,8 @@ pub(super) struct World {
     is_poisoned: bool,
     /// Nobody has started since the host went down or the live file was lost.
     pub(super) is_unsure: bool,
+    /// A start came to its end once, and the session's record says so: from then on its journal is all there is.
+    was_begun: bool,
     /// What the live file's pages held at some times before.
     old_pages: Vec<Vec<u64>>,
     log_pages: u32,
@@ -88,6 +90,7 @@ impl World {
             last_boot: 0,
             is_poisoned: false,
             is_unsure: false,
+            was_begun: false,
             old_pages: Vec::new(),
             log_pages,
         }
@@ -178,10 +181,16 @@ impl World {
         self.is_unsure |= self.is_poisoned;
     }
 
+    /// Whether the session was served once, so that it is resumed and never made anew.
+    pub(super) const fn was_begun(&self) -> bool {
+        self.was_begun
+    }
+
     /// A session is served.
     pub(super) const fn is_served(&mut self) {
         self.is_unsure = false;
         self.is_poisoned = false;
+        self.was_begun = true;
         self.last_boot = self.boot;
     }
 
