@@ -21,13 +21,18 @@ fn leases(repository: &Path) -> Vec<PathBuf> {
 
 /// A lease is left beside the start, which does not wait for it.
 fn wait_leases(captured: &Captured, count: usize) -> Vec<PathBuf> {
+    let mut found = Vec::new();
+    wait(&format!("there are {count} leases"), || {
+        found = leases(captured.repository.path());
+        found.len() == count
+    });
+    found
+}
+
+fn wait(what: &str, mut is_so: impl FnMut() -> bool) {
     let deadline = Instant::now() + PATIENCE;
-    loop {
-        let found = leases(captured.repository.path());
-        if found.len() == count {
-            return found;
-        }
-        assert!(Instant::now() < deadline, "{count} leases are expected: {found:?}");
+    while !is_so() {
+        assert!(Instant::now() < deadline, "it never came that {what}");
         thread::sleep(Duration::from_millis(20));
     }
 }
@@ -62,7 +67,8 @@ fn a_session_holds_its_snapshot_until_it_is_home() {
     let mut live = stopped.start_with(&[]).unwrap();
     live.wait_complete().unwrap();
     wait_leases(&captured, 0);
-    assert!(!captured.work.file("target.raw.lifeboot/lease.json").exists());
+    // What names the lease goes after it, so that none is left that nobody knows of.
+    wait("the session forgets it", || !captured.work.file("target.raw.lifeboot/lease.json").exists());
     assert_eq!(show(&captured)["leases"], serde_json::json!([]));
 }
 
