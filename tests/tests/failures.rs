@@ -124,6 +124,9 @@ fn what_the_repository_has_wrong_or_lacks_comes_from_its_copy() {
     )
     .unwrap();
     assert!((1..=3).contains(&from_copies(&complete)), "{complete}");
+    let report = lines.iter().rev().find(|line| line.contains("\"report\":")).expect("it was told");
+    let report: Value = serde_json::from_str(report).unwrap();
+    assert_eq!(report["report"]["fallbacks"], complete["fallbacks"], "the last words tell it too");
     assert_eq!(
         complete["fallbacks"][0]["repository"],
         fs::canonicalize(&copy_of_it).unwrap().to_str().unwrap()

@@ -256,7 +256,7 @@ impl Args {
         }
         if output.is_json() || !io::stdin().is_terminal() || !io::stderr().is_terminal() {
             return Err(Failure::new(
-                "nothing was discarded: nobody said yes",
+                "nothing was discarded: nobody said yes, and without a terminal nobody can be asked",
                 "give --yes; `lifeboot save` keeps what the guest wrote before",
             )
             .into());

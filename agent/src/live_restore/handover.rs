@@ -249,9 +249,10 @@ pub(crate) fn ask_without_agent(
     };
     let no_agent = || {
         Failure::new(
-            format!("no agent serves {}: a machine on its export waits", target.display()),
+            format!("no agent serves {}", target.display()),
             format!(
-                "run the same live-restore command with --qmp {}: it serves the machine, and moves it home when all is there",
+                "if a machine waits on its export, run the same live-restore command with --qmp {}: it serves the machine, and moves \
+                 it home when all is there; if none does, there is nothing to move",
                 drive.qmp.display()
             ),
         )

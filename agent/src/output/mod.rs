@@ -122,11 +122,13 @@ impl Output {
         self.stdout(table.render(self.stdout_terminal).as_bytes())
     }
 
-    /// How wide and how high the terminal is that stdout is, just now; `None` where it is none, or does not say.
+    /// How wide and how high the terminal is that stdout is, just now; `None` where it is none. One that does not say, as
+    /// a serial console, is taken to be as terminals were.
     #[must_use]
     pub fn terminal_size(&self) -> Option<(usize, usize)> {
         let size = rustix::termios::tcgetwinsize(io::stdout()).ok().filter(|_| self.stdout_terminal)?;
-        (size.ws_col > 0 && size.ws_row > 0).then(|| (size.ws_col.into(), size.ws_row.into()))
+        let or = |told: u16, usual| if told > 0 { told.into() } else { usual };
+        Some((or(size.ws_col, 80), or(size.ws_row, 24)))
     }
 
     /// Bytes on stdout as they are.

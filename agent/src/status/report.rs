@@ -6,6 +6,7 @@ use serde::Serialize;
 
 use super::{Misses, Status};
 use crate::output::{human_count, human_duration, human_size};
+use crate::source::FallbackUse;
 
 /// The member `report` of the last events of `live-restore --json`. Everything but `restarts` is since this agent began.
 #[derive(Clone, Debug, PartialEq, Serialize)]
@@ -28,6 +29,8 @@ pub struct Report {
     pub guest_bytes: u64,
     /// Bytes that are not home because the repository could not give them.
     pub damaged_bytes: u64,
+    /// What copies of the repository gave in its place.
+    pub fallbacks: Vec<FallbackUse>,
     /// What to do next.
     pub next: String,
 }
@@ -46,6 +49,7 @@ impl Report {
             amplification: status.amplification,
             guest_bytes: status.guest_bytes,
             damaged_bytes: status.damaged_bytes,
+            fallbacks: status.fallbacks.clone(),
             next: next(status),
         }
     }
@@ -88,6 +92,14 @@ impl Report {
         }
         if self.damaged_bytes > 0 {
             lines.push(format!("  damaged: {}, named below", human_size(self.damaged_bytes)));
+        }
+        for used in &self.fallbacks {
+            lines.push(format!(
+                "  {}, {}, came from the copy {}: `lifeboot verify` tells what the repository lacks",
+                human_count(used.chunks, "chunk", "chunks"),
+                human_size(used.bytes),
+                used.repository.display()
+            ));
         }
         lines.push(format!("  next: {}", self.next));
         lines

@@ -160,7 +160,11 @@ fn remove(context: &Context, text: &str) -> anyhow::Result<Outcome> {
     }
     let output = context.output();
     output.document(&serde_json::json!({ "removed": removed }))?;
-    output.line(format_args!("removed {removed} from {text}"))?;
+    if removed == 0 {
+        output.line(format_args!("no boot trace was kept with {text}"))?;
+    } else {
+        output.line(format_args!("removed {removed} from {text}"))?;
+    }
     Ok(Outcome::Done)
 }
 
