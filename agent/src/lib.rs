@@ -11,6 +11,7 @@ pub mod live;
 pub mod live_restore;
 pub mod output;
 pub mod pivot;
+mod private_dir;
 pub mod restore;
 pub mod save;
 pub mod serve;

@@ -143,50 +143,56 @@ fn absent(export: &Export) -> Vec<u64> {
     absent
 }
 
-#[test]
-fn a_short_outage_is_waited_for_while_fio_goes_on_with_what_is_home() {
-    let captured = Captured::new("outage-short", DISK_BYTES, 51).unwrap();
-    let live = captured.start(&[&LIMIT[..], &["--source-timeout", "1h"]].concat()).unwrap();
+/// A restore under fio on what is home: `during` runs beside it, and at the end all is home and whole.
+fn under_fio(name: &str, seed: u64, timeout: &str, during: impl FnOnce(&Captured, &LiveRestore, &Writer)) {
+    let captured = Captured::new(name, DISK_BYTES, seed).unwrap();
+    let live = captured.start(&[&LIMIT[..], &["--source-timeout", timeout]].concat()).unwrap();
     live.export().qemu_io(&[&format!("read 0 {HOME_MIB}M")]).unwrap();
     let (writer, socket) = (Writer::new(), &captured.socket);
     thread::scope(|scope| {
         let writing = scope.spawn(|| writer.write(socket, captured.work.path()));
         let _told = OnDrop(&writer.is_over);
         writer.wait_runs();
-        // It reads all of the disk, and finds it whole, however long that takes.
-        let copy = captured.work.file("copy.raw");
-        let copied = copy.clone();
-        let away = Away::take(&captured);
-        let reader = scope.spawn(move || Export::first(socket).convert_to(&copied));
-        wait_waiting(&captured);
-        writer.wait_runs();
-        assert!(!reader.is_finished(), "it read what was not there");
-        let before = status(&captured.target).unwrap();
-        away.put_back();
-        reader.join().unwrap().unwrap();
-        // The background goes on by itself.
-        wait("the background went on", || {
-            status(&captured.target).unwrap()["home_bytes"].as_u64() > before["home_bytes"].as_u64()
-        });
-        let differing = disk::differing_blocks(&captured.disk, &copy).unwrap();
-        assert!(differing.iter().all(|block| *block < HOME_MIB * MIB / disk::BLOCK_BYTES), "{differing:?}");
+        during(&captured, &live, &writer);
         writer.is_over.store(true, Ordering::Relaxed);
         writing.join().unwrap();
     });
     finish(&captured, live);
 }
 
+/// What was read of all of the disk differs from it at most where fio writes.
+fn ensure_whole(captured: &Captured, copy: &Path) {
+    let differing = disk::differing_blocks(&captured.disk, copy).unwrap();
+    assert!(differing.iter().all(|block| *block < HOME_MIB * MIB / disk::BLOCK_BYTES), "{differing:?}");
+}
+
+#[test]
+fn a_short_outage_is_waited_for_while_fio_goes_on_with_what_is_home() {
+    under_fio("outage-short", 51, "1h", |captured, _, writer| {
+        // It reads all of the disk, and finds it whole, however long that takes.
+        let copy = captured.work.file("copy.raw");
+        let away = Away::take(captured);
+        thread::scope(|scope| {
+            let reader = scope.spawn(|| Export::first(&captured.socket).convert_to(&copy));
+            wait_waiting(captured);
+            writer.wait_runs();
+            assert!(!reader.is_finished(), "it read what was not there");
+            let before = status(&captured.target).unwrap();
+            away.put_back();
+            reader.join().unwrap().unwrap();
+            // The background goes on by itself.
+            wait("the background went on", || {
+                status(&captured.target).unwrap()["home_bytes"].as_u64() > before["home_bytes"].as_u64()
+            });
+        });
+        ensure_whole(captured, &copy);
+    });
+}
+
 #[test]
 fn a_long_outage_fails_reads_of_what_is_absent_alone_and_everything_goes_on_after_it() {
-    let captured = Captured::new("outage-long", DISK_BYTES, 52).unwrap();
-    let live = captured.start(&[&LIMIT[..], &["--source-timeout", "500ms"]].concat()).unwrap();
-    live.export().qemu_io(&[&format!("read 0 {HOME_MIB}M")]).unwrap();
-    let (writer, socket) = (Writer::new(), &captured.socket);
-    thread::scope(|scope| {
-        let writing = scope.spawn(|| writer.write(socket, captured.work.path()));
-        let _told = OnDrop(&writer.is_over);
-        writer.wait_runs();
-        let away = Away::take(&captured);
+    under_fio("outage-long", 52, "500ms", |captured, live, writer| {
+        let away = Away::take(captured);
         let absent = absent(&live.export());
         // A write of whole blocks needs no source, one of part of a block does.
         let script = format!(
@@ -202,16 +208,12 @@ fn a_long_outage_fails_reads_of_what_is_absent_alone_and_everything_goes_on_afte
             first = absent[0],
         );
         live.export().nbdsh("", &script).unwrap();
-        wait_waiting(&captured);
+        wait_waiting(captured);
         writer.wait_runs();
         away.put_back();
         // A guest that asks again is served, at the latest when the agent has looked again.
         let copy = captured.work.file("copy.raw");
-        wait("what was refused can be read", || Export::first(socket).convert_to(&copy).is_ok());
-        let differing = disk::differing_blocks(&captured.disk, &copy).unwrap();
-        assert!(differing.iter().all(|block| *block < HOME_MIB * MIB / disk::BLOCK_BYTES), "{differing:?}");
-        writer.is_over.store(true, Ordering::Relaxed);
-        writing.join().unwrap();
+        wait("what was refused can be read", || Export::first(&captured.socket).convert_to(&copy).is_ok());
+        ensure_whole(captured, &copy);
     });
-    finish(&captured, live);
 }

@@ -1,7 +1,5 @@
 //! Where the sockets of a machine stand: in a directory for its first target, the same one at each run.
 
-use std::io;
-use std::os::unix::fs::{DirBuilderExt as _, MetadataExt as _};
 use std::path::{Path, PathBuf};
 
 use anyhow::Context as _;
@@ -9,6 +7,7 @@ use anyhow::Context as _;
 use crate::cli::Failure;
 use crate::live_restore::absolute;
 use crate::pivot::{Qmp, QmpError};
+use crate::private_dir;
 
 /// The directory of a machine's sockets.
 #[derive(Debug)]
@@ -90,14 +89,7 @@ fn root() -> PathBuf {
 
 /// Makes a directory that nobody else can write to, or takes one that is ours.
 fn make(dir: &Path) -> anyhow::Result<()> {
-    match std::fs::DirBuilder::new().mode(0o700).create(dir) {
-        Ok(()) => return Ok(()),
-        Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
-        Err(error) => return Err(error.into()),
-    }
-    let metadata = std::fs::symlink_metadata(dir)?;
-    let is_ours = metadata.is_dir() && metadata.uid() == rustix::process::geteuid().as_raw();
-    if !is_ours || metadata.mode() & 0o022 != 0 {
+    if !private_dir::make(dir)? {
         return Err(Failure::new(
             format!("{} belongs to somebody else, or others may write to it", dir.display()),
             "remove it, or set XDG_RUNTIME_DIR to a directory of your own",

@@ -9,13 +9,13 @@
 //! another live file in use. Where there is no runtime directory there is no such note.
 
 use std::io;
-use std::os::unix::fs::{DirBuilderExt as _, MetadataExt as _};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use super::record::SessionRecord;
 use super::state_dir::{LIVE_FILE, StateDir};
 use crate::live::{DiskLayout, LiveWords};
+use crate::private_dir;
 
 /// Opens the live file of a session that is to be served; one that was lost is marked.
 pub(super) fn open_live(
@@ -23,7 +23,10 @@ pub(super) fn open_live(
     record: &SessionRecord,
     layout: DiskLayout,
 ) -> anyhow::Result<LiveWords> {
-    let mark = places().into_iter().find(|dir| is_ours(dir)).map(|dir| note(&dir, record));
+    let mark = places()
+        .into_iter()
+        .find(|dir| private_dir::make(dir).unwrap_or(false))
+        .map(|dir| note(&dir, record));
     let words = LiveWords::open_marked(&state.file(LIVE_FILE), layout, mark.map(Arc::from))?;
     if is_lost(record) {
         words.distrust();
@@ -66,12 +69,4 @@ fn places() -> Vec<PathBuf> {
     let own = own.map(|dir| dir.join("lifeboot"));
     // The one that depends on nobody's environment first.
     std::iter::once(PathBuf::from("/run/lifeboot")).chain(own).collect()
-}
-
-/// Whether a directory is there, or could be made, that nobody else writes to.
-fn is_ours(dir: &Path) -> bool {
-    let _ = std::fs::DirBuilder::new().mode(0o700).create(dir);
-    let user = rustix::process::geteuid().as_raw();
-    std::fs::symlink_metadata(dir)
-        .is_ok_and(|found| found.is_dir() && found.uid() == user && found.mode() & 0o022 == 0)
 }

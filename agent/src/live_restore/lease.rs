@@ -7,6 +7,7 @@
 //! A repository may only be read, or be away: that is said once, and everything goes on. So all of it is done by a thread of its own,
 //! which no guest waits for.
 
+use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -18,6 +19,7 @@ use repository::{Lease, Repository, SnapshotName};
 use serde::{Deserialize, Serialize};
 
 use super::service::ServedDisk;
+use super::state_dir;
 use crate::live::{Phase, Session};
 
 /// Where the lease stands, beside the session.
@@ -171,15 +173,11 @@ impl Leased {
     }
 }
 
-fn keep(state: &Path, kept: &Kept) -> anyhow::Result<()> {
-    let path = state.join(FILE);
+fn keep(state: &Path, kept: &Kept) -> io::Result<()> {
     if read(state).is_some_and(|there| there == *kept) {
         return Ok(());
     }
-    let temporary = state.join(format!("{FILE}.new"));
-    std::fs::write(&temporary, serde_json::to_vec_pretty(kept)?)?;
-    std::fs::File::open(&temporary)?.sync_all()?;
-    Ok(std::fs::rename(&temporary, &path)?)
+    state_dir::replace(&state.join(FILE), kept)
 }
 
 fn read(state: &Path) -> Option<Kept> {

@@ -5,7 +5,7 @@
 //! goes when all of the disk is home, or the session is given up. A block device has no "beside".
 
 use std::fs::File;
-use std::io::{self, Read as _, Write as _};
+use std::io::{self, Read as _};
 use std::path::{Path, PathBuf};
 
 use anyhow::Context as _;
@@ -13,7 +13,7 @@ use serde::{Deserialize, Serialize};
 
 use super::identity::TargetIdentity;
 use super::record::SessionRecord;
-use super::state_dir::StateDir;
+use super::state_dir::{self, StateDir};
 use crate::cli::Failure;
 
 const VERSION: u32 = 1;
@@ -80,17 +80,10 @@ pub(super) fn keep(record: &SessionRecord, state: &Path) -> anyhow::Result<PathB
         return Ok(path);
     }
     let write = || -> io::Result<()> {
-        let mut temporary = path.clone().into_os_string();
-        temporary.push(".new");
-        let mut text = serde_json::to_vec_pretty(&pointer).map_err(io::Error::other)?;
-        text.push(b'\n');
-        let mut file = File::create(&temporary)?;
-        file.write_all(&text)?;
-        file.sync_all()?;
         // A directory that an earlier session has left, with nothing in it.
         let _ = std::fs::remove_dir(&path);
-        std::fs::rename(&temporary, &path).inspect_err(|_| {
-            let _ = std::fs::remove_file(&temporary);
+        state_dir::replace(&path, &pointer).inspect_err(|_| {
+            let _ = std::fs::remove_file(state_dir::temporary(&path));
         })?;
         sync_parent(&path)
     };

@@ -203,19 +203,31 @@ impl StateDir {
     /// Replaces a file by `value` as JSON: whoever reads it finds the old one or the new one, whole. That the new one
     /// has taken the name is not on stable storage yet.
     pub(super) fn replace(&self, name: &str, value: &impl Serialize) -> io::Result<()> {
-        let temporary = self.temporary(name);
-        let mut text = serde_json::to_vec_pretty(value).map_err(io::Error::other)?;
-        text.push(b'\n');
-        let mut file = File::create(&temporary)?;
-        file.write_all(&text)?;
-        file.sync_all()?;
-        std::fs::rename(&temporary, self.file(name))
+        replace(&self.file(name), value)
     }
 
     /// Where the next contents of a file are written.
     pub(super) fn temporary(&self, name: &str) -> PathBuf {
-        self.file(&format!("{name}.new"))
+        temporary(&self.file(name))
     }
+}
+
+/// Replaces the file at `path` by `value` as JSON, as [`StateDir::replace`] does.
+pub(super) fn replace(path: &Path, value: &impl Serialize) -> io::Result<()> {
+    let temporary = temporary(path);
+    let mut text = serde_json::to_vec_pretty(value).map_err(io::Error::other)?;
+    text.push(b'\n');
+    let mut file = File::create(&temporary)?;
+    file.write_all(&text)?;
+    file.sync_all()?;
+    std::fs::rename(&temporary, path)
+}
+
+/// Where the next contents of the file at `path` are written.
+pub(super) fn temporary(path: &Path) -> PathBuf {
+    let mut name = path.as_os_str().to_owned();
+    name.push(".new");
+    PathBuf::from(name)
 }
 
 /// Removes those of these directories that are empty, the innermost first.
