@@ -3,12 +3,13 @@
 use std::ffi::OsStr;
 use std::fs::File;
 use std::io::{Read, Seek};
-use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
+
+use crate::endpoint::Endpoint;
 
 /// How long a server may take until it listens, and how long to end when asked to.
 const PATIENCE: Duration = Duration::from_secs(20);
@@ -130,10 +131,11 @@ impl Server {
         Ok(Self { child: Some(child), stdout, stderr, line })
     }
 
-    /// Starts it and waits until its socket answers.
-    pub(crate) fn listening(command: &mut Command, socket: &Path) -> Result<Self> {
+    /// Starts it and waits until somebody answers there.
+    pub(crate) fn listening(command: &mut Command, at: impl Into<Endpoint>) -> Result<Self> {
+        let at = at.into();
         let mut server = Self::start(command)?;
-        server.wait_for(|| UnixStream::connect(socket).is_ok(), "listen")?;
+        server.wait_for(|| at.answers(), "listen")?;
         Ok(server)
     }
 

@@ -1,6 +1,5 @@
 //! fio over its NBD engine, and what it says in JSON.
 
-use std::path::Path;
 use std::process::Command;
 use std::time::Duration;
 
@@ -8,6 +7,7 @@ use anyhow::{Context, Result};
 use serde::Deserialize;
 
 use crate::child;
+use crate::endpoint::Endpoint;
 
 /// One kind of work for fio.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -66,10 +66,9 @@ pub(crate) struct Measured {
     pub(crate) max_micros: f64,
 }
 
-/// Runs the job.
-pub(crate) fn run(job: &Job, socket: &Path, export: &str, time: Duration) -> Result<Measured> {
-    let uri = format!("nbd+unix:///{export}?socket={}", socket.display());
-    let finished = child::run(&mut job.command(&uri, time))?;
+/// Runs the job on an export.
+pub(crate) fn run(job: &Job, at: &Endpoint, export: &str, time: Duration) -> Result<Measured> {
+    let finished = child::run(&mut at.trusted_by(job.command(&at.uri(export), time)))?;
     parse(&finished.stdout, job.writes())
 }
 

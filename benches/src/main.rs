@@ -6,6 +6,7 @@
 mod child;
 mod client;
 mod contest;
+mod endpoint;
 mod fio;
 mod ours;
 mod peers;

@@ -1,5 +1,6 @@
 //! The peers that serve disks over NBD, each started the way that its own manual advises for this work.
 
+use std::fmt::Write as _;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
@@ -7,6 +8,7 @@ use std::time::Duration;
 use anyhow::{Context, Result};
 
 use crate::child::{self, Server};
+use crate::endpoint::Endpoint;
 
 /// The export's name everywhere; nbd-server needs one, the others take any.
 pub(crate) const EXPORT: &str = "vda";
@@ -21,9 +23,17 @@ pub(crate) struct Pace {
 }
 
 /// nbdkit's file plugin.
-pub(crate) fn nbdkit_file(file: &Path, socket: &Path) -> Command {
+pub(crate) fn nbdkit_file(file: &Path, at: &Endpoint) -> Command {
     let mut nbdkit = Command::new("nbdkit");
-    nbdkit.arg("-f").arg("-U").arg(socket).arg("file").arg(file);
+    nbdkit.arg("-f");
+    match at {
+        Endpoint::Unix(socket) => nbdkit.arg("-U").arg(socket),
+        Endpoint::Tcp { port, .. } => nbdkit.args(["-i", "127.0.0.1"]).arg(format!("--port={port}")),
+    };
+    if let Some(dir) = at.tls() {
+        nbdkit.arg("--tls=require").arg(format!("--tls-certificates={}", dir.display()));
+    }
+    nbdkit.arg("file").arg(file);
     nbdkit
 }
 
@@ -66,10 +76,19 @@ pub(crate) fn nbdkit_scan_over(source: &Path, socket: &Path) -> Command {
 }
 
 /// qemu-nbd with that cache mode (`writeback`, `none`) and I/O engine (`threads`, `io_uring`).
-pub(crate) fn qemu_nbd(file: &Path, socket: &Path, cache: &str, aio: &str) -> Command {
+pub(crate) fn qemu_nbd(file: &Path, at: &Endpoint, cache: &str, aio: &str) -> Command {
     let mut qemu_nbd = Command::new("qemu-nbd");
     qemu_nbd.args(["-t", "-e", "0", "-f", "raw", "-x", EXPORT, "--discard=unmap"]);
-    qemu_nbd.arg("-k").arg(socket).arg(format!("--cache={cache}")).arg(format!("--aio={aio}")).arg(file);
+    match at {
+        Endpoint::Unix(socket) => qemu_nbd.arg("-k").arg(socket),
+        Endpoint::Tcp { port, .. } => qemu_nbd.args(["-b", "127.0.0.1"]).arg(format!("--port={port}")),
+    };
+    if let Some(dir) = at.tls() {
+        let credentials =
+            format!("tls-creds-x509,id=tls,endpoint=server,verify-peer=off,dir={}", dir.display());
+        qemu_nbd.args(["--object", &credentials, "--tls-creds=tls"]);
+    }
+    qemu_nbd.arg(format!("--cache={cache}")).arg(format!("--aio={aio}")).arg(file);
     qemu_nbd
 }
 
@@ -81,11 +100,24 @@ pub(crate) struct NbdServer {
 
 impl NbdServer {
     /// Starts it with a configuration in `dir`; returns it with the command that was run.
-    pub(crate) fn start(file: &Path, socket: &Path, dir: &Path) -> Result<(Self, String)> {
+    pub(crate) fn start(file: &Path, at: &Endpoint, dir: &Path) -> Result<(Self, String)> {
         let (config, pid_file) = (dir.join("nbd-server.conf"), dir.join("nbd-server.pid"));
+        let mut generic = match at {
+            Endpoint::Unix(socket) => format!("\tunixsock = {}\n", socket.display()),
+            Endpoint::Tcp { port, .. } => format!("\tlistenaddr = 127.0.0.1\n\tport = {port}\n"),
+        };
+        if let Some(dir) = at.tls() {
+            for (key, name) in [
+                ("certfile", "server-cert.pem"),
+                ("keyfile", "server-key.pem"),
+                ("cacertfile", "ca-cert.pem"),
+            ] {
+                writeln!(generic, "\t{key} = {}", dir.join(name).display())?;
+            }
+            generic.push_str("\tforce_tls = true\n");
+        }
         let text = format!(
-            "[generic]\n\tunixsock = {}\n[{EXPORT}]\n\texportname = {}\n\tflush = true\n\tfua = true\n\ttrim = true\n",
-            socket.display(),
+            "[generic]\n{generic}[{EXPORT}]\n\texportname = {}\n\tflush = true\n\tfua = true\n\ttrim = true\n",
             file.display()
         );
         std::fs::write(&config, text).with_context(|| format!("cannot write {}", config.display()))?;
@@ -94,12 +126,12 @@ impl NbdServer {
         child::run(&mut command)?;
         let server = Self { pid_file };
         for _ in 0..2000 {
-            if std::os::unix::net::UnixStream::connect(socket).is_ok() && server.pid().is_some() {
+            if at.answers() && server.pid().is_some() {
                 return Ok((server, child::line(&command)));
             }
             std::thread::sleep(Duration::from_millis(2));
         }
-        anyhow::bail!("nbd-server does not listen on {}", socket.display())
+        anyhow::bail!("nbd-server does not listen: {}", at.uri(EXPORT))
     }
 
     fn pid(&self) -> Option<rustix::process::Pid> {
