@@ -1,16 +1,18 @@
 //! The one thread that accepts: it gives each socket to the shard with the fewest connections, and leads the shutdown.
 
 use std::io;
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-use tokio::net::{TcpListener, UnixListener};
+use socket2::{Domain, SockAddr, Socket, TcpKeepalive};
 use tokio::sync::{mpsc, watch};
 use tokio::task::JoinSet;
 
 use crate::ServerOptions;
-use crate::listen::{Listener, SocketFile};
+use crate::listen::{Accepting, Listener};
+use crate::log_limit::LogLimits;
 use crate::server::Phase;
 use crate::shard::Newcomer;
 use crate::slots::Slots;
@@ -18,6 +20,12 @@ use crate::socket::Accepted;
 
 /// How long accepting pauses when the system has no descriptor left.
 const PAUSE_AFTER_FAILURE: Duration = Duration::from_millis(100);
+/// So long a TCP peer may be silent before it is asked whether it is still there.
+const KEEPALIVE_IDLE: Duration = Duration::from_secs(30);
+/// So often it is asked then,
+const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(10);
+/// and so many times: a host that is gone is noticed after 90 s.
+const KEEPALIVE_PROBES: u32 = 6;
 
 /// A shard as the acceptor sees it.
 #[derive(Clone, Debug)]
@@ -29,11 +37,14 @@ pub(crate) struct Shard {
 /// What the accepting thread works with.
 #[derive(Debug)]
 pub(crate) struct Acceptor {
-    pub(crate) listeners: Vec<Listener>,
+    pub(crate) listeners: Vec<Arc<Listener>>,
+    /// A connection that is there already: the server ends with it.
+    pub(crate) only: Option<OwnedFd>,
     pub(crate) shards: Vec<Shard>,
     pub(crate) slots: Slots,
     pub(crate) phase: watch::Sender<Phase>,
     pub(crate) options: ServerOptions,
+    pub(crate) logs: Arc<LogLimits>,
 }
 
 /// Accepts until the shutdown, then leads it to its end.
@@ -60,65 +71,56 @@ impl Drop for EndGuard {
 }
 
 async fn accept_until_drained(acceptor: Acceptor) {
-    let Acceptor { listeners, shards, slots, phase, options } = acceptor;
-    let distributor = Distributor { shards, slots: slots.clone(), options: options.clone(), refusing: false };
+    let Acceptor { listeners, only, shards, slots, phase, options, logs } = acceptor;
+    let grace = options.limits.shutdown_grace;
+    let mut distributor = Distributor { shards, slots: slots.clone(), options, logs };
     let mut accepting = JoinSet::new();
+    let ends_when_empty = only.is_some();
+    if let Some(only) = only {
+        let taken = distributor.distribute(Socket::from(only), None);
+        taken.unwrap_or_else(|error| tracing::error!(%error, "the connection cannot be served"));
+    }
     for listener in listeners {
         accepting.spawn(accept_at(listener, distributor.clone()));
     }
     let mut phases = phase.subscribe();
-    // The sender is ours, so this ends by the shutdown alone.
-    let _ = phases.wait_for(|phase| *phase >= Phase::Stopping).await;
+    tokio::select! {
+        // The sender is ours, so this ends by the shutdown alone.
+        _ = phases.wait_for(|phase| *phase >= Phase::Stopping) => {}
+        () = slots.empty(), if ends_when_empty => {
+            phase.send_replace(Phase::Stopping);
+        }
+    }
     accepting.shutdown().await;
     drop(distributor);
-    if tokio::time::timeout(options.limits.shutdown_grace, slots.empty()).await.is_err() {
+    if tokio::time::timeout(grace, slots.empty()).await.is_err() {
         tracing::warn!(connections = slots.connections(), "closing connections that did not end in time");
         phase.send_replace(Phase::Aborting);
         slots.empty().await;
     }
 }
 
-async fn accept_at(listener: Listener, mut distributor: Distributor) {
-    let mut source = match Source::new(listener) {
-        Ok(source) => source,
+async fn accept_at(listener: Arc<Listener>, mut distributor: Distributor) {
+    let accepting = match Accepting::new(Arc::clone(&listener)) {
+        Ok(accepting) => accepting,
         Err(error) => {
-            tracing::error!(%error, "cannot accept connections");
+            tracing::error!(%error, address = %listener.address(), "cannot accept connections");
             return;
         }
     };
     loop {
-        match source.accept().await {
-            Ok(accepted) => distributor.hand_over(accepted),
+        let accepted = accepting.accept().await;
+        let accepted = accepted.and_then(|(socket, peer)| distributor.distribute(socket, Some(&peer)));
+        match accepted {
+            Ok(()) => {}
             // The peer was gone before we came to it.
             Err(error) if error.kind() == io::ErrorKind::ConnectionAborted => {}
             Err(error) => {
-                tracing::warn!(%error, "cannot accept a connection; trying again soon");
+                if let Some(left_out) = distributor.logs.accepting.admit(Instant::now()) {
+                    tracing::warn!(%error, left_out, "cannot accept a connection; trying again soon");
+                }
                 tokio::time::sleep(PAUSE_AFTER_FAILURE).await;
             }
-        }
-    }
-}
-
-enum Source {
-    Unix(
-        UnixListener,
-        #[expect(dead_code, reason = "removes the socket's file when it is dropped")] SocketFile,
-    ),
-    Tcp(TcpListener),
-}
-
-impl Source {
-    fn new(listener: Listener) -> io::Result<Self> {
-        match listener {
-            Listener::Unix(listener, file) => Ok(Self::Unix(UnixListener::from_std(listener)?, file)),
-            Listener::Tcp(listener) => Ok(Self::Tcp(TcpListener::from_std(listener)?)),
-        }
-    }
-
-    async fn accept(&mut self) -> io::Result<Accepted> {
-        match self {
-            Self::Unix(listener, _) => Ok(Accepted::Unix(listener.accept().await?.0.into_std()?)),
-            Self::Tcp(listener) => Ok(Accepted::Tcp(listener.accept().await?.0.into_std()?)),
         }
     }
 }
@@ -128,28 +130,43 @@ struct Distributor {
     shards: Vec<Shard>,
     slots: Slots,
     options: ServerOptions,
-    /// Whether the last connection was refused: one warning is enough for a run of them.
-    refusing: bool,
+    logs: Arc<LogLimits>,
 }
 
 impl Distributor {
-    /// Gives the socket to a shard, or closes it where there is no place for it.
-    fn hand_over(&mut self, accepted: Accepted) {
-        let slot = match self.slots.take(&self.options.limits) {
+    /// Gives the socket to a shard, or closes it where its peer may not connect or there is no place for it. A connection
+    /// that was not accepted here but handed over, and has no `peer`, may always connect.
+    fn distribute(&mut self, socket: Socket, peer: Option<&SockAddr>) -> io::Result<()> {
+        let now = Instant::now();
+        let is_unix = socket.domain()? == Domain::UNIX;
+        if let Some(peer) = peer.filter(|_| !is_unix) {
+            let from = peer.as_socket().map(|from| from.ip());
+            if !self.options.access.allows(from) {
+                if let Some(left_out) = self.logs.denied.admit(now) {
+                    let from = from.map_or_else(
+                        || "an unknown address".to_owned(),
+                        |from| from.to_canonical().to_string(),
+                    );
+                    tracing::warn!(from, left_out, "a connection is refused: its network is not allowed");
+                }
+                return Ok(());
+            }
+        }
+        let slot = match self.slots.take(&self.options.limits, now) {
             Ok(slot) => slot,
             Err(full) => {
-                if !std::mem::replace(&mut self.refusing, true) {
-                    tracing::warn!(?full, "refusing connections: there are too many");
+                if let Some(left_out) = self.logs.full.admit(now) {
+                    tracing::warn!(?full, left_out, "a connection is refused: there are too many");
                 }
-                return;
+                return Ok(());
             }
         };
-        self.refusing = false;
+        let accepted = prepare(socket)?;
         // Equal loads take turns, because the shard that gets a connection moves to the end.
         let Some(least) =
             (0..self.shards.len()).min_by_key(|&index| self.shards[index].load.load(Ordering::Relaxed))
         else {
-            return;
+            return Ok(());
         };
         let shard = self.shards.remove(least);
         let newcomer = Newcomer::new(accepted, slot, &shard.load);
@@ -157,5 +174,49 @@ impl Distributor {
             tracing::warn!("a shard is gone; the connection for it is closed");
         }
         self.shards.push(shard);
+        Ok(())
+    }
+}
+
+/// What a shard takes.
+///
+/// TCP_USER_TIMEOUT is left alone. It would notice a dead host with data on its way sooner than the kernel's quarter of an hour; but
+/// it also cuts off a living host whose process does not read, though that answers every probe: a QEMU that is stopped. And it takes
+/// the place of the count of probes, so a long one would keep the dead.
+fn prepare(socket: Socket) -> io::Result<Accepted> {
+    socket.set_nonblocking(true)?;
+    match socket.domain()? {
+        Domain::IPV4 | Domain::IPV6 => {
+            let keepalive = TcpKeepalive::new()
+                .with_time(KEEPALIVE_IDLE)
+                .with_interval(KEEPALIVE_INTERVAL)
+                .with_retries(KEEPALIVE_PROBES);
+            socket.set_tcp_keepalive(&keepalive)?;
+            Ok(Accepted::Tcp(socket.into()))
+        }
+        // Whatever else is a stream: what tokio's type for unix streams does is what any stream can.
+        _ => Ok(Accepted::Unix(socket.into())),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::net::{TcpListener, TcpStream};
+
+    use super::*;
+
+    #[test]
+    fn a_tcp_peer_that_is_gone_is_noticed_in_a_bounded_time() {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let _peer = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+        let Accepted::Tcp(stream) = prepare(listener.accept().unwrap().0.into()).unwrap() else {
+            panic!("it is TCP")
+        };
+        let socket = Socket::from(stream);
+        assert!(socket.keepalive().unwrap());
+        assert_eq!(socket.tcp_keepalive_time().unwrap(), KEEPALIVE_IDLE);
+        assert_eq!(socket.tcp_keepalive_interval().unwrap(), KEEPALIVE_INTERVAL);
+        assert_eq!(socket.tcp_keepalive_retries().unwrap(), KEEPALIVE_PROBES);
+        assert_eq!(socket.tcp_user_timeout().unwrap(), None, "it cuts off clients that are only stopped");
     }
 }

@@ -6,7 +6,7 @@ use std::str::FromStr;
 
 use crate::{Error, ErrorKind};
 
-/// An address to listen at: `unix:PATH` or `tcp:HOST:PORT`, an IPv6 host in brackets.
+/// An address to listen at: `unix:PATH`, `tcp:HOST:PORT` (an IPv6 host in brackets), `vsock:CID:PORT`, or `systemd`.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub enum ListenAddress {
     /// A unix socket.
@@ -18,8 +18,23 @@ pub enum ListenAddress {
         /// The port; 0 lets the system choose one.
         port: u16,
     },
+    /// A port of the sockets between a host and its virtual machines.
+    Vsock {
+        /// The context to listen in: our own number, or 1 for clients on this very machine; `None` is any.
+        cid: Option<u32>,
+        /// The port.
+        port: u32,
+    },
+    /// The sockets that systemd listens at for us. What is bound has the addresses of those instead.
+    Systemd,
 }
 
+/// The forms of an address, for messages.
+const FORMS: &str = "unix:PATH, tcp:HOST:PORT, vsock:CID:PORT or systemd";
+/// The number that says "any" where a CID or a port stands.
+const VSOCK_ANY: u32 = u32::MAX;
+/// The number by which a machine knows its host.
+const VSOCK_HOST: u32 = 2;
 /// What NBD's URIs take where none is written.
 const NBD_PORT: u16 = 10809;
 /// The kernel's `sun_path` holds 108 bytes, the last of them zero.
@@ -37,6 +52,10 @@ impl ListenAddress {
             }
             Self::Tcp { host, port } if host.contains(':') => format!("nbd://[{host}]:{port}/{export}"),
             Self::Tcp { host, port } => format!("nbd://{host}:{port}/{export}"),
+            Self::Vsock { cid, port } => {
+                format!("nbd+vsock://{}:{port}/{export}", cid.unwrap_or(VSOCK_HOST))
+            }
+            Self::Systemd => "nbd://".to_owned(),
         }
     }
 }
@@ -48,10 +67,11 @@ impl FromStr for ListenAddress {
         let invalid = |why: &str| {
             Err(Error::new(
                 ErrorKind::InvalidAddress,
-                format!("\"{text}\" is no address to listen at: {why} (unix:PATH or tcp:HOST:PORT)"),
+                format!("\"{text}\" is no address to listen at: {why} ({FORMS})"),
             ))
         };
         match text.split_once(':') {
+            None if text == "systemd" => Ok(Self::Systemd),
             Some(("unix", "")) => invalid("the path is missing"),
             Some(("unix", path)) if path.len() > LONGEST_UNIX_PATH => Err(Error::new(
                 ErrorKind::InvalidAddress,
@@ -89,7 +109,23 @@ impl FromStr for ListenAddress {
                     Err(_) => invalid("the port is not a number from 0 to 65535"),
                 }
             }
-            _ => invalid("it begins with neither unix: nor tcp:"),
+            Some(("vsock", rest)) => {
+                let Some((cid, port)) = rest.split_once(':') else {
+                    return invalid("a CID and a port follow vsock:");
+                };
+                let cid = match cid {
+                    "any" => None,
+                    number => match number.parse() {
+                        Ok(cid) if cid != VSOCK_ANY => Some(cid),
+                        _ => return invalid("the CID is neither `any` nor a number below 4294967295"),
+                    },
+                };
+                match port.parse() {
+                    Ok(port) if port != VSOCK_ANY => Ok(Self::Vsock { cid, port }),
+                    _ => invalid("the port is not a number below 4294967295"),
+                }
+            }
+            _ => invalid("it begins with none of these"),
         }
     }
 }
@@ -100,6 +136,9 @@ impl fmt::Display for ListenAddress {
             Self::Unix(path) => write!(f, "unix:{}", path.display()),
             Self::Tcp { host, port } if host.contains(':') => write!(f, "tcp:[{host}]:{port}"),
             Self::Tcp { host, port } => write!(f, "tcp:{host}:{port}"),
+            Self::Vsock { cid: None, port } => write!(f, "vsock:any:{port}"),
+            Self::Vsock { cid: Some(cid), port } => write!(f, "vsock:{cid}:{port}"),
+            Self::Systemd => f.write_str("systemd"),
         }
     }
 }
@@ -126,9 +165,16 @@ mod tests {
 
     #[test]
     fn addresses_survive_the_way_there_and_back() {
-        for text in
-            ["unix:/run/x y.sock", "unix:a:b", "tcp:localhost:10809", "tcp:[::1]:0", "tcp:10.0.0.1:65535"]
-        {
+        for text in [
+            "unix:/run/x y.sock",
+            "unix:a:b",
+            "tcp:localhost:10809",
+            "tcp:[::1]:0",
+            "tcp:10.0.0.1:65535",
+            "vsock:any:10809",
+            "vsock:3:1",
+            "systemd",
+        ] {
             assert_eq!(text.parse::<ListenAddress>().unwrap().to_string(), text);
         }
         assert_eq!("tcp:host".parse::<ListenAddress>().unwrap().to_string(), "tcp:host:10809");
@@ -145,8 +191,12 @@ mod tests {
             ("tcp:::1:10", "in brackets"),
             ("tcp:[::1", "not closed"),
             ("tcp:[::1]x", "follows the bracket"),
-            ("vsock:1", "neither"),
-            ("/run/socket", "neither"),
+            ("vsock:1", "a CID and a port"),
+            ("vsock:x:1", "the CID"),
+            ("vsock:4294967295:1", "the CID"),
+            ("vsock:any:-1", "the port"),
+            ("systemd:3", "none of these"),
+            ("/run/socket", "none of these"),
         ] {
             let error = text.parse::<ListenAddress>().unwrap_err();
             assert_eq!(error.kind(), ErrorKind::InvalidAddress);
@@ -171,5 +221,7 @@ mod tests {
         assert_eq!(unix.uri("disk 0"), "nbd+unix:///disk%200?socket=/tmp/a%20b%3Fc");
         let tcp: ListenAddress = "tcp:[::1]:99".parse().unwrap();
         assert_eq!(tcp.uri(""), "nbd://[::1]:99/");
+        let vsock: ListenAddress = "vsock:any:7".parse().unwrap();
+        assert_eq!(vsock.uri("a"), "nbd+vsock://2:7/a");
     }
 }

@@ -4,24 +4,27 @@
 use std::cell::RefCell;
 use std::rc::{Rc, Weak};
 use std::sync::Arc;
+use std::time::Instant;
 
 use block::{BlockDevice, Geometry};
 use proto::server::{Directory, ExportId, Listing, Refusal};
 use proto::wire::{BlockSizes, Cut, ExportInfo, MetaContext, TransmissionFlags};
 
 use crate::Export;
+use crate::log_limit::LogLimits;
 
 /// The devices that are open on a shard.
 pub(crate) struct OpenDevices {
     exports: Arc<[Export]>,
     open: RefCell<Vec<Option<Weak<dyn BlockDevice>>>>,
     max_request: u32,
+    logs: Arc<LogLimits>,
 }
 
 impl OpenDevices {
-    pub(crate) fn new(exports: Arc<[Export]>, max_request: u32) -> Self {
+    pub(crate) fn new(exports: Arc<[Export]>, max_request: u32, logs: Arc<LogLimits>) -> Self {
         let open = RefCell::new(exports.iter().map(|_| None).collect());
-        Self { exports, open, max_request }
+        Self { exports, open, max_request, logs }
     }
 
     fn device(&self, id: ExportId) -> block::Result<Rc<dyn BlockDevice>> {
@@ -71,9 +74,16 @@ impl Directory for ConnectionDirectory {
 
     fn why_absent(&self, name: &str) -> Option<String> {
         let names = self.devices.exports.iter().filter_map(|export| export.names.as_deref());
-        let why = names.filter_map(|names| names.why_refused(name)).next()?;
-        tracing::warn!(export = %Cut(name), why, "a client was refused");
-        Some(why)
+        let why = names.filter_map(|names| names.why_refused(name)).next();
+        if let Some(left_out) = self.devices.logs.export.admit(Instant::now()) {
+            match &why {
+                Some(why) => tracing::warn!(export = %Cut(name), left_out, why, "a client was refused"),
+                None => {
+                    tracing::warn!(export = %Cut(name), left_out, "a client asked for an export that is not here")
+                }
+            }
+        }
+        why
     }
 
     fn contexts(&self, id: ExportId) -> Vec<MetaContext> {

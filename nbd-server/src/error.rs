@@ -10,7 +10,9 @@ pub type Result<T> = std::result::Result<T, Error>;
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum ErrorKind {
-    /// An address that is none.
+    /// TCP beyond this machine, without TLS.
+    Insecure,
+    /// An address that is none, or that nobody could use.
     InvalidAddress,
     /// Somebody serves there already.
     AddressInUse,

@@ -8,23 +8,29 @@
 //! What a peer can make the server do is bounded by [`Limits`]; what the bytes mean is the `proto` crate's.
 
 mod accept;
+mod access;
 mod address;
+pub mod args;
 mod budget;
 mod connection;
 mod directory;
 mod error;
 mod export;
+pub mod handover;
 mod listen;
+mod log_limit;
 mod options;
 mod server;
 mod shard;
 mod slots;
 mod socket;
+pub mod stdio;
 
+pub use access::{Access, Network};
 pub use address::ListenAddress;
 pub use error::{Error, ErrorKind, Result};
 pub use export::{Export, ExportNames};
-pub use listen::{Listener, SocketFile};
+pub use listen::{Listener, StdListener, is_activated};
 pub use options::{LateRequests, Limits, ServerOptions};
 pub use server::{Monitor, Server, ServerHandle, Stats};
 pub use shard::{ShardContext, ShardTask};

@@ -4,6 +4,8 @@ use std::time::Duration;
 
 use proto::wire::MAX_PAYLOAD_BYTES;
 
+use crate::Access;
+
 /// What peers may cost. Every limit holds from the start; there is no way to have none.
 #[derive(Clone, Debug)]
 pub struct Limits {
@@ -11,7 +13,8 @@ pub struct Limits {
     pub handshake_timeout: Duration,
     /// How many connections may be open. One more is closed at once.
     pub connections: usize,
-    /// How many of them may be in their handshake.
+    /// How many of them may be in their handshake. One more takes the place of the oldest that has had a second, or is
+    /// closed at once.
     pub half_open: usize,
     /// The longest READ or WRITE in bytes; no more than the protocol's portable 32 MiB.
     pub request_bytes: u32,
@@ -20,7 +23,11 @@ pub struct Limits {
     /// The memory in bytes for the data of all requests in flight on all connections. One connection has at most a
     /// quarter of it, or one request.
     pub memory_bytes: u64,
-    /// How long a peer that takes none of its replies may hold memory that another one waits for.
+    /// How long a peer that takes (almost) none of its replies, or sends none of a payload that it announced, may
+    /// hold memory that another one waits for.
+    pub patience_when_wanted: Duration,
+    /// How long such a peer is kept where nobody waits for its memory. Its client may be a virtual machine whose process is
+    /// stopped, and which goes on as if nothing had been, so this is long.
     pub stall_timeout: Duration,
     /// How long a shutdown waits for what is in flight before it closes the connections.
     pub shutdown_grace: Duration,
@@ -35,7 +42,8 @@ impl Default for Limits {
             request_bytes: MAX_PAYLOAD_BYTES,
             requests_in_flight: 128,
             memory_bytes: 256 << 20,
-            stall_timeout: Duration::from_secs(30),
+            patience_when_wanted: Duration::from_secs(30),
+            stall_timeout: Duration::from_secs(3600),
             shutdown_grace: Duration::from_secs(5),
         }
     }
@@ -57,6 +65,8 @@ pub enum LateRequests {
 pub struct ServerOptions {
     /// What peers may cost.
     pub limits: Limits,
+    /// Who may connect, and over what.
+    pub access: Access,
     /// What becomes of requests that come when the server is ending.
     pub late_requests: LateRequests,
 }

@@ -1,15 +1,18 @@
 //! The server as its owner sees it: bound, run, ended.
 
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread::{self, JoinHandle};
 
 use block::Engine;
+use parking_lot::Mutex;
 use tokio::sync::{mpsc, watch};
 
 use crate::accept::{self, Acceptor};
 use crate::budget::Budget;
 use crate::listen::Listener;
+use crate::log_limit::LogLimits;
 use crate::shard::{self, ShardSeed, ShardTask};
 use crate::slots::Slots;
 use crate::{Error, ErrorKind, Export, ListenAddress, Result, ServerOptions, export};
@@ -29,8 +32,8 @@ pub(crate) enum Phase {
 
 /// A server that listens and does not serve yet: clients may connect, and wait.
 pub struct Server {
-    listeners: Vec<Listener>,
-    addresses: Vec<ListenAddress>,
+    listeners: Vec<Arc<Listener>>,
+    only: Option<OwnedFd>,
     exports: Arc<[Export]>,
     options: ServerOptions,
     on_shard_start: Option<ShardTask>,
@@ -39,7 +42,7 @@ pub struct Server {
 impl std::fmt::Debug for Server {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Server")
-            .field("addresses", &self.addresses)
+            .field("addresses", &self.addresses())
             .field("exports", &self.exports)
             .finish_non_exhaustive()
     }
@@ -62,28 +65,43 @@ impl Server {
     /// Listens at every address. A unix socket that a dead server left is taken over.
     ///
     /// # Errors
-    /// Where an address is in use or cannot be had, or an export cannot be named on the wire.
+    /// Where an address is in use, cannot be had or is refused, or an export cannot be named on the wire.
     pub fn bind(addresses: &[ListenAddress], exports: Vec<Export>, options: ServerOptions) -> Result<Self> {
         export::check(&exports)?;
-        let mut bound = Self {
-            listeners: Vec::new(),
-            addresses: Vec::new(),
-            exports: exports.into(),
-            options,
-            on_shard_start: None,
-        };
+        let mut listeners = Vec::new();
         for address in addresses {
-            let (listener, address) = Listener::bind(address)?;
-            bound.listeners.push(listener);
-            bound.addresses.push(address);
+            listeners.extend(Listener::bind(address, &options.access)?);
         }
-        Ok(bound)
+        Self::listening(listeners, exports, options)
+    }
+
+    /// Serves what connects to sockets that listen already.
+    ///
+    /// # Errors
+    /// Where an export cannot be named on the wire.
+    pub fn listening(listeners: Vec<Listener>, exports: Vec<Export>, options: ServerOptions) -> Result<Self> {
+        export::check(&exports)?;
+        let listeners = listeners.into_iter().map(Arc::new).collect();
+        Ok(Self { listeners, only: None, exports: exports.into(), options, on_shard_start: None })
+    }
+
+    /// Serves one connection, which is there already, and ends with it.
+    ///
+    /// # Errors
+    /// Where an export cannot be named on the wire.
+    pub fn of_connection(connection: OwnedFd, exports: Vec<Export>, options: ServerOptions) -> Result<Self> {
+        Ok(Self { only: Some(connection), ..Self::listening(Vec::new(), exports, options)? })
     }
 
     /// The addresses, with the ports that the system chose.
     #[must_use]
-    pub fn addresses(&self) -> &[ListenAddress] {
-        &self.addresses
+    pub fn addresses(&self) -> Vec<ListenAddress> {
+        self.listeners.iter().map(|listener| listener.address().clone()).collect()
+    }
+
+    /// Takes the files of sockets from a predecessor who left them.
+    pub fn own_files(&self) {
+        self.listeners.iter().for_each(|listener| listener.own_file());
     }
 
     /// Has every shard run `task` beside its connections, on the same event loop and ring. A shard ends after
@@ -106,8 +124,14 @@ impl Server {
         let operations = Arc::new(AtomicUsize::new(0));
         let monitor =
             Monitor { slots: slots.clone(), budget: budget.clone(), operations: Arc::clone(&operations) };
-        let mut handle =
-            ServerHandle { phase: phase.clone(), monitor, addresses: self.addresses, threads: Vec::new() };
+        let mut handle = ServerHandle {
+            phase: phase.clone(),
+            monitor,
+            addresses: self.addresses(),
+            listeners: Mutex::new(self.listeners.clone()),
+            threads: Vec::new(),
+        };
+        let logs = Arc::new(LogLimits::default());
         let mut senders = Vec::new();
         for index in 0..shards.max(1) {
             let (sender, inbox) = mpsc::unbounded_channel();
@@ -121,12 +145,20 @@ impl Server {
                 budget: budget.clone(),
                 operations: Arc::clone(&operations),
                 task: self.on_shard_start.clone(),
+                logs: Arc::clone(&logs),
             };
             senders.push(accept::Shard { sender, load });
             handle.spawn(format!("nbd-shard-{index}"), move || shard::run(seed, engine))?;
         }
-        let acceptor =
-            Acceptor { listeners: self.listeners, shards: senders, slots, phase, options: self.options };
+        let acceptor = Acceptor {
+            listeners: self.listeners,
+            only: self.only,
+            shards: senders,
+            slots,
+            phase,
+            options: self.options,
+            logs,
+        };
         handle.spawn("nbd-accept".to_owned(), move || accept::run(acceptor))?;
         Ok(handle)
     }
@@ -138,6 +170,8 @@ pub struct ServerHandle {
     phase: watch::Sender<Phase>,
     monitor: Monitor,
     addresses: Vec<ListenAddress>,
+    /// Until the end begins: then nobody is to wait for nothing.
+    listeners: Mutex<Vec<Arc<Listener>>>,
     threads: Vec<JoinHandle<()>>,
 }
 
@@ -176,6 +210,18 @@ impl ServerHandle {
         &self.addresses
     }
 
+    /// The sockets that it listens at, for a successor; none once the end began.
+    #[must_use]
+    pub fn listeners(&self) -> Vec<Arc<Listener>> {
+        self.listeners.lock().clone()
+    }
+
+    /// Whether its end has come by itself: that of the one connection that it serves.
+    #[must_use]
+    pub fn is_ended(&self) -> bool {
+        self.threads.iter().all(JoinHandle::is_finished)
+    }
+
     /// What is going on right now.
     #[must_use]
     pub fn stats(&self) -> Stats {
@@ -191,6 +237,7 @@ impl ServerHandle {
     /// Begins the end: nothing more is accepted, connections finish what is in flight, and are closed
     /// after the grace period whatever they do. Returns at once.
     pub fn shutdown(&self) {
+        self.listeners.lock().clear();
         self.phase.send_if_modified(|phase| {
             let begins = *phase == Phase::Running;
             if begins {

@@ -14,6 +14,7 @@ use tokio::task::JoinSet;
 use crate::budget::Budget;
 use crate::connection::{self, Control};
 use crate::directory::OpenDevices;
+use crate::log_limit::LogLimits;
 use crate::server::Phase;
 use crate::slots::Slot;
 use crate::socket::{Accepted, Socket};
@@ -89,6 +90,7 @@ pub(crate) struct ShardSeed {
     pub(crate) budget: Budget,
     pub(crate) operations: Arc<AtomicUsize>,
     pub(crate) task: Option<ShardTask>,
+    pub(crate) logs: Arc<LogLimits>,
 }
 
 /// What every connection of a shard shares.
@@ -97,6 +99,7 @@ pub(crate) struct ShardState {
     pub(crate) budget: Budget,
     pub(crate) devices: Rc<OpenDevices>,
     pub(crate) operations: Rc<Operations>,
+    pub(crate) logs: Arc<LogLimits>,
 }
 
 /// Device operations in flight on this shard, so that it ends after the last of them.
@@ -140,12 +143,12 @@ pub(crate) fn run(seed: ShardSeed, engine: Engine) {
 }
 
 async fn serve(seed: ShardSeed) {
-    let ShardSeed { index, mut inbox, mut phases, exports, options, budget, operations, task } = seed;
+    let ShardSeed { index, mut inbox, mut phases, exports, options, budget, operations, task, logs } = seed;
     let own_task =
         task.map(|task| tokio::task::spawn_local(task(ShardContext { index, phases: phases.clone() })));
-    let devices = Rc::new(OpenDevices::new(exports, options.limits.request_bytes));
+    let devices = Rc::new(OpenDevices::new(exports, options.limits.request_bytes, Arc::clone(&logs)));
     let operations = Rc::new(Operations::new(operations));
-    let state = Rc::new(ShardState { options, budget, devices, operations: Rc::clone(&operations) });
+    let state = Rc::new(ShardState { options, budget, devices, operations: Rc::clone(&operations), logs });
     let control = Rc::new(Control::default());
     let mut connections = JoinSet::new();
     // Nothing in these branches is an operation of a device: each may be dropped at any time.

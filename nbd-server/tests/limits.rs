@@ -4,6 +4,7 @@ mod common;
 
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use common::{Client, MemoryDisk, Served, assert_closed, begin_hand_made, option, wish};
@@ -48,17 +49,122 @@ fn a_client_that_keeps_talking_does_not_prolong_its_handshake() {
 }
 
 #[test]
-fn half_open_connections_leave_room_for_those_who_talk() {
-    let served = served(Limits { half_open: 3, ..Limits::default() });
+fn who_says_nothing_keeps_nobody_out() {
+    // Nothing but a newcomer makes them go.
+    let limits = Limits { half_open: 3, handshake_timeout: Duration::from_secs(3600), ..Limits::default() };
+    let served = served(limits);
     let mut established = served.client();
-    let _silent: Vec<_> = (0..3).map(|_| UnixStream::connect(&served.path).unwrap()).collect();
+    let mut silent: Vec<_> = (0..3).map(|_| UnixStream::connect(&served.path).unwrap()).collect();
     served.wait_for(|stats| stats.half_open == 3);
-    let mut refused = UnixStream::connect(&served.path).unwrap();
-    assert_closed(&mut refused);
+    // Refused while they are young, then let in.
+    let newcomer = loop {
+        assert!(served.handle.stats().half_open <= 3);
+        if let Ok(client) = Client::connect(&served.path, wish("disk0", true)) {
+            break client;
+        }
+    };
+    assert_closed(&mut silent[0]);
     assert_eq!(established.read(0, 4096).result, Ok(()));
-    drop(_silent);
-    served.wait_for(|stats| stats.half_open == 0);
-    served.client().disconnect();
+    newcomer.disconnect();
+    drop((silent, established));
+    served.check_health();
+    served.end();
+}
+
+#[test]
+fn a_flood_of_half_open_connections_costs_its_places_and_no_more() {
+    let served = served(Limits::default());
+    let mut established = served.client();
+    let before = open_descriptors();
+    for _ in 0..10_000 {
+        drop(UnixStream::connect(&served.path).unwrap());
+    }
+    assert_eq!(established.read(0, 4096).result, Ok(()));
+    established.disconnect();
+    served.wait_for(|stats| stats.connections == 0);
+    served.check_health();
+    assert!(open_descriptors() <= before, "descriptors are left over");
+    served.end();
+}
+
+fn open_descriptors() -> usize {
+    std::fs::read_dir("/proc/self/fd").expect("proc is mounted").count()
+}
+
+#[test]
+fn who_sends_no_payload_loses_its_memory_to_those_who_wait() {
+    let limits = Limits {
+        memory_bytes: 16 << 20,
+        request_bytes: 16 << 20,
+        patience_when_wanted: Duration::from_millis(50),
+        ..Limits::default()
+    };
+    let served =
+        Served::new(MemoryDisk::new(16 << 20).slow(), ServerOptions { limits, ..ServerOptions::default() });
+    let mut stalled = served.simple_client();
+    let header = stalled.header(CommandKind::Write, CommandFlags::NONE, 0, 16 << 20);
+    stalled.socket.write_all(&header.encode()).unwrap();
+    stalled.socket.write_all(&[7; 1000]).unwrap();
+    served.wait_for(|stats| stats.memory_bytes == 16 << 20);
+    let mut other = served.simple_client();
+    assert_eq!(other.read(0, 16 << 20).result, Ok(()));
+    stalled.assert_closed();
+    assert!(served.disk.bytes().iter().all(|byte| *byte == 0), "half of a payload was written");
+    drop((stalled, other));
+    served.check_health();
+    served.end();
+}
+
+#[test]
+fn who_takes_or_sends_nothing_for_long_is_closed_though_nobody_waits() {
+    let limits = Limits { stall_timeout: Duration::from_millis(50), ..Limits::default() };
+    let served = served(limits);
+    let mut idle = served.client();
+    let mut deaf = served.simple_client();
+    deaf.send(CommandKind::Read, CommandFlags::NONE, 0, 32 << 20, &[]);
+    let mut mute = served.simple_client();
+    let header = mute.header(CommandKind::Write, CommandFlags::NONE, 0, 1 << 20);
+    mute.socket.write_all(&header.encode()).unwrap();
+    served.wait_for(|stats| stats.connections == 1);
+    deaf.assert_closed();
+    mute.assert_closed();
+    assert_eq!(idle.read(0, 4096).result, Ok(()), "who asks for nothing may be silent");
+    drop(idle);
+    served.check_health();
+    served.end();
+}
+
+#[test]
+fn a_client_of_small_requests_is_served_beside_greedy_ones() {
+    let limits = Limits { memory_bytes: 4 << 20, request_bytes: 1 << 20, ..Limits::default() };
+    let served =
+        Served::new(MemoryDisk::new(8 << 20).slow(), ServerOptions { limits, ..ServerOptions::default() });
+    let mut small = served.simple_client();
+    let mut greedy: Vec<Client> = (0..6).map(|_| served.simple_client()).collect();
+    let over = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        for client in &mut greedy {
+            let over = &over;
+            scope.spawn(move || {
+                let send = |client: &mut Client| {
+                    client.send(CommandKind::Read, CommandFlags::NONE, 0, 1 << 20, &[]);
+                };
+                (0..64).for_each(|_| send(client));
+                // There are always 64 of each: without turns they would hold all memory for ever.
+                while !over.load(Ordering::Relaxed) {
+                    assert_eq!(client.receive().unwrap().result, Ok(()));
+                    send(client);
+                }
+            });
+        }
+        served.wait_for(|stats| stats.memory_bytes == 4 << 20);
+        for _ in 0..200 {
+            assert_eq!(small.read(0, 4096).result, Ok(()));
+        }
+        over.store(true, Ordering::Relaxed);
+    });
+    drop((small, greedy));
+    served.check_health();
     served.end();
 }
 
@@ -167,7 +273,7 @@ fn who_takes_no_replies_loses_its_memory_to_those_who_wait() {
     let limits = Limits {
         memory_bytes: 16 << 20,
         request_bytes: 16 << 20,
-        stall_timeout: Duration::from_millis(50),
+        patience_when_wanted: Duration::from_millis(50),
         ..Limits::default()
     };
     let served =
@@ -185,7 +291,7 @@ fn who_takes_no_replies_loses_its_memory_to_those_who_wait() {
 
 #[test]
 fn who_takes_no_replies_keeps_its_connection_while_nobody_waits() {
-    let limits = Limits { stall_timeout: Duration::from_millis(1), ..Limits::default() };
+    let limits = Limits { patience_when_wanted: Duration::from_millis(1), ..Limits::default() };
     let served = served(limits);
     let mut lazy = served.simple_client();
     lazy.send(CommandKind::Read, CommandFlags::NONE, 0, 32 << 20, &[]);

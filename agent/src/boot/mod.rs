@@ -24,7 +24,7 @@ use std::ffi::OsString;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use nbd_server::ListenAddress;
+use nbd_server::{LateRequests, ListenAddress, ServerOptions};
 use repository::Repository;
 
 use crate::cli::{Context, Failure, Interrupt, Outcome, UsageError, Verb};
@@ -98,7 +98,9 @@ impl Verb for Args {
         let interrupt = context.interrupt()?;
         // A session that is wholly home does without it.
         let repository = Repository::open(context.repository_path()?);
-        let order = session.order(snapshot, targets, vec![ListenAddress::Unix(sockets.nbd())], true)?;
+        let listen = vec![ListenAddress::Unix(sockets.nbd())];
+        let server = ServerOptions { late_requests: LateRequests::Leave, ..ServerOptions::default() };
+        let order = session.order(snapshot, targets, listen, server, true)?;
         // A signal is for the guest first: the service ends when QEMU has.
         let running = start(&order, repository, context, &Interrupt::default())?;
         let machine = Machine::new(program, accelerator, device_model, arguments, sockets);

@@ -17,6 +17,12 @@ pub(super) fn qemu_arguments(address: &ListenAddress, exports: &[&str]) -> Vec<S
         ListenAddress::Tcp { host, port } => {
             format!("server.type=inet,server.host={},server.port={port}", escaped(host))
         }
+        ListenAddress::Vsock { cid, port } => {
+            // A guest's number for its host is 2.
+            format!("server.type=vsock,server.cid={},server.port={port}", cid.unwrap_or(2))
+        }
+        // What is bound has other addresses than this.
+        ListenAddress::Systemd => return Vec::new(),
     };
     let mut arguments = Vec::new();
     for (index, export) in exports.iter().enumerate() {

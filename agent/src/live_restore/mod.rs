@@ -42,6 +42,7 @@ mod stamp;
 mod state_dir;
 mod stopped;
 mod story;
+mod take_over;
 mod target;
 mod turns;
 mod wanted;
@@ -52,7 +53,8 @@ use std::time::Duration;
 
 use anyhow::Context as _;
 use block::{Engine, IoEngine};
-use nbd_server::ListenAddress;
+use nbd_server::args::ListenArgs;
+use nbd_server::{LateRequests, ListenAddress, ServerOptions};
 use repository::Repository;
 
 use crate::cli::{Context, Outcome, Rate, UsageError, Verb};
@@ -110,9 +112,11 @@ pub struct Args {
     #[arg(value_name = "[DISK=]TARGET", required = true)]
     targets: Vec<PathBuf>,
 
-    /// Where to serve the disks: unix:PATH or tcp:HOST:PORT; may be given several times
-    #[arg(short, long, required = true, value_name = "ADDRESS")]
-    listen: Vec<ListenAddress>,
+    /// Take the place of the agent that serves these targets, if there is one: its sockets and its sessions, with no error for
+    /// guests whose QEMU has reconnect-delay. For a new version of lifeboot, or other options: the same command, and
+    /// this. The other agent goes on where this one cannot take over
+    #[arg(long)]
+    take_over: bool,
 
     /// End when all disks are home, or all but what is damaged, and no client is connected
     #[arg(long)]
@@ -138,6 +142,10 @@ pub struct Args {
 
     #[command(flatten)]
     session: SessionArgs,
+
+    // Last: its heading is over all that follows.
+    #[command(flatten)]
+    listen: ListenArgs,
 }
 
 /// The options of every verb that makes sessions and serves them.
@@ -202,6 +210,7 @@ impl SessionArgs {
         snapshot: String,
         targets: Vec<PathBuf>,
         listen: Vec<ListenAddress>,
+        server: ServerOptions,
         background: bool,
     ) -> anyhow::Result<Order> {
         let options = SessionOptions {
@@ -216,6 +225,9 @@ impl SessionArgs {
             snapshot,
             targets,
             listen,
+            server,
+            takes_over: false,
+            may_be_succeeded: false,
             metrics: self.metrics,
             force: self.force,
             moved: self.moved,
@@ -236,15 +248,30 @@ impl Verb for Args {
         // A session that is wholly home does without it.
         let repository = Repository::open(context.repository_path()?);
         let interrupt = context.interrupt()?;
-        let Self { snapshot, targets, listen, exit_when_done, no_background, qmp, device, aio, session } =
-            self;
+        let Self {
+            snapshot,
+            targets,
+            listen,
+            take_over,
+            exit_when_done,
+            no_background,
+            qmp,
+            device,
+            aio,
+            session,
+        } = self;
         if device.is_some() && targets.len() > 1 {
             return Err(UsageError::new(
                 "--device names one drive, and there are several disks: leave it out",
             )
             .into());
         }
-        let mut order = session.order(snapshot, targets, listen, !no_background)?;
+        let addresses = listen.addresses().map_err(UsageError::new)?;
+        // A guest's client reconnects and asks again: it must not hear of our end.
+        let server = listen.options(LateRequests::Leave);
+        let mut order = session.order(snapshot, targets, addresses, server, !no_background)?;
+        order.takes_over = take_over;
+        order.may_be_succeeded = true;
         if let Some(qmp) = qmp {
             let qmp = std::path::absolute(qmp).context("cannot tell where the QMP socket is")?;
             order.drive = Some(Drive { qmp, device, aio });

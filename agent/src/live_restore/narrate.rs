@@ -18,7 +18,7 @@ use crate::live::Resumed;
 use crate::output::{Output, Progress, human_count, human_size};
 use crate::status::{Report, Status};
 
-/// A line of `live-restore --json`. The last line is `complete`, `settled` or `parked`, unless the command failed.
+/// A line of `live-restore --json`. The last line is `complete`, `settled`, `parked` or `taken_over`, unless the command failed.
 #[derive(Serialize)]
 #[serde(tag = "event", rename_all = "snake_case")]
 enum Event<'a> {
@@ -43,6 +43,8 @@ enum Event<'a> {
     Settled(Each<Reported<'a>>),
     /// It ended in order; the same command goes on.
     Parked(Each<Reported<'a>>),
+    /// It ended in order, and another agent goes on.
+    TakenOver(Each<Reported<'a>>),
 }
 
 /// One disk's members, or an array with those of each.
@@ -107,7 +109,7 @@ impl<'a> Narrator<'a> {
 
     /// Says how it ended.
     pub(super) fn conclude(&self, ended: &Ended) -> anyhow::Result<Outcome> {
-        let Ended { end, statuses } = ended;
+        let Ended { end, statuses, .. } = ended;
         match end {
             End::Parked => {
                 self.output.event(&Event::Parked(self.reported(statuses)))?;
@@ -128,6 +130,17 @@ impl<'a> Narrator<'a> {
                         human_size(status.damaged_bytes)
                     ))?;
                 }
+            }
+            End::TakenOver => {
+                self.output.event(&Event::TakenOver(self.reported(statuses)))?;
+                for status in statuses {
+                    let which = which(status, statuses);
+                    self.output.line(format_args!(
+                        "{which}handed over to a new agent at {:.1} % home",
+                        status.percent()
+                    ))?;
+                }
+                return Ok(Outcome::Done);
             }
             End::Complete | End::Poisoned => {}
         }

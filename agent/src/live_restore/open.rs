@@ -73,6 +73,8 @@ pub(super) struct Wish<'a> {
     pub(super) moved: bool,
     /// Sessions that say that they were handed over were looked at: the machine is not on the target.
     pub(super) is_settled: bool,
+    /// Whoever serves it now is going to end.
+    pub(super) takes_over: bool,
     pub(super) engine: Engine,
     pub(super) pool: &'a SharedPool,
     pub(super) options: SessionOptions,
@@ -107,7 +109,9 @@ enum Restored {
 /// Finds the session of the target, or the disk that a new one is to restore.
 pub(super) fn find<'a>(wish: &'a Wish<'a>, state: &'a StateDir) -> anyhow::Result<Found<'a>> {
     let path = super::state_dir::absolute(wish.target)?;
-    target::check_unserved(&path, state.path())?;
+    if !wish.takes_over {
+        target::check_unserved(&path, state.path())?;
+    }
     let begun = state.record()?.filter(SessionRecord::was_begun);
     if wish.moved && begun.is_none() {
         return Err(Failure::new(

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::Context as _;
 use block::Engine;
-use nbd_server::ListenAddress;
+use nbd_server::{ListenAddress, ServerOptions};
 use repository::{Repository, SnapshotName, SnapshotSpec};
 
 use super::handover::{HandedOver, settle};
@@ -28,6 +28,12 @@ pub(crate) struct Order {
     pub(crate) targets: Vec<PathBuf>,
     /// Where the disks are served, each by its name.
     pub(crate) listen: Vec<ListenAddress>,
+    /// For whom, and what clients may cost.
+    pub(crate) server: ServerOptions,
+    /// It takes the place of an agent that serves these disks.
+    pub(crate) takes_over: bool,
+    /// Another process may take the place of this one.
+    pub(crate) may_be_succeeded: bool,
     /// Where metrics are to be had.
     pub(crate) metrics: Option<ListenAddress>,
     /// Overwrite targets that hold data and have no session.
@@ -77,7 +83,9 @@ impl Order {
         let mut handed_over = Vec::new();
         for wanted in self.assign(repository)? {
             count += 1;
-            super::target::check_unserved(&absolute(&wanted.target)?, wanted.state.path())?;
+            if !self.takes_over {
+                super::target::check_unserved(&absolute(&wanted.target)?, wanted.state.path())?;
+            }
             // The first disk is what the empty name means.
             if let Some(home) = settle(&wanted.state, &self.listen, count == 1, drive)? {
                 homes.push(home);

@@ -7,7 +7,7 @@ use std::io;
 use std::sync::Arc;
 use std::time::Duration;
 
-use nbd_server::{ListenAddress, Listener};
+use nbd_server::{Access, ListenAddress, Listener, StdListener};
 use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
@@ -25,29 +25,39 @@ const MOST_CONNECTIONS: usize = 16;
 
 /// An address where metrics are to be had, bound before anything is made.
 #[derive(Debug)]
-pub(super) struct Scraped(Listener);
+pub(super) struct Scraped {
+    address: ListenAddress,
+    listener: StdListener,
+    /// Takes the file of a unix socket away.
+    _file: Listener,
+}
 
 impl Scraped {
     /// Listens there.
     ///
     /// # Errors
     /// Where the address cannot be had.
-    pub(super) fn bind(address: &ListenAddress) -> anyhow::Result<Self> {
-        let bound = Listener::bind(address).map_err(|error| {
-            Failure::new(
-                format!("cannot listen for scrapers of metrics at {address}"),
-                "name another address with --metrics",
-            )
-            .because(error)
-        });
-        Ok(Self(bound?.0))
+    pub(super) fn bind(address: &ListenAddress, access: &Access) -> anyhow::Result<Self> {
+        let cannot = || {
+            let what = format!("cannot listen for scrapers of metrics at {address}");
+            Failure::new(what, "name another address with --metrics, unix:PATH or tcp:HOST:PORT")
+        };
+        if !matches!(address, ListenAddress::Unix(_) | ListenAddress::Tcp { .. }) {
+            return Err(cannot().into());
+        }
+        // They are numbers, and no disks: TCP needs no TLS.
+        let access = Access { insecure: true, ..access.clone() };
+        let bound = Listener::bind(address, &access).map_err(|error| cannot().because(error))?;
+        let file = bound.into_iter().next().ok_or_else(cannot)?;
+        let listener = file.to_std().map_err(|error| cannot().because(error))?;
+        Ok(Self { address: file.address().clone(), listener, _file: file })
     }
 
     /// Where it is, with the port that the system chose.
     pub(super) fn url(&self) -> String {
-        match &self.0 {
-            Listener::Unix(_, file) => format!("unix:{}", file.path().display()),
-            Listener::Tcp(listener) => match listener.local_addr() {
+        match &self.listener {
+            StdListener::Unix(_) => self.address.to_string(),
+            StdListener::Tcp(listener) => match listener.local_addr() {
                 Ok(address) => format!("http://{address}/metrics"),
                 Err(_) => "http:///metrics".to_owned(),
             },
@@ -57,12 +67,12 @@ impl Scraped {
     /// Answers whoever asks, until it is dropped. Called within a runtime.
     pub(super) async fn serve(&self, service: Arc<Service>) -> io::Result<()> {
         let places = Arc::new(Semaphore::new(MOST_CONNECTIONS));
-        match &self.0 {
-            Listener::Unix(listener, _) => {
+        match &self.listener {
+            StdListener::Unix(listener) => {
                 let listener = tokio::net::UnixListener::from_std(listener.try_clone()?)?;
                 answer_all(|| listener.accept(), &service, &places).await;
             }
-            Listener::Tcp(listener) => {
+            StdListener::Tcp(listener) => {
                 let listener = tokio::net::TcpListener::from_std(listener.try_clone()?)?;
                 answer_all(|| listener.accept(), &service, &places).await;
             }

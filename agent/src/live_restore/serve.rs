@@ -17,10 +17,7 @@
 use std::sync::Arc;
 
 use block::{Engine, OpenDevice};
-use nbd_server::{
-    Export, ExportNames, LateRequests, ListenAddress, Server, ServerHandle, ServerOptions, ShardContext,
-    ShardTask,
-};
+use nbd_server::{Export, ExportNames, Listener, Server, ServerHandle, ShardContext, ShardTask};
 use repository::Repository;
 
 use super::damage;
@@ -34,6 +31,7 @@ use super::scrape::Scraped;
 use super::service::{ServedDisk, Service, share};
 use super::stamp;
 use super::story::{End, Story};
+use super::take_over::{Heir, Predecessor};
 use super::target;
 use crate::cli::{Context, Failure, Interrupt};
 use crate::in_use::Claim;
@@ -67,6 +65,8 @@ pub(crate) struct Ended {
     pub(crate) end: End,
     /// How far each disk was.
     pub(crate) statuses: Vec<Status>,
+    /// Who takes our place: it goes on when this is dropped, with all else gone before.
+    _heir: Option<Heir>,
 }
 
 /// Starts to serve what was ordered.
@@ -83,8 +83,11 @@ pub(crate) fn start(
     let (repository, fallbacks) = Fallbacks::beside(repository, &order.fallbacks, warn)?;
     let mut wanted = order.assign(&repository)?;
     wanted.retain(|wanted| !order.handed_over.contains(&wanted.target));
-    let claims = wanted.iter().map(|wanted| claim(wanted, order.drive.is_some()));
-    let claims = claims.filter_map(Result::transpose).collect::<anyhow::Result<Vec<_>>>()?;
+    let claim_all = |wanted: &[Wanted]| {
+        let claims = wanted.iter().map(|wanted| claim(wanted, order.drive.is_some()));
+        claims.filter_map(Result::transpose).collect::<anyhow::Result<Vec<_>>>()
+    };
+    let mut claims = if order.takes_over { Vec::new() } else { claim_all(&wanted)? };
     let pool = SharedPool::new(order.pool, &fallbacks);
     let options = SessionOptions {
         // Until it is known which disks have anything to copy.
@@ -100,6 +103,7 @@ pub(crate) fn start(
             target: &wanted.target,
             force: order.force,
             moved: order.moved,
+            takes_over: order.takes_over,
             engine: order.engine,
             pool: &pool,
             is_settled: order.drive.is_some(),
@@ -110,11 +114,42 @@ pub(crate) fn start(
     let found = wishes.iter().zip(&wanted).map(|(wish, wanted)| open::find(wish, &wanted.state));
     let found = found.collect::<anyhow::Result<Vec<_>>>()?;
     let exports: Vec<_> = found.iter().map(|found| Arc::new(LateExport::of(&found.names().1))).collect();
-    let server = bind(&found, &exports, &order.listen)?;
-    let metrics = order.metrics.as_ref().map(Scraped::bind).transpose()?;
+    let nbd_exports = nbd_exports(&found, &exports);
+    let server;
+    let metrics;
+    match take_over(order, &wanted)? {
+        None => {
+            if order.takes_over {
+                claims = claim_all(&wanted)?;
+            }
+            server = Server::bind(&order.listen, nbd_exports, order.server.clone())?;
+            metrics = order
+                .metrics
+                .as_ref()
+                .map(|address| Scraped::bind(address, &order.server.access))
+                .transpose()?;
+        }
+        Some((predecessor, listeners)) => {
+            server = Server::listening(listeners, nbd_exports, order.server.clone())?;
+            tracing::info!(pid = predecessor.pid(), "taking the place of the agent that serves");
+            predecessor.end()?;
+            server.own_files();
+            claims = claim_all(&wanted)?;
+            // Guests wait: they are not to wait for a scraper's address.
+            metrics = order.metrics.as_ref().and_then(|address| {
+                let bound = Scraped::bind(address, &order.server.access);
+                bound.map_err(|error| context.output().warn(format_args!("no metrics: {error:#}"))).ok()
+            });
+        }
+    }
     let opened = open_all(found, order.engine, interrupt)?;
     drop(wishes);
     serve(order, opened, wanted, Bound { server, exports, metrics, claims }, repository.ok(), interrupt)
+}
+
+/// Asks an agent that serves these disks for its place, where that was wanted.
+fn take_over(order: &Order, wanted: &[Wanted]) -> anyhow::Result<Option<(Predecessor, Vec<Listener>)>> {
+    if order.takes_over { super::take_over::ask(wanted, &order.listen, &order.server) } else { Ok(None) }
 }
 
 /// What was had before anything was made: who listens, where its disks are put in, and what keeps others away.
@@ -169,6 +204,8 @@ fn serve(
         None
     });
     let mut service = Service::new(interrupt, engine, handle.monitor(), served, order.options.limit);
+    service.listeners = handle.listeners().iter().map(Arc::downgrade).collect();
+    service.may_be_succeeded = order.may_be_succeeded;
     service.metrics_url = bound.metrics.as_ref().map(Scraped::url);
     let service = Arc::new(service);
     Ok(Running {
@@ -206,7 +243,7 @@ impl Running {
         story.keep_damage(&statuses);
         let end = told?;
         parked?;
-        Ok(Ended { end, statuses })
+        Ok(Ended { end, statuses, _heir: service.take_heir() })
     }
 
     /// Ends the server, and parks every disk that can be parked.
@@ -308,12 +345,8 @@ fn park(disk: &LiveDisk, engine: Engine) -> anyhow::Result<()> {
     engine.run(async { anyhow::Ok(disk.device()?.park().await?) })
 }
 
-/// Listens for sessions that are still to be opened: whoever connects waits.
-fn bind(
-    found: &[Found<'_>],
-    exports: &[Arc<LateExport>],
-    listen: &[ListenAddress],
-) -> nbd_server::Result<Server> {
+/// Exports of sessions that are still to be opened: whoever connects waits.
+fn nbd_exports(found: &[Found<'_>], exports: &[Arc<LateExport>]) -> Vec<Export> {
     let exports = found.iter().zip(exports).map(|(found, late)| {
         let (snapshot, name) = found.names();
         let mut export = Export::new(name.clone(), Arc::clone(late) as Arc<dyn OpenDevice>);
@@ -322,9 +355,7 @@ fn bind(
         export.dirty_bitmap = Some(super::DIRTY_BITMAP.to_owned());
         export
     });
-    // A guest's client reconnects and asks again: it must not hear of our end.
-    let options = ServerOptions { late_requests: LateRequests::Leave, ..ServerOptions::default() };
-    Server::bind(listen, exports.collect(), options)
+    exports.collect()
 }
 
 fn poisoned(record: &SessionRecord, error: anyhow::Error) -> Failure {

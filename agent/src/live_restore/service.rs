@@ -1,16 +1,17 @@
 //! A running agent, as whoever is asked something through its sockets sees it: its disks, and what they share.
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, OnceLock, Weak};
 
 use block::Engine;
-use nbd_server::{ListenAddress, Monitor};
+use nbd_server::{ListenAddress, Listener, Monitor};
 
 use super::fetching::Fetching;
 use super::handover::HandedOver;
 use super::record::SessionRecord;
 use super::report;
 use super::state_dir::StateDir;
+use super::take_over::Heir;
 use super::turns::{Busy, Saving, Turns};
 use crate::cli::{Failure, Interrupt};
 use crate::live::{LiveDisk, Phase, Resumed, Session, StatsSnapshot};
@@ -31,6 +32,11 @@ pub(crate) struct Service {
     /// Bytes a second that the background of all disks together may take; 0 is no limit.
     limit: AtomicU64,
     is_ending: AtomicBool,
+    /// Where its clients come.
+    pub(super) listeners: Vec<Weak<Listener>>,
+    /// Another process may take its place.
+    pub(super) may_be_succeeded: bool,
+    heir: parking_lot::Mutex<Option<Heir>>,
 }
 
 /// One of its disks.
@@ -93,6 +99,9 @@ impl Service {
             disks,
             limit: AtomicU64::new(limit),
             is_ending: AtomicBool::new(false),
+            listeners: Vec::new(),
+            may_be_succeeded: false,
+            heir: parking_lot::Mutex::default(),
         };
         service.share_limit();
         service
@@ -152,6 +161,20 @@ impl Service {
 
     pub(super) fn is_to_end(&self) -> bool {
         self.interrupt.is_raised()
+    }
+
+    /// Another process takes its place: it is to end.
+    pub(super) fn succeeded_by(&self, heir: Heir) {
+        *self.heir.lock() = Some(heir);
+    }
+
+    pub(super) fn is_succeeded(&self) -> bool {
+        self.heir.lock().is_some()
+    }
+
+    /// Who takes its place. It waits until this is dropped.
+    pub(super) fn take_heir(&self) -> Option<Heir> {
+        self.heir.lock().take()
     }
 
     pub(super) fn begin_ending(&self) {

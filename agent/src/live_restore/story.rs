@@ -38,6 +38,8 @@ pub(crate) enum Until {
 pub(crate) enum End {
     /// It was told to.
     Parked,
+    /// Another agent takes its place.
+    TakenOver,
     /// Every disk is home.
     Complete,
     /// All is home but what is damaged.
@@ -153,6 +155,9 @@ impl<'a> Story<'a> {
             tokio::select! {
                 () = changed.notified() => {}
                 _ = ticks.tick() => {}
+            }
+            if self.service.is_succeeded() {
+                return End::TakenOver;
             }
             if self.service.is_to_end() || watcher.poll().is_break() {
                 return End::Parked;

@@ -10,11 +10,12 @@ use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
 use block::{Engine, IoEngine};
-use nbd_server::{ListenAddress, Server, ServerHandle, ServerOptions};
+use nbd_server::args::ListenArgs;
+use nbd_server::{LateRequests, Server, ServerHandle};
 use repository::Repository;
 use serde::Serialize;
 
-use crate::cli::{Context, Outcome, Verb};
+use crate::cli::{Context, Outcome, UsageError, Verb};
 use crate::source::{FetchPool, RepositoryStore, SourceArgs};
 
 pub use device::SnapshotDisk;
@@ -38,10 +39,6 @@ pub struct Args {
     #[arg(value_name = "SNAPSHOT")]
     snapshots: Vec<String>,
 
-    /// Where to listen: unix:PATH or tcp:HOST:PORT; may be given several times
-    #[arg(short, long, required = true, value_name = "ADDRESS")]
-    listen: Vec<ListenAddress>,
-
     /// Let clients write, into files in this directory that have no name and are gone at the end. What a machine reads
     /// of a disk while it starts is kept with the group, for the next live-restore
     #[arg(long, value_name = "DIR")]
@@ -53,6 +50,10 @@ pub struct Args {
 
     #[command(flatten)]
     source: SourceArgs,
+
+    // Last: its heading is over all that follows.
+    #[command(flatten)]
+    listen: ListenArgs,
 }
 
 #[derive(Serialize)]
@@ -70,6 +71,7 @@ struct ExportLine {
 
 impl Verb for Args {
     fn run(self, context: &Context) -> anyhow::Result<Outcome> {
+        let addresses = self.listen.addresses().map_err(UsageError::new)?;
         let repository = Repository::open(context.repository_path()?)?;
         if let Some(dir) = &self.scratch {
             scratch::check(dir)?;
@@ -85,7 +87,7 @@ impl Verb for Args {
         let sizes: Vec<(String, u64)> =
             exports.iter().map(|export| (export.export.name.clone(), export.size)).collect();
         let exports = exports.into_iter().map(|export| export.export).collect();
-        let server = Server::bind(&self.listen, exports, ServerOptions::default())?;
+        let server = Server::bind(&addresses, exports, self.listen.options(LateRequests::Refuse))?;
         let shards = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
         let handle = server.run(shards, engine)?;
         say_ready(context, &handle, &sizes)?;

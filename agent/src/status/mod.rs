@@ -202,6 +202,9 @@ fn show_remote(context: &Context, address: &ListenAddress, export: &str) -> anyh
             stream.set_write_timeout(Some(PATIENCE))?;
             remote::ask(&mut stream, export)
         }
+        ListenAddress::Vsock { .. } | ListenAddress::Systemd => {
+            anyhow::bail!("{address} cannot be asked from here: name unix:PATH or tcp:HOST:PORT")
+        }
     }
     .with_context(|| format!("cannot ask the server at {address}"))?;
     let output = context.output();

@@ -9,10 +9,12 @@ mod outbox;
 mod perform;
 mod read;
 mod request;
+mod stall;
 mod status;
 mod transmit;
 
 use std::rc::Rc;
+use std::time::Instant;
 
 pub(crate) use control::Control;
 
@@ -29,6 +31,10 @@ pub(crate) async fn serve(socket: Socket, mut ticket: Ticket, shard: Rc<ShardSta
             tracing::debug!("the server is ending: a handshake is cut short");
             return;
         }
+        () = ticket.slot.given_away() => {
+            give_way(&shard);
+            return;
+        }
     };
     let negotiated = match negotiated {
         Ok(Ok(negotiated)) => negotiated,
@@ -37,11 +43,22 @@ pub(crate) async fn serve(socket: Socket, mut ticket: Ticket, shard: Rc<ShardSta
             return;
         }
         Err(_) => {
-            tracing::info!("a handshake took too long: the connection is closed");
+            if let Some(left_out) = shard.logs.handshake.admit(Instant::now()) {
+                tracing::info!(left_out, "a handshake took too long: the connection is closed");
+            }
             return;
         }
     };
-    ticket.slot.opened();
+    if !ticket.slot.opened() {
+        give_way(&shard);
+        return;
+    }
     let end = transmit::transmit(negotiated, shard, control).await;
     tracing::debug!(%end, "a connection ended");
+}
+
+fn give_way(shard: &ShardState) {
+    if let Some(left_out) = shard.logs.handshake.admit(Instant::now()) {
+        tracing::info!(left_out, "a handshake gave its place to a newcomer: there are too many at once");
+    }
 }

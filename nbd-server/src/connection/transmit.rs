@@ -18,6 +18,7 @@ use super::negotiate::Negotiated;
 use super::perform;
 use super::read::{Plan, Reads};
 use super::request::{Request, Shared};
+use super::stall::Stall;
 use super::status;
 use crate::LateRequests;
 use crate::budget::Allowance;
@@ -47,7 +48,7 @@ impl fmt::Display for End {
             Self::PeerClosed => f.write_str("the client closed the connection"),
             Self::NotARequest => f.write_str("the client sent something that is not a request"),
             Self::PayloadTooLong => f.write_str("the client announced a payload that is too long"),
-            Self::Stalled => f.write_str("the client took no replies while others waited for memory"),
+            Self::Stalled => f.write_str("the client took no replies, or sent no payload, for too long"),
             Self::Stopping => f.write_str("the server is ending"),
             Self::Socket(error) => write!(f, "the socket failed: {error}"),
         }
@@ -104,8 +105,7 @@ struct Transmission {
     /// The phase in which this task is listed to be told of the next.
     listed_in: Option<Phase>,
     end: Option<End>,
-    /// The peer takes nothing: since when is in the timer.
-    stalled: Option<Pin<Box<tokio::time::Sleep>>>,
+    stall: Stall,
 }
 
 /// Serves requests until the connection ends. Every task that it began has ended when it returns.
@@ -134,7 +134,7 @@ pub(super) async fn transmit(negotiated: Negotiated, shard: Rc<ShardState>, cont
         receive_limit: usize::MAX,
         listed_in: None,
         end: None,
-        stalled: None,
+        stall: Stall::default(),
     };
     let end = poll_fn(|cx| transmission.poll(cx)).await;
     poll_fn(|cx| {
@@ -147,6 +147,25 @@ pub(super) async fn transmit(negotiated: Negotiated, shard: Rc<ShardState>, cont
 
 impl Transmission {
     fn poll(&mut self, cx: &mut Context<'_>) -> Poll<End> {
+        loop {
+            if let Poll::Ready(end) = self.advance(cx) {
+                return Poll::Ready(end);
+            }
+            let is_waiting =
+                matches!(self.state, State::Payload { .. }) || !self.shared.outbox.borrow().is_empty();
+            if !is_waiting {
+                self.stall.end();
+                return Poll::Pending;
+            }
+            let is_wanted = self.end.is_some() || self.shard.budget.is_wanted();
+            if self.stall.poll(cx, &self.shard.options.limits, is_wanted).is_pending() {
+                return Poll::Pending;
+            }
+            self.cut(End::Stalled);
+        }
+    }
+
+    fn advance(&mut self, cx: &mut Context<'_>) -> Poll<End> {
         self.shared.listen(cx);
         if self.listed_in != Some(self.control.phase()) {
             self.listed_in = Some(self.control.phase());
@@ -222,6 +241,7 @@ impl Transmission {
             let received = self.socket.poll_read(cx, &mut buf[*filled..]);
             if let Poll::Ready(Ok(len)) = received {
                 *filled += len;
+                self.stall.moved(len);
             }
             return received;
         }
@@ -232,35 +252,20 @@ impl Transmission {
         received
     }
 
-    /// Sends what is queued; whether anything was. Where the peer takes nothing, it has a time to take something.
+    /// Sends what is queued; whether anything was.
     fn send(&mut self, cx: &mut Context<'_>) -> io::Result<bool> {
         let mut any = false;
         loop {
             let sent = self.shared.outbox.borrow_mut().send(&self.socket)?;
             any |= sent > 0;
-            if any {
-                self.stalled = None;
-            }
+            self.stall.moved(sent);
             if self.shared.outbox.borrow().is_empty() {
-                self.stalled = None;
                 return Ok(any);
             }
             match self.socket.poll_writable(cx) {
                 Poll::Ready(result) => result?,
-                Poll::Pending => break,
+                Poll::Pending => return Ok(any),
             }
-        }
-        let timeout = self.shard.options.limits.stall_timeout;
-        loop {
-            let timer = self.stalled.get_or_insert_with(|| Box::pin(tokio::time::sleep(timeout)));
-            if timer.as_mut().poll(cx).is_pending() {
-                return Ok(any);
-            }
-            if self.end.is_some() || self.shard.budget.is_wanted() {
-                self.cut(End::Stalled);
-                return Ok(any);
-            }
-            self.stalled = None;
         }
     }
 

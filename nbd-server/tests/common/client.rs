@@ -74,7 +74,11 @@ pub(crate) fn option(kind: u32, data: &[u8]) -> BytesMut {
 
 impl Client {
     pub(crate) fn connect(path: &Path, wish: Wish) -> io::Result<Self> {
-        let mut socket = UnixStream::connect(path)?;
+        Self::over(UnixStream::connect(path)?, wish)
+    }
+
+    /// Over a stream of any kind.
+    pub(crate) fn over(mut socket: UnixStream, wish: Wish) -> io::Result<Self> {
         socket.set_read_timeout(Some(PATIENCE))?;
         let mut handshake = Handshake::new(wish);
         let mut buf = [0; 4096];

@@ -81,7 +81,8 @@ pub fn ask_telling<T: DeserializeOwned>(
     }
 }
 
-fn connect(dir: &Path) -> anyhow::Result<Option<UnixStream>> {
+/// Connects to the agent that serves the session in `dir`, if there is one.
+pub(in crate::live_restore) fn connect(dir: &Path) -> anyhow::Result<Option<UnixStream>> {
     let connected = short_path(dir).and_then(|(_dir, short)| UnixStream::connect(short));
     match connected {
         Ok(stream) => Ok(Some(stream)),

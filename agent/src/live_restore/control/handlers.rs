@@ -45,6 +45,7 @@ pub(super) async fn answer(request: Request, asked: &Asked) -> anyhow::Result<Va
             let home = asked.blocking(move || hand_over(&service, disk, &drive, &tell)).await?;
             Ok(to_value(home)?)
         }
+        Request::TakeOver { .. } => Err(anyhow::anyhow!("it is answered where its sockets can be sent")),
     }
 }
 

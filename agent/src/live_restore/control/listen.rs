@@ -19,6 +19,7 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot, watch};
 use super::{Reply, Request, SOCKET, handlers, short_path};
 use crate::cli::Failure;
 use crate::live_restore::service::{ServedDisk, Service};
+use crate::live_restore::take_over;
 
 /// How long a peer may take to send its request, or to take a line of the answer.
 const PATIENCE: Duration = Duration::from_secs(5);
@@ -195,6 +196,14 @@ async fn converse(
             return;
         }
     };
+    if let Request::TakeOver { sessions } = request {
+        match input.into_inner().into_inner().reunite(output).map(UnixStream::into_std) {
+            Ok(Ok(stream)) => take_over::answer(stream, service, sessions),
+            Ok(Err(error)) => tracing::warn!(%error, "a successor cannot be answered"),
+            Err(error) => tracing::warn!(%error, "a successor cannot be answered"),
+        }
+        return;
+    }
     let _counted = Counted::new(&tasks.conversations);
     let (progress, told) = mpsc::channel(PROGRESS_WAITING);
     let asked = Asked { service, disk, progress, _counted: Counted::new(&tasks.requests) };

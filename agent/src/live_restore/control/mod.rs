@@ -33,9 +33,11 @@ mod handlers;
 mod listen;
 mod request;
 
+pub(super) use ask::connect;
 pub use ask::{ask, ask_status, ask_telling};
 pub(crate) use listen::Asked;
 pub(super) use listen::{Control, Tasks, patiently};
+pub(super) use request::TakeOver;
 pub use request::{LimitChanged, PivotProgress, Reply, Request, Strip};
 
 use std::fs::File;

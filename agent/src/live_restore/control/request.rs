@@ -34,6 +34,21 @@ pub enum Request {
         /// Which drive of which QEMU.
         drive: Drive,
     },
+    /// Let the process that asks take the agent's place: `pid` and `sockets`, and the sockets that clients come to. What is said
+    /// after that is in docs/nbd.md, "Hand-over".
+    TakeOver {
+        /// The ids of all sessions that are to be taken over.
+        sessions: Vec<String>,
+    },
+}
+
+/// What comes with the sockets of an agent whose place is taken.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct TakeOver {
+    /// Its process id.
+    pub(crate) pid: u32,
+    /// Of each socket, its address, and whether its file goes with the agent that has it.
+    pub(crate) sockets: Vec<(String, bool)>,
 }
 
 /// A disk as a strip of cells.

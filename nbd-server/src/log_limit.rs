@@ -1,0 +1,65 @@
+//! Lines of the log that a peer can provoke: a few of them, and how many were left out.
+
+use std::time::{Duration, Instant};
+
+use parking_lot::Mutex;
+
+/// One line in so much time; what comes in between is counted.
+const INTERVAL: Duration = Duration::from_secs(10);
+
+/// One kind of line.
+#[derive(Debug, Default)]
+pub(crate) struct LogLimit {
+    state: Mutex<State>,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    last: Option<Instant>,
+    left_out: u64,
+}
+
+impl LogLimit {
+    /// Whether this one may be logged: then how many were left out since the last.
+    pub(crate) fn admit(&self, now: Instant) -> Option<u64> {
+        let mut state = self.state.lock();
+        if state.last.is_some_and(|last| now.duration_since(last) < INTERVAL) {
+            state.left_out += 1;
+            return None;
+        }
+        state.last = Some(now);
+        Some(std::mem::take(&mut state.left_out))
+    }
+}
+
+/// What the whole server counts together, so that 10,000 connections do not fill a disk.
+#[derive(Debug, Default)]
+pub(crate) struct LogLimits {
+    /// There is no place for a connection.
+    pub(crate) full: LogLimit,
+    /// A client comes from a network that is not allowed.
+    pub(crate) denied: LogLimit,
+    /// The system has no descriptor left.
+    pub(crate) accepting: LogLimit,
+    /// A handshake came to nothing.
+    pub(crate) handshake: LogLimit,
+    /// An export was asked for that is none, or is refused.
+    pub(crate) export: LogLimit,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_flood_is_a_line_every_ten_seconds_with_its_number() {
+        let limit = LogLimit::default();
+        let begun = Instant::now();
+        assert_eq!(limit.admit(begun), Some(0));
+        for millis in 1..10_000 {
+            assert_eq!(limit.admit(begun + Duration::from_millis(millis)), None);
+        }
+        assert_eq!(limit.admit(begun + INTERVAL), Some(9_999));
+        assert_eq!(limit.admit(begun + 3 * INTERVAL), Some(0));
+    }
+}

@@ -1,0 +1,139 @@
+//! What `lifeboot-nbd` does with its arguments.
+
+mod arguments;
+
+use std::path::Path;
+use std::sync::Arc;
+use std::thread;
+use std::time::Duration;
+
+use anyhow::{Context, Result};
+use block::{Engine, FileDisk, FileOptions};
+use nbd_server::handover::{Arrival, Departure, MeetingPoint};
+use nbd_server::stdio::Stdio;
+use nbd_server::{Export, LateRequests, ListenAddress, Server, ServerHandle, ServerOptions};
+use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::oneshot;
+
+pub(crate) use arguments::Arguments;
+
+/// How often it is looked whether the one connection of `--stdio` has ended.
+const TICK: Duration = Duration::from_millis(20);
+
+/// Serves until it is told to end, the one connection has ended, or a successor has taken over.
+pub(crate) fn serve(arguments: &Arguments) -> Result<()> {
+    let addresses = if arguments.stdio { Vec::new() } else { arguments.addresses() };
+    let engine = Engine::choose(arguments.io_engine)?;
+    let options = FileOptions::new(engine).read_only(arguments.read_only).direct(arguments.direct.into());
+    let disk = FileDisk::open(&arguments.file, options)?;
+    let identity = identity(arguments, &disk)?;
+    let export = Export {
+        read_only: arguments.read_only,
+        description: arguments.file.display().to_string(),
+        ..Export::new(arguments.name.clone(), Arc::new(disk))
+    };
+    // Where somebody may take over, clients are to come again rather than to hear of our end.
+    let late = if arguments.handover.is_some() { LateRequests::Leave } else { LateRequests::Refuse };
+    let options = arguments.listen.options(late);
+    if arguments.stdio {
+        let (connection, output) = Stdio::take()?.into_parts();
+        let server = Server::of_connection(connection, vec![export], options)?;
+        let served = run(arguments, server, engine, None);
+        output.finish();
+        return served;
+    }
+    match &arguments.handover {
+        None => run(arguments, Server::bind(&addresses, vec![export], options)?, engine, None),
+        Some(path) => {
+            let (server, point) = succeed(path, &identity, &addresses, export, options)?;
+            run(arguments, server, engine, Some((point, identity)))
+        }
+    }
+}
+
+/// Takes over from the server that is at the meeting point, or is the first one there.
+fn succeed(
+    path: &Path,
+    identity: &str,
+    addresses: &[ListenAddress],
+    export: Export,
+    options: ServerOptions,
+) -> Result<(Server, MeetingPoint)> {
+    match MeetingPoint::arrive(path, identity, addresses, &options.access)? {
+        Arrival::First(point) => Ok((Server::bind(addresses, vec![export], options)?, point)),
+        Arrival::Successor(successor) => {
+            let succession = successor.take_over()?;
+            tracing::info!("the server before has ended: this one goes on");
+            Ok((Server::listening(succession.listeners, vec![export], options)?, succession.point))
+        }
+    }
+}
+
+/// What is served, in one line: only a server of the same is succeeded.
+fn identity(arguments: &Arguments, disk: &FileDisk) -> Result<String> {
+    use std::os::unix::fs::MetadataExt as _;
+    let path = &arguments.file;
+    let metadata = std::fs::metadata(path).with_context(|| format!("cannot look at {}", path.display()))?;
+    // Of a device what it is, of a file which it is.
+    let (kind, number) = match metadata.rdev() {
+        0 => ("file", format!("{}:{}", metadata.dev(), metadata.ino())),
+        device => ("device", device.to_string()),
+    };
+    let access = if arguments.read_only { "read-only" } else { "read-write" };
+    Ok(format!("{:?} of {} bytes, {kind} {number}, {access}", arguments.name, disk.size()))
+}
+
+fn run(
+    arguments: &Arguments,
+    server: Server,
+    engine: Engine,
+    meeting: Option<(MeetingPoint, String)>,
+) -> Result<()> {
+    let shards = match arguments.shards {
+        0 => thread::available_parallelism().map_or(1, usize::from),
+        shards => shards,
+    };
+    let runtime =
+        tokio::runtime::Builder::new_current_thread().enable_all().build().context("no event loop")?;
+    runtime.block_on(async {
+        let mut terminate = signal(SignalKind::terminate()).context("cannot wait for SIGTERM")?;
+        let mut interrupt = signal(SignalKind::interrupt()).context("cannot wait for SIGINT")?;
+        let handle = server.run(shards, engine)?;
+        let (departs, departed) = oneshot::channel::<Departure>();
+        if let Some((point, identity)) = &meeting {
+            point.wait(identity.clone(), &handle.listeners(), |departure| {
+                // Nobody waits for it where we are ending anyway.
+                let _ = departs.send(departure);
+            })?;
+        }
+        // Whoever gave us the socket knows where it is, and its stdout may be ours.
+        if !arguments.stdio && !arguments.listen.is_given() {
+            // Without a reader of these lines it is served all the same.
+            for address in handle.addresses() {
+                println!("{}", address.uri(&arguments.name));
+            }
+        }
+        let mut departure = None;
+        tokio::select! {
+            _ = terminate.recv() => {}
+            _ = interrupt.recv() => {}
+            () = ended(&handle) => {}
+            Ok(successor) = departed => departure = Some(successor),
+        }
+        handle.shutdown();
+        handle.join()?;
+        if departure.is_some() {
+            eprintln!("lifeboot-nbd: handed over to a new server");
+        }
+        // Its end is what the successor waits for: after the last operation of ours.
+        drop(departure);
+        Ok(())
+    })
+}
+
+async fn ended(handle: &ServerHandle) {
+    let mut ticks = tokio::time::interval(TICK);
+    while !handle.is_ended() {
+        ticks.tick().await;
+    }
+}
