@@ -219,6 +219,32 @@ impl LiveRestore {
         Ok((Stopped(self.arguments), status))
     }
 
+    /// The same command with `--take-over`, while this one runs: returns when the new one is ready, and this one has ended well.
+    ///
+    /// # Errors
+    /// One of them ended badly, or the new one does not become ready.
+    pub fn take_over(mut self) -> Result<Self> {
+        let mut arguments = self.arguments.clone();
+        if !arguments.further.iter().any(|argument| argument == "--take-over") {
+            arguments.further.push("--take-over".to_owned());
+        }
+        let heir = Self::launch(arguments)?;
+        self.process.wait_success()?;
+        let said = self.process.lines().iter().any(|line| event(line, "taken_over").is_some());
+        anyhow::ensure!(said, "the old agent did not say that it handed over");
+        Ok(heir)
+    }
+
+    /// The same command with these arguments in addition, to be run to its end.
+    ///
+    /// # Errors
+    /// Lifeboot is not built.
+    pub fn command_with(&self, further: &[&str]) -> Result<Command> {
+        let mut command = self.arguments.command()?;
+        command.args(further);
+        Ok(command)
+    }
+
     /// The process, for its output and its end.
     pub fn process(&mut self) -> &mut Process {
         &mut self.process
