@@ -323,3 +323,33 @@ fn an_unknown_export_is_named_in_the_log_cut_and_escaped_and_once_in_a_while() {
     assert!(lines[0].contains(r"evil\u{1b}[2J\n") && lines[0].contains("…"), "{text}");
     assert!(lines[0].len() < 500 && !lines[0].contains(&"x".repeat(80)), "{text}");
 }
+
+#[test]
+fn a_flood_of_refusals_is_a_line_once_in_a_while() {
+    let work = Work::new();
+    let path = work.path("s");
+    let mut command = Command::new(BINARY);
+    command.arg(&work.disk).args(["--max-connections=1", "--allow=192.0.2.0/24", "--listen=tcp:127.0.0.1:0"]);
+    command.arg(format!("--listen=unix:{}", path.display()));
+    let mut child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    let mut log = child.stderr.take().unwrap();
+    let mut uris = BufReader::new(child.stdout.take().unwrap()).lines();
+    let running = Running(child);
+    let port: u16 = uris.next().unwrap().unwrap().split(['/', ':']).nth(4).unwrap().parse().unwrap();
+    assert!(uris.next().unwrap().unwrap().starts_with("nbd+unix:"));
+    let client = Client::connect(&path, wish("", true)).unwrap();
+    for _ in 0..1000 {
+        // The one is refused for its network, the other for its number.
+        let refused = Client::over(as_unix(TcpStream::connect(("127.0.0.1", port)).unwrap()), wish("", true));
+        assert!(refused.is_err());
+        assert!(Client::connect(&path, wish("", true)).is_err());
+    }
+    client.disconnect();
+    assert_eq!(running.end(), Some(0));
+    let mut text = String::new();
+    log.read_to_string(&mut text).unwrap();
+    for (line, word) in [("its network is not allowed", "127.0.0.1"), ("there are too many", "Connections")] {
+        let said: Vec<&str> = text.lines().filter(|said| said.contains(line)).collect();
+        assert!(!said.is_empty() && said.len() < 50 && said[0].contains(word), "{text}");
+    }
+}

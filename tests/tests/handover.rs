@@ -69,6 +69,12 @@ fn a_guest_notices_nothing_when_one_agent_after_another_takes_its_place() {
 fn who_cannot_take_over_leaves_the_agent_as_it_was() {
     let captured = Captured::new("refused-heir", 16 * MIB, 82).unwrap();
     let live = captured.start(&["--no-background"]).unwrap();
+    // First of all: what is wholly home needs no repository.
+    let (repository, away) = (captured.repository.path(), captured.work.file("away"));
+    std::fs::rename(repository, &away).unwrap();
+    let output = run_any(&mut live.command_with(&["--take-over"]).unwrap()).unwrap();
+    std::fs::rename(&away, repository).unwrap();
+    assert!(!output.status.success(), "without the repository");
     let fails = |further: &[&str], word: &str| {
         let output = run_any(&mut live.command_with(further).unwrap()).unwrap();
         let said = String::from_utf8_lossy(&output.stderr).into_owned();

@@ -32,6 +32,7 @@ use super::pointer;
 use super::record::SessionRecord;
 use super::state_dir::{JOURNAL, StateDir};
 use super::stopped::{stopped_status, unusable_journal};
+use super::take_over;
 use super::target::{self, Contents};
 use super::wanted;
 use crate::cli::{Failure, Interrupt};
@@ -127,6 +128,9 @@ pub(super) fn find<'a>(wish: &'a Wish<'a>, state: &'a StateDir) -> anyhow::Resul
             }
             wanted::check_asked(wish, &record)?;
             let disk = needed(wanted::of_record(wish, &record), state, &record)?;
+            if let (true, Some(disk)) = (wish.takes_over, &disk) {
+                take_over::check_repository(wish, disk)?;
+            }
             Restored::Begun(Box::new(record), disk)
         }
         None => {

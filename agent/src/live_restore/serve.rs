@@ -117,6 +117,7 @@ pub(crate) fn start(
     let nbd_exports = nbd_exports(&found, &exports);
     let server;
     let metrics;
+    let mut has_taken_over = false;
     match take_over(order, &wanted)? {
         None => {
             if order.takes_over {
@@ -133,6 +134,7 @@ pub(crate) fn start(
             server = Server::listening(listeners, nbd_exports, order.server.clone())?;
             tracing::info!(pid = predecessor.pid(), "taking the place of the agent that serves");
             predecessor.end()?;
+            has_taken_over = true;
             server.own_files();
             claims = claim_all(&wanted)?;
             // Guests wait: they are not to wait for a scraper's address.
@@ -142,7 +144,14 @@ pub(crate) fn start(
             });
         }
     }
-    let opened = open_all(found, order.engine, interrupt)?;
+    let opened = open_all(found, order.engine, interrupt);
+    let opened = opened.inspect_err(|_| {
+        if has_taken_over {
+            context
+                .output()
+                .warn("the agent before has ended: nobody serves until this command is run again");
+        }
+    })?;
     drop(wishes);
     serve(order, opened, wanted, Bound { server, exports, metrics, claims }, repository.ok(), interrupt)
 }

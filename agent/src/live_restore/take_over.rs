@@ -18,11 +18,14 @@ use std::time::Duration;
 
 use anyhow::Context as _;
 use nbd_server::{Listener, ServerOptions, handover};
+use repository::DiskEntry;
 
 use super::control::{self, Reply, Request, TakeOver};
+use super::open::Wish;
 use super::order::Wanted;
 use super::service::Service;
 use crate::cli::{Failure, UsageError};
+use crate::source::zero_chunks;
 
 /// How long the other end may take to say a thing that it knows.
 const PATIENCE: Duration = Duration::from_secs(10);
@@ -42,6 +45,17 @@ pub(crate) struct Heir {
 pub(super) struct Predecessor {
     stream: UnixStream,
     pid: u32,
+}
+
+/// Reads of the repository what opening the session is going to read: while another agent serves, nothing is lost where
+/// that cannot be had.
+pub(super) fn check_repository(wish: &Wish<'_>, disk: &DiskEntry) -> anyhow::Result<()> {
+    let map = wish.repository()?.disk_map(disk)?;
+    let copies = wish.fallbacks;
+    let read = zero_chunks(&map);
+    let read = read.or_else(|error| copies.or_else(error, |copy| zero_chunks(&map.through(copy))));
+    read.context("cannot read the map of the snapshot's disk")?;
+    Ok(())
 }
 
 /// Asks the agent that serves these disks for its place; `None` where there is none.
