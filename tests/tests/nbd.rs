@@ -350,3 +350,26 @@ fn both_engines_serve_over_tcp_too() {
         assert!(process.terminate().unwrap().success(), "{engine}: SIGTERM is a good end");
     }
 }
+
+#[test]
+fn nbdinfo_and_libnbd_start_the_server_that_they_ask() {
+    let work = WorkDir::new("started").unwrap();
+    let disk = work.file("disk.raw");
+    disk::make(&disk, DISK_BYTES, 9).unwrap();
+    let program = ours("lifeboot-nbd").unwrap().get_program().to_owned();
+    // A socket that listens is given in either case; the first serves one connection of it.
+    for further in [&["--stdio"][..], &[]] {
+        let mut nbdinfo = Command::new("nbdinfo");
+        nbdinfo.args(["--json", "--", "["]).arg(&program).args(further).arg(&disk).arg("]");
+        let said = run_json(&mut nbdinfo).unwrap();
+        assert_eq!(said["exports"][0]["export-size"], DISK_BYTES);
+    }
+    // A socket that is connected already, as stdin and stdout.
+    let script = format!(
+        "import nbd\nh = nbd.NBD()\nh.connect_command([{:?}, '--stdio', {:?}])\nprint(h.get_size())\nh.shutdown()\n",
+        program.display().to_string(),
+        disk.display().to_string()
+    );
+    let said = run(Command::new("/usr/bin/python3").args(["-c", &script])).unwrap();
+    assert_eq!(said.trim(), DISK_BYTES.to_string());
+}
