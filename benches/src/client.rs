@@ -7,14 +7,17 @@ use std::path::Path;
 use anyhow::{Context, Result, bail, ensure};
 use bytes::BytesMut;
 use proto::client::{Event, Goal, Handshake, Progress, Replies, Wish};
-use proto::wire::{CommandFlags, CommandKind, Cookie, RequestHeader};
+use proto::wire::{CommandFlags, CommandKind, Cookie, ReplyStyle, RequestHeader};
 
+/// The kind of replies that most guests' clients have today.
+const STYLE: ReplyStyle = ReplyStyle::Structured;
 const RECEIVE_BYTES: usize = 256 << 10;
 
 /// A connection in transmission.
 #[derive(Debug)]
 pub(crate) struct Client {
     stream: UnixStream,
+    style: ReplyStyle,
     replies: Replies,
     input: BytesMut,
     received: Vec<u8>,
@@ -27,7 +30,7 @@ impl Client {
     pub(crate) fn connect(socket: &Path, export: &str) -> Result<Self> {
         let stream =
             UnixStream::connect(socket).with_context(|| format!("cannot connect to {}", socket.display()))?;
-        let wish = Wish { goal: Goal::Go(export.to_owned()), structured: true, contexts: Vec::new() };
+        let wish = Wish { goal: Goal::Go(export.to_owned()), replies: STYLE, contexts: Vec::new() };
         let mut handshake = Handshake::new(wish);
         let mut received = vec![0; RECEIVE_BYTES];
         let connected = loop {
@@ -43,6 +46,7 @@ impl Client {
         };
         Ok(Self {
             stream,
+            style: connected.replies,
             replies: Replies::new(connected.replies, connected.contexts),
             input: handshake.into_rest(),
             received,
@@ -58,8 +62,7 @@ impl Client {
 
     /// Fills `out` from `offset`.
     pub(crate) fn read(&mut self, offset: u64, out: &mut [u8]) -> Result<()> {
-        let len = u32::try_from(out.len()).context("a request is shorter than 4 GiB")?;
-        self.request(CommandKind::Read, offset, len, &[], |at, piece| match piece {
+        self.request(CommandKind::Read, offset, out.len() as u64, &[], |at, piece| match piece {
             Piece::Bytes(bytes) => out[at..at + bytes.len()].copy_from_slice(bytes),
             Piece::Zeroes(len) => out[at..at + len].fill(0),
         })
@@ -67,8 +70,7 @@ impl Client {
 
     /// Writes `data` at `offset`.
     pub(crate) fn write(&mut self, offset: u64, data: &[u8]) -> Result<()> {
-        let len = u32::try_from(data.len()).context("a request is shorter than 4 GiB")?;
-        self.request(CommandKind::Write, offset, len, data, |_, _| {})
+        self.request(CommandKind::Write, offset, data.len() as u64, data, |_, _| {})
     }
 
     /// Has everything acknowledged put on stable storage.
@@ -80,7 +82,7 @@ impl Client {
         &mut self,
         kind: CommandKind,
         offset: u64,
-        len: u32,
+        len: u64,
         payload: &[u8],
         mut take: impl FnMut(usize, Piece<'_>),
     ) -> Result<()> {
@@ -89,10 +91,10 @@ impl Client {
             RequestHeader { flags: CommandFlags::NONE, kind, cookie: Cookie(self.last_cookie), offset, len };
         self.replies.expect(&header)?;
         if payload.is_empty() {
-            self.stream.write_all(&header.encode())?;
+            self.stream.write_all(&header.encode(self.style))?;
         } else {
-            let mut message = Vec::with_capacity(RequestHeader::BYTES + payload.len());
-            message.extend_from_slice(&header.encode());
+            let mut message = Vec::with_capacity(RequestHeader::EXTENDED_BYTES + payload.len());
+            message.extend_from_slice(&header.encode(self.style));
             message.extend_from_slice(payload);
             self.stream.write_all(&message)?;
         }
@@ -105,7 +107,7 @@ impl Client {
                     Event::Hole { offset: at, len, .. } => {
                         take(usize::try_from(at - offset)?, Piece::Zeroes(len as usize));
                     }
-                    Event::Status { .. } => {}
+                    Event::Status { .. } | Event::Failure { .. } => {}
                     Event::Done { result, .. } => {
                         return result.map_err(|errno| {
                             anyhow::anyhow!("{kind:?} of {len} bytes at {offset} failed: {errno:?}")
@@ -130,7 +132,7 @@ impl Drop for Client {
             len: 0,
         };
         // A server that is gone already needs no goodbye.
-        let _ = self.stream.write_all(&header.encode());
+        let _ = self.stream.write_all(&header.encode(self.style));
     }
 }
 

@@ -64,6 +64,8 @@ pub enum Attempt {
     Done,
     /// It was not done, or in part; the waiting form of the operation must be used for all of it.
     WouldWait,
+    /// Of a read alone: all of it is zeroes, as is known without looking. The buffer holds whatever it held.
+    Zeroes,
 }
 
 /// What is known of a range without reading it.

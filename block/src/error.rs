@@ -2,6 +2,8 @@
 
 use std::fmt;
 
+use crate::ByteRange;
+
 /// The result of everything here that can fail.
 pub type Result<T> = std::result::Result<T, Error>;
 
@@ -33,6 +35,7 @@ pub enum ErrorKind {
 pub struct Error {
     kind: ErrorKind,
     context: String,
+    range: Option<ByteRange>,
     #[source]
     source: Option<std::sync::Arc<dyn std::error::Error + Send + Sync>>,
 }
@@ -40,7 +43,7 @@ pub struct Error {
 impl Error {
     /// A failure of `kind`; `context` says what was being done, on what.
     pub fn new(kind: ErrorKind, context: impl fmt::Display) -> Self {
-        Self { kind, context: context.to_string(), source: None }
+        Self { kind, context: context.to_string(), range: None, source: None }
     }
 
     /// A failure that the operating system reported, its kind taken from `source`.
@@ -56,7 +59,12 @@ impl Error {
             (_, Some(libc::ESHUTDOWN)) => ErrorKind::Shutdown,
             _ => ErrorKind::Io,
         };
-        Self { kind, context: format!("{context}: {source}"), source: Some(std::sync::Arc::new(source)) }
+        Self {
+            kind,
+            context: format!("{context}: {source}"),
+            range: None,
+            source: Some(std::sync::Arc::new(source)),
+        }
     }
 
     /// The same failure, seen as another kind by the callers.
@@ -64,6 +72,19 @@ impl Error {
     pub fn with_kind(mut self, kind: ErrorKind) -> Self {
         self.kind = kind;
         self
+    }
+
+    /// The same failure, which concerns `range` of the device. What was known more closely stays.
+    #[must_use]
+    pub fn at(mut self, range: ByteRange) -> Self {
+        self.range.get_or_insert(range);
+        self
+    }
+
+    /// Which bytes of the device it concerns, where that is known.
+    #[must_use]
+    pub const fn range(&self) -> Option<ByteRange> {
+        self.range
     }
 
     /// What kind of failure it was.

@@ -7,6 +7,7 @@ use std::path::Path;
 use std::process::{Child, Command, Output, Stdio};
 
 use common::{Client, wish};
+use proto::wire::{Errno, ReplyStyle};
 use rustix::process::{Pid, Signal, kill_process};
 
 const BINARY: &str = env!("CARGO_BIN_EXE_lifeboot-nbd");
@@ -62,7 +63,7 @@ fn it_serves_a_file_prints_where_and_ends_on_either_signal() {
         let running = Running::start(&file, &[&address, "tcp:127.0.0.1:0"], &arguments);
         assert_eq!(running.uris[0], format!("nbd+unix:///my%20disk?socket={}", socket.display()));
         assert!(running.uris[1].starts_with("nbd://127.0.0.1:") && running.uris[1].ends_with("/my%20disk"));
-        let mut client = Client::connect(&socket, wish("my disk", true)).unwrap();
+        let mut client = Client::connect(&socket, wish("my disk", ReplyStyle::Structured)).unwrap();
         assert_eq!(client.connected.info.size, 1 << 20);
         assert!(client.read(100, 5000).data == [7; 5000]);
         assert_eq!(client.write(4096, &[9; 100_000]).result, Ok(()));
@@ -89,8 +90,8 @@ fn a_read_only_file_is_not_written() {
     std::fs::write(&file, vec![7; 1 << 20]).unwrap();
     let socket = dir.path().join("s");
     let running = Running::start(&file, &[&format!("unix:{}", socket.display())], &["--read-only"]);
-    let mut client = Client::connect(&socket, wish("", false)).unwrap();
-    assert_eq!(client.write(0, &[1; 4096]).result, Err(proto::wire::Errno::NotPermitted));
+    let mut client = Client::connect(&socket, wish("", ReplyStyle::Simple)).unwrap();
+    assert_eq!(client.write(0, &[1; 4096]).result, Err(Errno::NotPermitted));
     assert!(client.read(0, 100_000).data == [7; 100_000]);
     assert_eq!(running.end(Signal::TERM), Some(0));
 }
@@ -135,6 +136,8 @@ fn the_socket_of_a_killed_server_is_taken_over() {
     assert_eq!(running.end(Signal::KILL), None);
     assert!(socket.exists());
     let running = Running::start(&file, &[&address], &[]);
-    assert!(Client::connect(&socket, wish("", true)).unwrap().read(0, 4096).data == [7; 4096]);
+    assert!(
+        Client::connect(&socket, wish("", ReplyStyle::Structured)).unwrap().read(0, 4096).data == [7; 4096]
+    );
     assert_eq!(running.end(Signal::TERM), Some(0));
 }

@@ -3,20 +3,20 @@
 mod common;
 
 use block::ErrorKind;
-use common::{Client, MemoryDisk, Served, engines, wish};
+use common::{Client, MemoryDisk, STYLES, Served, engines, wish};
 use nbd_server::{Limits, ServerOptions};
-use proto::wire::{CommandFlags, CommandKind, Descriptor, Errno, MetaContext, TransmissionFlags};
+use proto::wire::{CommandFlags, CommandKind, Descriptor, Errno, MetaContext, ReplyStyle, TransmissionFlags};
 
 const SIZE: usize = 4 << 20;
 
-fn every_kind(test: impl Fn(&Served, bool)) {
+fn every_kind(test: impl Fn(&Served, ReplyStyle)) {
     for engine in engines() {
         for slow in [false, true] {
             let disk = MemoryDisk::new(SIZE);
             let disk = if slow { disk.slow() } else { disk };
             let served = Served::with(disk, ServerOptions::default(), 2, engine, |server| server);
-            for structured in [false, true] {
-                test(&served, structured);
+            for style in STYLES {
+                test(&served, style);
             }
             served.end();
         }
@@ -29,32 +29,32 @@ fn pattern(len: usize, seed: u8) -> Vec<u8> {
 
 #[test]
 fn what_was_written_is_read_back_at_any_size_and_offset() {
-    every_kind(|served, structured| {
-        let mut client = Client::connect(&served.path, wish("disk0", structured)).unwrap();
+    every_kind(|served, style| {
+        let mut client = Client::connect(&served.path, wish("disk0", style)).unwrap();
         let sizes = [1, 511, 4096, 4097, 32 << 10, (64 << 10) - 1, 65 << 10, 128 << 10, 300_000, 1 << 20];
         for (number, len) in sizes.into_iter().enumerate() {
             let offset = number as u64 * 12_345;
             let data = pattern(len, number as u8);
             assert_eq!(client.write(offset, &data).result, Ok(()));
-            let reply = client.read(offset, len as u32);
+            let reply = client.read(offset, len as u64);
             assert_eq!(reply.result, Ok(()));
-            assert!(reply.data == data, "{len} bytes at {offset}, structured: {structured}");
+            assert!(reply.data == data, "{len} bytes at {offset}, {style:?}");
         }
     });
 }
 
 #[test]
 fn many_requests_in_one_send_are_all_answered_right() {
-    every_kind(|served, structured| {
-        let mut client = Client::connect(&served.path, wish("", structured)).unwrap();
+    every_kind(|served, style| {
+        let mut client = Client::connect(&served.path, wish("", style)).unwrap();
         served.disk.bytes().copy_from_slice(&pattern(SIZE, 7));
         let mut message = Vec::new();
         for number in 0..300_u64 {
             let len = [4096, 100, 40_000][number as usize % 3];
             let header = client.header(CommandKind::Read, CommandFlags::NONE, number * 4000, len);
-            message.extend_from_slice(&header.encode());
+            message.extend_from_slice(&client.encode(&header));
             let write = client.header(CommandKind::Write, CommandFlags::NONE, 3 << 20, 3);
-            message.extend_from_slice(&write.encode());
+            message.extend_from_slice(&client.encode(&write));
             message.extend_from_slice(b"abc");
         }
         let mut socket = client.socket.try_clone().unwrap();
@@ -105,8 +105,8 @@ fn a_hole_that_was_written_since_is_read_as_data() {
 
 #[test]
 fn fua_and_flush_reach_the_device() {
-    every_kind(|served, structured| {
-        let mut client = Client::connect(&served.path, wish("disk0", structured)).unwrap();
+    every_kind(|served, style| {
+        let mut client = Client::connect(&served.path, wish("disk0", style)).unwrap();
         let before = (served.disk.stable_writes(), served.disk.flushes());
         let reply = client.call(CommandKind::Write, CommandFlags::FUA, 0, 4096, &[1; 4096]);
         assert_eq!(reply.result, Ok(()));
@@ -180,7 +180,7 @@ fn block_status_of_a_fragmented_disk_comes_in_bounded_pieces() {
     let size = (blocks * 4096) as u64;
     let (mut at, mut pieces) = (0, 0);
     while at < size {
-        let len = (size - at) as u32;
+        let len = size - at;
         let descriptors = client.status(&MetaContext::Allocation, CommandFlags::NONE, at, len);
         assert!(!descriptors.is_empty() && descriptors.len() <= 2048);
         for descriptor in descriptors {
@@ -206,8 +206,8 @@ fn block_status_without_contexts_is_invalid() {
 
 #[test]
 fn outside_the_disk_writes_have_no_room_and_reads_are_invalid() {
-    every_kind(|served, structured| {
-        let mut client = Client::connect(&served.path, wish("disk0", structured)).unwrap();
+    every_kind(|served, style| {
+        let mut client = Client::connect(&served.path, wish("disk0", style)).unwrap();
         let size = SIZE as u64;
         for offset in [size, size - 4095, u64::MAX, u64::MAX - 4095, 1 << 63] {
             assert_eq!(client.write(offset, &[0; 4096]).result, Err(Errno::NoSpace));
@@ -221,7 +221,7 @@ fn outside_the_disk_writes_have_no_room_and_reads_are_invalid() {
 #[test]
 fn a_read_only_export_takes_no_change_and_says_so() {
     let served = Served::new(MemoryDisk::new(SIZE), ServerOptions::default());
-    let mut client = Client::connect(&served.path, wish("frozen", true)).unwrap();
+    let mut client = Client::connect(&served.path, wish("frozen", ReplyStyle::Structured)).unwrap();
     assert!(client.connected.info.flags.contains(TransmissionFlags::READ_ONLY));
     assert_eq!(client.write(0, &[1; 70_000]).result, Err(Errno::NotPermitted));
     assert_eq!(
@@ -243,8 +243,8 @@ fn a_devices_failure_is_the_clients_error_and_never_zeroes() {
         (ErrorKind::NotPermitted, Errno::NotPermitted),
         (ErrorKind::Shutdown, Errno::Shutdown),
     ] {
-        every_kind(|served, structured| {
-            let mut client = Client::connect(&served.path, wish("disk0", structured)).unwrap();
+        every_kind(|served, style| {
+            let mut client = Client::connect(&served.path, wish("disk0", style)).unwrap();
             served.disk.fail(kind);
             assert_eq!(client.read(0, 4096).result, Err(errno), "{kind:?}");
             assert_eq!(client.read(0, 1 << 20).result, Err(errno), "{kind:?}");
@@ -275,9 +275,9 @@ fn a_client_that_sends_byte_by_byte_is_served() {
     let mut client = served.client();
     let write = client.header(CommandKind::Write, CommandFlags::NONE, 10, 300);
     let read = client.header(CommandKind::Read, CommandFlags::NONE, 10, 300);
-    let mut message = write.encode().to_vec();
+    let mut message = client.encode(&write).to_vec();
     message.extend_from_slice(&[9; 300]);
-    message.extend_from_slice(&read.encode());
+    message.extend_from_slice(&client.encode(&read));
     for byte in message {
         std::io::Write::write_all(&mut client.socket, &[byte]).unwrap();
     }
@@ -320,7 +320,7 @@ fn work_on_a_quarter(path: &std::path::Path, worker: u64) -> Vec<u8> {
         (seed % below as u64) as usize
     };
     let mut client =
-        Client::connect(path, wish("disk0", worker.is_multiple_of(2))).expect("the server takes us");
+        Client::connect(path, wish("disk0", STYLES[worker as usize % 3])).expect("the server takes us");
     for step in 0..300 {
         let most = [100, 5000, 200_000][random(3)];
         let len = 1 + random(most);
@@ -329,7 +329,7 @@ fn work_on_a_quarter(path: &std::path::Path, worker: u64) -> Vec<u8> {
         match random(4) {
             0 => {
                 let zeroes =
-                    client.call(CommandKind::WriteZeroes, CommandFlags::NONE, offset, len as u32, &[]);
+                    client.call(CommandKind::WriteZeroes, CommandFlags::NONE, offset, len as u64, &[]);
                 assert_eq!(zeroes.result, Ok(()));
                 model[start..start + len].fill(0);
             }
@@ -339,7 +339,7 @@ fn work_on_a_quarter(path: &std::path::Path, worker: u64) -> Vec<u8> {
                 model[start..start + len].copy_from_slice(&data);
             }
             _ => {
-                let reply = client.read(offset, len as u32);
+                let reply = client.read(offset, len as u64);
                 assert_eq!(reply.result, Ok(()));
                 assert!(reply.data == model[start..start + len], "step {step} of worker {worker}");
             }

@@ -12,6 +12,7 @@ use std::thread;
 use common::{Client, MemoryDisk, engine, wish};
 use nbd_server::handover::{Arrival, Departure, MeetingPoint, Successor, receive_line, send_line};
 use nbd_server::{Access, Export, LateRequests, ListenAddress, Server, ServerHandle, ServerOptions};
+use proto::wire::ReplyStyle;
 
 const IDENTITY: &str = "a disk";
 
@@ -77,7 +78,7 @@ impl Place {
     }
 
     fn check(&self) {
-        let mut client = Client::connect(self.socket(), wish("disk0", true)).unwrap();
+        let mut client = Client::connect(self.socket(), wish("disk0", ReplyStyle::Structured)).unwrap();
         assert_eq!(client.write(4096, &[7; 4096]).result, Ok(()));
         assert!(client.read(4096, 4096).data == [7; 4096]);
         client.disconnect();
@@ -114,7 +115,7 @@ fn a_successor_that_leaves_is_forgotten_and_the_next_one_takes_over() {
     let server = Server::listening(succession.listeners, place.exports(), options()).unwrap();
     assert_eq!(server.addresses(), bound, "and the name of the host is as it was given");
     let new = place.serve(server, succession.point);
-    Client::over(waiting, wish("disk0", true)).unwrap().disconnect();
+    Client::over(waiting, wish("disk0", ReplyStyle::Structured)).unwrap().disconnect();
     place.check();
     new.handle.shutdown();
     new.handle.join().unwrap();

@@ -102,9 +102,9 @@ fn the_same_number_twice_is_the_clients_own_affair() {
     let served = served();
     let mut client = served.client();
     let header = client.header(CommandKind::Read, CommandFlags::NONE, 0, 16);
-    client.socket.write_all(&header.encode()).unwrap();
+    client.socket.write_all(&client.encode(&header)).unwrap();
     assert_eq!(client.receive().unwrap().result, Ok(()));
-    client.socket.write_all(&header.encode()).unwrap();
+    client.socket.write_all(&client.encode(&header)).unwrap();
     assert!(client.receive().is_err(), "our client does not take an answer that it did not expect");
     drop(client);
     served.check_health();

@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use common::{Client, MemoryDisk, Served, assert_closed, begin_hand_made, option, wish};
 use nbd_server::{Limits, ServerOptions};
-use proto::wire::{CommandFlags, CommandKind, Errno, MAX_PAYLOAD_BYTES};
+use proto::wire::{CommandFlags, CommandKind, Errno, MAX_PAYLOAD_BYTES, ReplyStyle};
 
 const SIZE: usize = 64 << 20;
 
@@ -59,7 +59,7 @@ fn who_says_nothing_keeps_nobody_out() {
     // Refused while they are young, then let in.
     let newcomer = loop {
         assert!(served.handle.stats().half_open <= 3);
-        if let Ok(client) = Client::connect(&served.path, wish("disk0", true)) {
+        if let Ok(client) = Client::connect(&served.path, wish("disk0", ReplyStyle::Structured)) {
             break client;
         }
     };
@@ -103,7 +103,7 @@ fn who_sends_no_payload_loses_its_memory_to_those_who_wait() {
         Served::new(MemoryDisk::new(16 << 20).slow(), ServerOptions { limits, ..ServerOptions::default() });
     let mut stalled = served.simple_client();
     let header = stalled.header(CommandKind::Write, CommandFlags::NONE, 0, 16 << 20);
-    stalled.socket.write_all(&header.encode()).unwrap();
+    stalled.socket.write_all(&stalled.encode(&header)).unwrap();
     stalled.socket.write_all(&[7; 1000]).unwrap();
     served.wait_for(|stats| stats.memory_bytes == 16 << 20);
     let mut other = served.simple_client();
@@ -124,7 +124,7 @@ fn who_takes_or_sends_nothing_for_long_is_closed_though_nobody_waits() {
     deaf.send(CommandKind::Read, CommandFlags::NONE, 0, 32 << 20, &[]);
     let mut mute = served.simple_client();
     let header = mute.header(CommandKind::Write, CommandFlags::NONE, 0, 1 << 20);
-    mute.socket.write_all(&header.encode()).unwrap();
+    mute.socket.write_all(&mute.encode(&header)).unwrap();
     served.wait_for(|stats| stats.connections == 1);
     deaf.assert_closed();
     mute.assert_closed();
@@ -172,7 +172,7 @@ fn a_client_of_small_requests_is_served_beside_greedy_ones() {
 fn one_connection_too_many_is_closed_and_the_others_go_on() {
     let served = served(Limits { connections: 4, ..Limits::default() });
     let mut clients: Vec<Client> = (0..4).map(|_| served.client()).collect();
-    assert!(Client::connect(&served.path, wish("disk0", true)).is_err());
+    assert!(Client::connect(&served.path, wish("disk0", ReplyStyle::Structured)).is_err());
     for client in &mut clients {
         assert_eq!(client.read(0, 4096).result, Ok(()));
     }
@@ -187,7 +187,7 @@ fn requests_longer_than_allowed_are_refused_and_their_payload_skipped() {
     let served = served(Limits { request_bytes: 1 << 20, ..Limits::default() });
     let mut client = served.client();
     assert_eq!(client.connected.info.block_sizes.maximum, 1 << 20);
-    assert_eq!(client.read(0, (1 << 20) + 1).result, Err(Errno::Invalid));
+    assert_eq!(client.read(0, (1 << 20) + 1).result, Err(Errno::Overflow));
     assert_eq!(client.write(0, &vec![1; (1 << 20) + 1]).result, Err(Errno::Invalid));
     assert_eq!(client.write(0, &vec![1; MAX_PAYLOAD_BYTES as usize]).result, Err(Errno::Invalid));
     assert_eq!(client.read(0, 1 << 20).result, Ok(()));
@@ -201,8 +201,10 @@ fn the_largest_requests_are_served() {
     let mut client = served.client();
     let data: Vec<u8> = (0..MAX_PAYLOAD_BYTES).map(|at| at as u8 | 1).collect();
     assert_eq!(client.write(4096, &data).result, Ok(()));
-    assert!(client.read(4096, MAX_PAYLOAD_BYTES).data == data);
-    assert_eq!(client.read(0, MAX_PAYLOAD_BYTES + 1).result, Err(Errno::Invalid));
+    let most = u64::from(MAX_PAYLOAD_BYTES);
+    assert!(client.read(4096, most).data == data);
+    assert_eq!(client.read(0, most + 1).result, Err(Errno::Overflow));
+    assert_eq!(served.simple_client().read(0, most + 1).result, Err(Errno::Invalid));
     served.end();
 }
 
@@ -210,8 +212,8 @@ fn the_largest_requests_are_served() {
 fn a_payload_that_nobody_would_drain_ends_the_connection_at_once() {
     let served = served(Limits::default());
     let mut client = served.client();
-    let header = client.header(CommandKind::Write, CommandFlags::NONE, 0, MAX_PAYLOAD_BYTES + 1);
-    client.socket.write_all(&header.encode()).unwrap();
+    let header = client.header(CommandKind::Write, CommandFlags::NONE, 0, u64::from(MAX_PAYLOAD_BYTES) + 1);
+    client.socket.write_all(&client.encode(&header)).unwrap();
     client.assert_closed();
     served.check_health();
     served.end();

@@ -10,7 +10,7 @@ use common::{Client, MemoryDisk, Served, assert_closed, begin_hand_made, engine,
 use nbd_server::{
     ErrorKind, Export, LateRequests, Limits, ListenAddress, Server, ServerOptions, ShardContext,
 };
-use proto::wire::{CommandFlags, CommandKind, Errno};
+use proto::wire::{CommandFlags, CommandKind, Errno, ReplyStyle};
 
 fn slow_disk() -> MemoryDisk {
     MemoryDisk::new(1 << 20).slow()
@@ -183,7 +183,7 @@ fn a_server_serves_again_at_the_same_socket() {
         );
         assert_eq!(second.unwrap_err().kind(), ErrorKind::AddressInUse);
         let handle = server.run(2, engine()).unwrap();
-        let mut client = Client::connect(&dir.path().join("s"), wish("", true)).unwrap();
+        let mut client = Client::connect(&dir.path().join("s"), wish("", ReplyStyle::Structured)).unwrap();
         assert_eq!(client.write(u64::from(round), &[round]).result, Ok(()));
         handle.shutdown();
         client.assert_closed();

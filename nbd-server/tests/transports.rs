@@ -15,6 +15,7 @@ use std::thread;
 
 use common::{Client, MemoryDisk, Served, wish};
 use nbd_server::{Access, ErrorKind, Export, ListenAddress, Server, ServerOptions};
+use proto::wire::ReplyStyle;
 use rustix::process::{Pid, Signal, kill_process};
 
 const BINARY: &str = env!("CARGO_BIN_EXE_lifeboot-nbd");
@@ -64,7 +65,7 @@ impl Running {
 }
 
 fn check(stream: UnixStream) {
-    let mut client = Client::over(stream, wish("", true)).unwrap();
+    let mut client = Client::over(stream, wish("", ReplyStyle::Structured)).unwrap();
     assert_eq!(client.connected.info.size, DISK_BYTES as u64);
     assert!(client.read(0, 100_000).data == [7; 100_000]);
     client.disconnect();
@@ -218,7 +219,7 @@ fn addresses_that_cannot_be_had_are_said_in_a_line_each() {
 
 fn tcp_client(server: &ListenAddress) -> io::Result<Client> {
     let ListenAddress::Tcp { port, .. } = server else { panic!("{server} is not TCP") };
-    Client::over(as_unix(TcpStream::connect(("127.0.0.1", *port))?), wish("disk0", true))
+    Client::over(as_unix(TcpStream::connect(("127.0.0.1", *port))?), wish("disk0", ReplyStyle::Structured))
 }
 
 #[test]
@@ -243,7 +244,9 @@ fn networks_that_are_not_allowed_are_closed_before_a_byte_is_said() {
         let handle = Server::bind(&addresses, exports, options).unwrap().run(1, common::engine()).unwrap();
         let client = tcp_client(&handle.addresses()[0]);
         assert_eq!(client.is_ok(), is_allowed, "{network} at {host}");
-        Client::connect(&path, wish("disk0", true)).expect("unix sockets are not affected").disconnect();
+        Client::connect(&path, wish("disk0", ReplyStyle::Structured))
+            .expect("unix sockets are not affected")
+            .disconnect();
         drop(client);
         handle.shutdown();
         handle.join().unwrap();
@@ -263,7 +266,7 @@ fn vsock_is_served_where_the_kernel_has_it() {
     let socket = socket2::Socket::new(socket2::Domain::VSOCK, socket2::Type::STREAM, None).unwrap();
     // 1 is this very machine, by the module vsock_loopback.
     if socket.connect(&socket2::SockAddr::vsock(1, PORT)).is_ok() {
-        let mut client = Client::over(as_unix(socket), wish("disk0", true)).unwrap();
+        let mut client = Client::over(as_unix(socket), wish("disk0", ReplyStyle::Structured)).unwrap();
         assert_eq!(client.write(0, &[9; 300_000]).result, Ok(()));
         assert!(client.read(0, 300_000).data == [9; 300_000]);
         client.disconnect();
@@ -310,7 +313,7 @@ fn an_unknown_export_is_named_in_the_log_cut_and_escaped_and_once_in_a_while() {
     let mut running = running.ready();
     let name = format!("evil\u{1b}[2J\n{}", "x".repeat(4000));
     for _ in 0..100 {
-        let refused = Client::connect(&path, wish(&name, true)).err().unwrap();
+        let refused = Client::connect(&path, wish(&name, ReplyStyle::Structured)).err().unwrap();
         assert!(refused.to_string().contains("no such export"), "{refused}");
     }
     check(UnixStream::connect(&path).unwrap());
@@ -337,12 +340,15 @@ fn a_flood_of_refusals_is_a_line_once_in_a_while() {
     let running = Running(child);
     let port: u16 = uris.next().unwrap().unwrap().split(['/', ':']).nth(4).unwrap().parse().unwrap();
     assert!(uris.next().unwrap().unwrap().starts_with("nbd+unix:"));
-    let client = Client::connect(&path, wish("", true)).unwrap();
+    let client = Client::connect(&path, wish("", ReplyStyle::Structured)).unwrap();
     for _ in 0..1000 {
         // The one is refused for its network, the other for its number.
-        let refused = Client::over(as_unix(TcpStream::connect(("127.0.0.1", port)).unwrap()), wish("", true));
+        let refused = Client::over(
+            as_unix(TcpStream::connect(("127.0.0.1", port)).unwrap()),
+            wish("", ReplyStyle::Structured),
+        );
         assert!(refused.is_err());
-        assert!(Client::connect(&path, wish("", true)).is_err());
+        assert!(Client::connect(&path, wish("", ReplyStyle::Structured)).is_err());
     }
     client.disconnect();
     assert_eq!(running.end(), Some(0));

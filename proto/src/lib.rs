@@ -9,8 +9,7 @@
 //! - [`server`]: the handshake as a server sees it, admission of requests, encoding of replies;
 //! - [`client`]: the handshake as a client sees it, encoding of requests, checking of replies.
 //!
-//! Not here yet, but laid out for: STARTTLS ([`wire::OptionKind::StartTls`], answered by policy) and
-//! EXTENDED_HEADERS ([`wire::ReplyStyle`] has the place, the option is answered as unsupported).
+//! Not here yet, but laid out for: STARTTLS ([`wire::OptionKind::StartTls`], answered by policy).
 
 pub mod client;
 pub mod server;

@@ -7,8 +7,8 @@ use common::Server;
 use proptest::prelude::*;
 use proto::client::{Goal, Handshake, Replies, ReplyError, Wish};
 use proto::wire::{
-    CLIENT_OPTION_MAGIC, CommandFlags, CommandKind, ContextId, Cookie, MetaContext, NBD_MAGIC,
-    OPTION_REPLY_MAGIC, ReplyStyle, RequestHeader, SIMPLE_REPLY_MAGIC, STRUCTURED_REPLY_MAGIC,
+    CLIENT_OPTION_MAGIC, CommandFlags, CommandKind, ContextId, Cookie, EXTENDED_REPLY_MAGIC, MetaContext,
+    NBD_MAGIC, OPTION_REPLY_MAGIC, ReplyStyle, RequestHeader, SIMPLE_REPLY_MAGIC, STRUCTURED_REPLY_MAGIC,
     SelectedContext,
 };
 
@@ -17,7 +17,7 @@ const COOKIE: Cookie = Cookie(5);
 fn client() -> Handshake {
     Handshake::new(Wish {
         goal: Goal::Go("disk".to_owned()),
-        structured: true,
+        replies: ReplyStyle::Structured,
         contexts: vec![MetaContext::Allocation],
     })
 }
@@ -30,13 +30,17 @@ fn greeting() -> BytesMut {
     bytes
 }
 
-fn request(kind: CommandKind, len: u32) -> RequestHeader {
+fn request(kind: CommandKind, len: u64) -> RequestHeader {
     RequestHeader { flags: CommandFlags::NONE, kind, cookie: COOKIE, offset: 1000, len }
 }
 
-fn waiting_for(kind: CommandKind, len: u32) -> Replies {
+fn waiting_for(kind: CommandKind, len: u64) -> Replies {
+    waiting(ReplyStyle::Structured, kind, len)
+}
+
+fn waiting(style: ReplyStyle, kind: CommandKind, len: u64) -> Replies {
     let contexts = vec![SelectedContext { id: ContextId(1), context: MetaContext::Allocation }];
-    let mut replies = Replies::new(ReplyStyle::Structured, contexts);
+    let mut replies = Replies::new(style, contexts);
     replies.expect(&request(kind, len)).expect("nothing else is in flight");
     replies
 }
@@ -49,6 +53,33 @@ fn chunk(flags: u16, kind: u16, cookie: u64, payload: &[u8]) -> BytesMut {
     out.put_u64(cookie);
     out.put_u32(payload.len() as u32);
     out.put_slice(payload);
+    out
+}
+
+/// A chunk with extended headers, that of the request's offset unless told otherwise.
+fn extended_at(offset: u64, kind: u16, payload: &[u8]) -> BytesMut {
+    let mut out = BytesMut::new();
+    out.put_u32(EXTENDED_REPLY_MAGIC);
+    out.put_u16(1);
+    out.put_u16(kind);
+    out.put_u64(COOKIE.0);
+    out.put_u64(offset);
+    out.put_u64(payload.len() as u64);
+    out.put_slice(payload);
+    out
+}
+
+fn extended(kind: u16, payload: &[u8]) -> BytesMut {
+    extended_at(1000, kind, payload)
+}
+
+fn extents(context: u32, count: u32, extents: &[(u64, u64)]) -> Vec<u8> {
+    let mut out = context.to_be_bytes().to_vec();
+    out.extend(count.to_be_bytes());
+    for (len, flags) in extents {
+        out.extend(len.to_be_bytes());
+        out.extend(flags.to_be_bytes());
+    }
     out
 }
 
@@ -142,6 +173,16 @@ proptest! {
     }
 
     #[test]
+    fn a_client_survives_any_extended_chunks(
+        chunks in prop::collection::vec((prop_oneof![8 => Just(1000_u64), 1 => any::<u64>()], prop_oneof![Just(0_u16), Just(1), Just(2), Just(6), Just(0x8001), Just(0x8002), any::<u16>()], prop::collection::vec(any::<u8>(), 0..50)), 0..20),
+        kind in 0..9_u16,
+        len in prop_oneof![Just(4096_u64), any::<u64>()],
+    ) {
+        let chunks: Vec<_> = chunks.iter().map(|(offset, kind, payload)| extended_at(*offset, *kind, payload)).collect();
+        verdict(waiting(ReplyStyle::Extended, CommandKind::from_number(kind), len), &chunks);
+    }
+
+    #[test]
     fn a_client_survives_any_bytes(bytes in prop::collection::vec(any::<u8>(), 0..500)) {
         let _ = client().receive(&bytes);
         verdict(waiting_for(CommandKind::Read, 4096), &[BytesMut::from(&bytes[..])]);
@@ -186,7 +227,7 @@ fn a_read_that_ends_early_is_never_taken_for_whole() {
 
 #[test]
 fn an_extent_that_begins_beyond_the_request_ends_it() {
-    let extents = |lens: &[u32]| {
+    let narrow_extents = |lens: &[u32]| {
         let mut payload = vec![0, 0, 0, 1];
         for len in lens {
             payload.extend_from_slice(&len.to_be_bytes());
@@ -194,9 +235,9 @@ fn an_extent_that_begins_beyond_the_request_ends_it() {
         }
         verdict(waiting_for(CommandKind::BlockStatus, 100), &[chunk(1, 5, 5, &payload)])
     };
-    assert_eq!(extents(&[60, 50]), None, "the last one may reach beyond it");
+    assert_eq!(narrow_extents(&[60, 50]), None, "the last one may reach beyond it");
     for wrong in [&[60, 40, 1][..], &[u32::MAX, u32::MAX], &[60, 0]] {
-        assert_eq!(extents(wrong), Some(ReplyError::WrongRange(COOKIE)), "{wrong:?}");
+        assert_eq!(narrow_extents(wrong), Some(ReplyError::WrongRange(COOKIE)), "{wrong:?}");
     }
 }
 
@@ -216,6 +257,74 @@ fn a_simple_reply_to_a_read_after_structured_ones_were_agreed_is_refused() {
     simple.put_u64(5);
     let error = verdict(waiting_for(CommandKind::Read, 100), &[simple]);
     assert_eq!(error, Some(ReplyError::WrongKind(COOKIE)));
+}
+
+#[test]
+fn a_chunk_that_repeats_another_offset_ends_it() {
+    let read = || waiting(ReplyStyle::Extended, CommandKind::Read, 100);
+    assert_eq!(verdict(read(), &[extended(1, &data(1000, 100))]), None);
+    let wrong = Some(ReplyError::WrongOffset(COOKIE));
+    assert_eq!(verdict(read(), &[extended_at(1001, 1, &data(1000, 100))]), wrong);
+}
+
+#[test]
+fn no_kind_of_reply_stands_for_another() {
+    let mut simple = BytesMut::new();
+    simple.put_u32(SIMPLE_REPLY_MAGIC);
+    simple.put_u32(0);
+    simple.put_u64(5);
+    let wrong = Some(ReplyError::BadMagic);
+    let flush = |style| waiting(style, CommandKind::Flush, 0);
+    assert_eq!(verdict(flush(ReplyStyle::Extended), std::slice::from_ref(&simple)), wrong);
+    assert_eq!(verdict(flush(ReplyStyle::Extended), &[chunk(1, 0, 5, &[])]), wrong);
+    assert_eq!(verdict(flush(ReplyStyle::Structured), &[extended(0, &[])]), wrong);
+    assert_eq!(verdict(flush(ReplyStyle::Structured), &[simple]), None);
+    assert_eq!(verdict(flush(ReplyStyle::Extended), &[extended(0, &[])]), None);
+}
+
+#[test]
+fn extended_extents_are_counted_and_do_not_wrap() {
+    let status = |payload: &[u8]| {
+        let replies = waiting(ReplyStyle::Extended, CommandKind::BlockStatus, 1 << 40);
+        verdict(replies, &[extended(6, payload)])
+    };
+    assert_eq!(
+        status(&extents(1, 2, &[(1 << 39, 3), (1 << 50, 0)])),
+        None,
+        "the last one may reach beyond it"
+    );
+    let length = Some(ReplyError::WrongLength(COOKIE));
+    for wrong in [
+        extents(1, 1, &[(1, 0), (1, 0)]),
+        extents(1, 3, &[(1, 0), (1, 0)]),
+        extents(1, 0, &[]),
+        extents(1, u32::MAX, &[(1, 0)]),
+        extents(1, 1, &[(1, 0)])[..20].to_vec(),
+        vec![0, 0, 0, 1],
+    ] {
+        assert_eq!(status(&wrong), length, "{wrong:?}");
+    }
+    let range = Some(ReplyError::WrongRange(COOKIE));
+    for wrong in [&[(0, 0)][..], &[(1 << 40, 0), (1, 0)], &[(1, 0), (u64::MAX - 1000, 0)], &[(u64::MAX, 0)]] {
+        assert_eq!(status(&extents(1, wrong.len() as u32, wrong)), range, "{wrong:?}");
+    }
+    let kind = Some(ReplyError::WrongKind(COOKIE));
+    assert_eq!(status(&extents(2, 1, &[(1, 0)])), kind, "nobody selected that context");
+    let narrow = waiting(ReplyStyle::Structured, CommandKind::BlockStatus, 100);
+    assert_eq!(verdict(narrow, &[chunk(1, 6, 5, &extents(1, 1, &[(1, 0)]))]), kind);
+    let wide = waiting(ReplyStyle::Extended, CommandKind::BlockStatus, 100);
+    assert_eq!(verdict(wide, &[extended(5, &[0, 0, 0, 1, 0, 0, 0, 1, 0, 0, 0, 0])]), kind);
+}
+
+#[test]
+fn an_extended_chunk_longer_than_its_request_allows_is_refused_before_it_is_there() {
+    for len in [109, 1 << 32, (1 << 32) + 8, u64::MAX] {
+        let mut head = extended(1, &[]);
+        head.truncate(24);
+        head.put_u64(len);
+        let error = verdict(waiting(ReplyStyle::Extended, CommandKind::Read, 100), &[head]);
+        assert_eq!(error, Some(ReplyError::WrongLength(COOKIE)), "{len}");
+    }
 }
 
 #[test]

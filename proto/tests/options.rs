@@ -5,7 +5,10 @@ mod common;
 use bytes::{BufMut, BytesMut};
 use common::{Exports, Server};
 use proto::server::{Ending, Handshake, Step};
-use proto::wire::{CLIENT_OPTION_MAGIC, MAX_OPTION_BYTES, MAX_OPTIONS, OPTION_REPLY_MAGIC, Reader};
+use proto::wire::{
+    CLIENT_OPTION_MAGIC, MAX_OPTION_BYTES, MAX_OPTIONS, OPTION_REPLY_MAGIC, Reader, ReplyStyle,
+    TransmissionFlags,
+};
 
 const FIXED_NO_ZEROES: u32 = 3;
 const ACK: u32 = 1;
@@ -15,6 +18,7 @@ const POLICY: u32 = 0x8000_0002;
 const INVALID: u32 = 0x8000_0003;
 const UNKNOWN: u32 = 0x8000_0006;
 const TOO_BIG: u32 = 0x8000_0009;
+const EXTENDED_REQUIRED: u32 = 0x8000_000a;
 
 fn option(kind: u32, data: &[u8]) -> BytesMut {
     let mut out = BytesMut::new();
@@ -75,10 +79,72 @@ impl Talk {
 fn what_is_not_offered_yet_is_refused_and_the_handshake_goes_on() {
     let mut talk = Talk::new(FIXED_NO_ZEROES);
     assert_eq!(talk.kinds(5, &[]), [POLICY], "STARTTLS");
-    assert_eq!(talk.kinds(11, &[]), [UNSUPPORTED], "EXTENDED_HEADERS");
     assert_eq!(talk.kinds(4711, b"whatever"), [UNSUPPORTED]);
     assert_eq!(talk.kinds(7, &named("disk0", &[0, 0])), [3, ACK]);
     assert!(talk.0.agreed.is_some());
+}
+
+#[test]
+fn extended_headers_can_be_had_before_and_after_structured_replies_and_are_not_given_up() {
+    for before in [&[][..], &[8]] {
+        let mut talk = Talk::new(FIXED_NO_ZEROES);
+        for option in before {
+            assert_eq!(talk.kinds(*option, &[]), [ACK]);
+        }
+        assert_eq!(talk.kinds(11, b"x"), [INVALID], "it takes no data");
+        assert_eq!(talk.kinds(11, &[]), [ACK]);
+        assert_eq!(talk.kinds(11, &[]), [ACK], "twice is the same as once");
+        assert_eq!(talk.kinds(8, b"x"), [INVALID]);
+        assert_eq!(talk.kinds(8, &[]), [EXTENDED_REQUIRED]);
+        assert_eq!(talk.kinds(10, &queries("disk0", &["base:allocation"])), [META, ACK]);
+        assert_eq!(talk.kinds(7, &named("disk0", &[0, 0])), [3, ACK]);
+        let agreed = talk.0.agreed.unwrap();
+        assert_eq!((agreed.replies, agreed.contexts.len()), (ReplyStyle::Extended, 1));
+        assert!(agreed.info.flags.contains(TransmissionFlags::SEND_DF));
+    }
+}
+
+#[test]
+fn contexts_selected_before_extended_headers_stay_selected() {
+    let mut talk = Talk::new(FIXED_NO_ZEROES);
+    assert_eq!(talk.kinds(8, &[]), [ACK]);
+    assert_eq!(talk.kinds(10, &queries("disk0", &["base:allocation"])), [META, ACK]);
+    assert_eq!(talk.kinds(11, &[]), [ACK]);
+    talk.kinds(7, &named("disk0", &[0, 0]));
+    assert_eq!(talk.0.agreed.unwrap().contexts.len(), 1);
+}
+
+#[test]
+fn filtering_is_offered_with_extended_headers_to_those_who_selected_or_only_ask() {
+    let flags = |replies: &[(u32, Vec<u8>)]| {
+        let export = &replies[0].1;
+        TransmissionFlags::from_bits(u16::from_be_bytes([export[10], export[11]]))
+    };
+    let filters =
+        |replies: &[(u32, Vec<u8>)]| flags(replies).contains(TransmissionFlags::BLOCK_STATUS_PAYLOAD);
+    for (replies, selected, told_on_info, told_on_go) in [
+        (8, &["base:allocation"][..], false, false),
+        (11, &[][..], true, false),
+        (11, &["base:allocation"][..], true, true),
+    ] {
+        let mut talk = Talk::new(FIXED_NO_ZEROES);
+        talk.kinds(replies, &[]);
+        talk.kinds(10, &queries("disk0", selected));
+        assert_eq!(filters(&talk.ask(6, &named("disk0", &[0, 0]))), told_on_info);
+        assert_eq!(filters(&talk.ask(7, &named("disk0", &[0, 0]))), told_on_go, "{replies} {selected:?}");
+    }
+    let mut talk = Talk::new(FIXED_NO_ZEROES);
+    talk.kinds(11, &[]);
+    talk.kinds(10, &queries("disk0", &["base:allocation"]));
+    assert!(!filters(&talk.ask(7, &named("disk1", &[0, 0]))), "they were selected on another export");
+}
+
+#[test]
+fn export_name_cannot_have_extended_headers() {
+    let mut talk = Talk::new(FIXED_NO_ZEROES);
+    assert_eq!(talk.kinds(11, &[]), [ACK]);
+    talk.0.receive(&option(1, b"disk0"));
+    assert!(talk.0.closed && talk.0.agreed.is_none() && talk.0.take_output().is_empty());
 }
 
 #[test]

@@ -109,6 +109,14 @@ impl LiveDevice {
         Ok(attempt)
     }
 
+    /// Whether the truth of all of it is in the backup, which has zeroes there.
+    fn is_zero_in_backup(&self, range: ByteRange) -> bool {
+        let map = &self.session.map;
+        let blocks = map.blocks(range);
+        let mut chunks = map.chunks_of(&blocks);
+        chunks.all(|chunk| self.session.source.is_zero(chunk)) && !map.v().any(blocks)
+    }
+
     pub(super) fn is_home(&self, range: ByteRange) -> bool {
         let map = &self.session.map;
         self.session.phase() == Phase::Complete || map.v().all(map.blocks(range))
@@ -130,7 +138,11 @@ impl BlockDevice for LiveDevice {
         let range = self.check(offset, buf.len() as u64)?;
         self.session.check_open()?;
         if !self.is_home(range) {
-            return Ok(Attempt::WouldWait);
+            if !self.is_zero_in_backup(range) {
+                return Ok(Attempt::WouldWait);
+            }
+            self.saw(range);
+            return Ok(Attempt::Zeroes);
         }
         let attempt = self.target.try_read(offset, buf)?;
         if attempt == Attempt::Done {

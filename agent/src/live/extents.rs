@@ -14,11 +14,13 @@ use super::device::LiveDevice;
 
 const DEPTH_HOME: u32 = 1;
 const DEPTH_BACKUP: u32 = 2;
+/// Absent chunks that are looked at for one answer: a shard has others to serve. Whoever wants more asks again.
+const MOST_CHUNKS: u64 = 1 << 18;
 
 impl LiveDevice {
     pub(super) async fn extents_of(&self, range: ByteRange, limit: usize) -> Result<Vec<Extent>> {
         let map = &self.session.map;
-        let mut extents = Extents { list: Vec::new(), limit: limit.max(1), range };
+        let mut extents = Extents { list: Vec::new(), limit: limit.max(1), range, chunks_left: MOST_CHUNKS };
         for (blocks, is_home) in map.v().runs(map.blocks(range)) {
             let went_on = if is_home {
                 self.home_extents(blocks, &mut extents).await?
@@ -61,6 +63,10 @@ impl LiveDevice {
         for (run, dirty) in map.g().runs(blocks) {
             let bytes = map.bytes(&run).intersection(extents.range);
             for (chunk, part) in bytes.split(chunk_size) {
+                if extents.chunks_left == 0 {
+                    return false;
+                }
+                extents.chunks_left -= 1;
                 let zero = self.session.source.is_zero(chunk);
                 if !extents.push(part, ExtentState { hole: zero, zero, depth: DEPTH_BACKUP, dirty }) {
                     return false;
@@ -75,6 +81,7 @@ struct Extents {
     list: Vec<Extent>,
     limit: usize,
     range: ByteRange,
+    chunks_left: u64,
 }
 
 impl Extents {

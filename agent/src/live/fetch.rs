@@ -116,7 +116,8 @@ impl Session {
 
     pub(super) fn damaged(&self, chunk: u64, why: &str, lasting: Lasting) -> Error {
         let is_news = self.stats.damage.lock().found(chunk, why, lasting, self.clock.now());
-        let start = self.map.disk().chunk_range(chunk).start();
+        let range = self.map.disk().chunk_range(chunk);
+        let start = range.start();
         match lasting {
             Lasting::ForGood if is_news => {
                 tracing::error!(
@@ -134,7 +135,7 @@ impl Session {
             ),
             _ => tracing::debug!(chunk, start, why, "a chunk is damaged"),
         }
-        Error::new(ErrorKind::Damaged, format_args!("chunk {chunk} is damaged: {why}"))
+        Error::new(ErrorKind::Damaged, format_args!("chunk {chunk} ({range}) is damaged: {why}")).at(range)
     }
 
     /// A chunk came from the source: if it was damaged, it is so no longer, and the others may be back too.

@@ -112,7 +112,12 @@ impl LiveDevice {
         Ok(Bytes::Chunk(chunk, data))
     }
 
-    /// NBD's CACHE: brings home the chunks that `range` touches.
+    /// NBD's CACHE: brings home the chunks that `range` touches, whatever is damaged among them.
+    ///
+    /// It is as urgent as what lies ahead of a stream of reads: somebody says what it will read next, and whoever waits for a
+    /// read of its own goes before. Since a client asked, it is not held back by the limit and the pace of the background. It is answered when all
+    /// is home, and not when it was noted: so a client learns that its reads will not wait, or that the range is damaged, and one that
+    /// asks for a whole disk is held to the pace of the source.
     pub(super) async fn prefetch_range(&self, range: ByteRange) -> Result<()> {
         let map = &self.session.map;
         let chunks: Range<u64> = map.chunks_of(&map.blocks(range));

@@ -30,6 +30,11 @@ impl<S: ChunkStore> OpenDevice for SnapshotDisk<S> {
     }
 }
 
+/// Chunks that are looked at for one answer about extents: a shard has others to serve. Whoever wants more asks again.
+const MOST_CHUNKS: usize = 1 << 18;
+/// Chunks that one CACHE asks for at a time.
+const PREFETCHED_AT_ONCE: usize = 16;
+
 struct SnapshotDevice<S: ChunkStore> {
     source: Arc<DiskSource<S>>,
 }
@@ -80,7 +85,11 @@ impl<S: ChunkStore> BlockDevice for SnapshotDevice<S> {
 
     fn try_read(&self, offset: u64, buf: &mut [u8]) -> Result<Attempt> {
         let range = self.check(offset, buf.len() as u64)?;
-        for (chunk, part) in range.split(u64::from(self.source.layout().chunk_size)) {
+        let chunk_size = u64::from(self.source.layout().chunk_size);
+        if range.units(chunk_size).all(|chunk| self.source.is_zero(chunk)) {
+            return Ok(Attempt::Zeroes);
+        }
+        for (chunk, part) in range.split(chunk_size) {
             let at = (part.start() - offset) as usize;
             let out = &mut buf[at..at + part.len() as usize];
             if self.source.is_zero(chunk) {
@@ -118,7 +127,7 @@ impl<S: ChunkStore> BlockDevice for SnapshotDevice<S> {
                         Ok(data) => out.copy_from_slice(&data[self.part(chunk, part)]),
                         Err(error) => {
                             tracing::warn!(%error, chunk, "a read failed");
-                            return (Err(failed(&error)), buf);
+                            return (Err(failed(&error).at(part)), buf);
                         }
                     },
                 }
@@ -146,7 +155,8 @@ impl<S: ChunkStore> BlockDevice for SnapshotDevice<S> {
     fn extents(&self, range: ByteRange, limit: usize) -> DeviceFuture<'_, Result<Vec<Extent>>> {
         let extents = self.check(range.start(), range.len()).map(|range| {
             let mut extents: Vec<Extent> = Vec::new();
-            for (chunk, part) in range.split(u64::from(self.source.layout().chunk_size)) {
+            let parts = range.split(u64::from(self.source.layout().chunk_size));
+            for (chunk, part) in parts.take(MOST_CHUNKS) {
                 let zero = self.source.is_zero(chunk);
                 let state = ExtentState { hole: zero, zero, depth: u32::from(!zero), dirty: false };
                 let is_full = extents.len() == limit;
@@ -166,9 +176,17 @@ impl<S: ChunkStore> BlockDevice for SnapshotDevice<S> {
     fn prefetch(&self, range: ByteRange) -> DeviceFuture<'_, Result<()>> {
         Box::pin(async move {
             let range = self.check(range.start(), range.len())?;
-            for chunk in range.units(u64::from(self.source.layout().chunk_size)) {
-                if !self.source.is_zero(chunk) {
-                    self.source.fetch(chunk, Urgency::Readahead).await.map_err(|error| failed(&error))?;
+            let parts = range.split(u64::from(self.source.layout().chunk_size));
+            let mut wanted = parts.filter(|(chunk, _)| !self.source.is_zero(*chunk)).peekable();
+            while wanted.peek().is_some() {
+                // All of them are asked for before the first is waited for.
+                let fetches: Vec<_> = wanted
+                    .by_ref()
+                    .take(PREFETCHED_AT_ONCE)
+                    .map(|(chunk, part)| (part, self.source.fetch(chunk, Urgency::Readahead)))
+                    .collect();
+                for (part, fetch) in fetches {
+                    fetch.await.map_err(|error| failed(&error).at(part))?;
                 }
             }
             Ok(())

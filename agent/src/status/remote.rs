@@ -7,14 +7,16 @@ use std::ops::ControlFlow;
 use anyhow::{Context as _, bail, ensure};
 use bytes::BytesMut;
 use proto::client::{Connected, Event, Goal, Handshake, Progress, Replies, Wish};
-use proto::wire::{CommandFlags, CommandKind, ContextId, Cookie, Descriptor, MetaContext, RequestHeader};
+use proto::wire::{
+    CommandFlags, CommandKind, ContextId, Cookie, Cut, Descriptor, MetaContext, ReplyStyle, RequestHeader,
+};
 use serde::Serialize;
 
-/// What one BLOCK_STATUS asks about at most.
+/// What one BLOCK_STATUS asks about at most, where its length has 32 bits. With extended headers it asks about all that is left.
 const STEP_BYTES: u64 = 1 << 30;
 const RECEIVE_BYTES: usize = 64 << 10;
 /// Where the bytes lie that are home, by `qemu:allocation-depth`.
-const DEPTH_BACKUP: u32 = 2;
+const DEPTH_BACKUP: u64 = 2;
 
 /// What an export tells of itself.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
@@ -39,7 +41,7 @@ pub(super) fn ask(stream: &mut (impl Read + Write), export: &str) -> anyhow::Res
     let bitmap = MetaContext::DirtyBitmap(crate::live_restore::DIRTY_BITMAP.to_owned());
     let wish = Wish {
         goal: Goal::Go(export.to_owned()),
-        structured: true,
+        replies: ReplyStyle::Extended,
         contexts: vec![MetaContext::Depth, bitmap.clone()],
     };
     let (connected, mut input) = shake_hands(stream, wish)?;
@@ -51,7 +53,9 @@ pub(super) fn ask(stream: &mut (impl Read + Write), export: &str) -> anyhow::Res
     };
     let dirty = id_of(&bitmap);
     let size = connected.info.size;
-    let mut replies = Replies::new(connected.replies, connected.contexts.clone());
+    let style = connected.replies;
+    let most = if style.is_extended() { u64::MAX } else { STEP_BYTES };
+    let mut replies = Replies::new(style, connected.contexts.clone());
     let mut absent_bytes = 0;
     let mut dirty_bytes = 0;
     let mut at = 0;
@@ -63,17 +67,17 @@ pub(super) fn ask(stream: &mut (impl Read + Write), export: &str) -> anyhow::Res
             kind: CommandKind::BlockStatus,
             cookie: Cookie(cookie),
             offset: at,
-            len: u32::try_from((size - at).min(STEP_BYTES)).expect("a step is below 4 GiB"),
+            len: (size - at).min(most),
         };
         replies.expect(&request)?;
-        stream.write_all(&request.encode())?;
+        stream.write_all(&request.encode(style))?;
         let told = status_of(stream, &mut replies, &mut input)?;
         let extents = |wanted: ContextId| {
             told.iter().filter(move |(id, _)| *id == wanted).flat_map(|(_, descriptors)| descriptors)
         };
         // Each context may stop short of the request's end, and each elsewhere.
-        let reach = |wanted: ContextId| extents(wanted).map(|extent| u64::from(extent.len)).sum::<u64>();
-        let step = dirty.map_or(u64::MAX, &reach).min(reach(depth)).min(u64::from(request.len));
+        let reach = |wanted: ContextId| extents(wanted).map(|extent| extent.len).sum::<u64>();
+        let step = dirty.map_or(u64::MAX, &reach).min(reach(depth)).min(request.len);
         ensure!(step > 0, "the server told nothing about byte {at}");
         absent_bytes += covered(extents(depth), step, |flags| flags >= DEPTH_BACKUP);
         if let Some(dirty) = dirty {
@@ -89,7 +93,7 @@ pub(super) fn ask(stream: &mut (impl Read + Write), export: &str) -> anyhow::Res
         len: 0,
     };
     // A server that is gone already needs no goodbye.
-    let _ = stream.write_all(&goodbye.encode());
+    let _ = stream.write_all(&goodbye.encode(style));
     Ok(RemoteStatus {
         export: connected.info.name,
         size,
@@ -103,12 +107,12 @@ pub(super) fn ask(stream: &mut (impl Read + Write), export: &str) -> anyhow::Res
 fn covered<'a>(
     extents: impl Iterator<Item = &'a Descriptor>,
     reach: u64,
-    count: impl Fn(u32) -> bool,
+    count: impl Fn(u64) -> bool,
 ) -> u64 {
     let mut left = reach;
     let mut sum = 0;
     for extent in extents {
-        let len = u64::from(extent.len).min(left);
+        let len = extent.len.min(left);
         left -= len;
         if count(extent.flags) {
             sum += len;
@@ -137,14 +141,20 @@ type Told = Vec<(ContextId, Vec<Descriptor>)>;
 
 fn status_of(stream: &mut impl Read, replies: &mut Replies, input: &mut BytesMut) -> anyhow::Result<Told> {
     let mut told = Vec::new();
+    let mut why = String::new();
     let mut take = |event| match event {
         Event::Status { context, descriptors, .. } => {
             told.push((context, descriptors));
             Ok(ControlFlow::Continue(()))
         }
+        Event::Failure { message, .. } => {
+            why = message;
+            Ok(ControlFlow::Continue(()))
+        }
         Event::Done { result, .. } => match result {
             Ok(()) => Ok(ControlFlow::Break(())),
-            Err(errno) => bail!("the server refused BLOCK_STATUS: {errno:?}"),
+            Err(errno) if why.is_empty() => bail!("the server refused BLOCK_STATUS: {errno}"),
+            Err(errno) => bail!("the server refused BLOCK_STATUS: {errno} ({})", Cut(&why)),
         },
         Event::Data { .. } | Event::Hole { .. } => Ok(ControlFlow::Continue(())),
     };

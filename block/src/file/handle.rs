@@ -123,7 +123,11 @@ impl<Q: Queue> Handle<Q> {
             buf = returned;
             let mut reached = match result {
                 Ok(count) => done + count,
-                Err(source) => return (Err(self.transfer_failed(direction, offset, len, source)), buf),
+                Err(source) => {
+                    let error = self.transfer_failed(direction, offset, len, source);
+                    let rest = ByteRange::from_bounds(offset + done as u64, offset + len as u64);
+                    return (Err(error.at(rest)), buf);
+                }
             };
             if reached >= len {
                 return (Ok(()), buf);

@@ -3,7 +3,7 @@
 //! | bytes of the input | what |
 //! |---|---|
 //! | 0 | how the rest is torn |
-//! | 1 | what the client wants: bits 0, 1 its goal, bit 2 structured replies, bit 3 contexts |
+//! | 1 | what the client wants: bits 0, 1 its goal, bit 2 structured replies, bit 4 extended headers, bit 3 contexts |
 //! | 2.. | what the server sends |
 
 use proto::client::{Connected, Goal, Handshake, HandshakeError, Progress, Wish};
@@ -13,7 +13,7 @@ use super::exports;
 use crate::input::{Input, pieces};
 use crate::memory::bounded;
 
-/// A client sends its flags, at most four options, and the names that it was told to ask for.
+/// A client sends its flags, at most five options, and the names that it was told to ask for.
 const MAX_OUTPUT_BYTES: usize = 512;
 /// What one escaped character of a peer takes at most.
 const ESCAPED_BYTES: usize = 10;
@@ -27,7 +27,12 @@ pub(super) fn wish(choice: u8) -> Wish {
         _ => Goal::Go(name),
     };
     let contexts = if choice & 8 == 0 { Vec::new() } else { exports::contexts() };
-    Wish { goal, structured: choice & 4 != 0, contexts }
+    let replies = match choice & 0x14 {
+        0 => ReplyStyle::Simple,
+        4 => ReplyStyle::Structured,
+        _ => ReplyStyle::Extended,
+    };
+    Wish { goal, replies, contexts }
 }
 
 #[derive(Debug, PartialEq)]
@@ -61,9 +66,9 @@ fn check_connected(connected: &Connected, wish: &Wish) {
     let sizes = info.block_sizes;
     assert!(sizes.minimum.is_power_of_two() && sizes.preferred.is_power_of_two());
     assert!(sizes.minimum <= sizes.preferred && sizes.preferred <= sizes.maximum);
-    let structured = connected.replies == ReplyStyle::Structured;
-    assert!(wish.structured || !structured, "nobody asked for structured replies");
-    assert!(structured || connected.contexts.is_empty(), "contexts without structured replies");
+    assert!(connected.replies <= wish.replies, "nobody asked for {:?} replies", connected.replies);
+    let has_chunks = connected.replies.has_chunks();
+    assert!(has_chunks || connected.contexts.is_empty(), "contexts without structured replies");
     for (number, selected) in connected.contexts.iter().enumerate() {
         assert!(wish.contexts.contains(&selected.context), "nobody asked for {:?}", selected.context);
         let others = &connected.contexts[..number];

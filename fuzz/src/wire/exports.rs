@@ -1,7 +1,7 @@
 //! The exports of the server under test: one that has everything, one that is read-only, and one that cannot be opened.
 
 use proto::server::{Directory, ExportId, Listing, Refusal};
-use proto::wire::{BlockSizes, ExportInfo, MetaContext, TransmissionFlags};
+use proto::wire::{BlockSizes, ExportInfo, MetaContext, ReplyStyle, TransmissionFlags};
 
 /// The size of every export in bytes.
 pub(super) const EXPORT_BYTES: u64 = (1 << 20) + 5;
@@ -9,6 +9,15 @@ pub(super) const EXPORT_BYTES: u64 = (1 << 20) + 5;
 pub(super) struct Exports;
 
 const NAMES: [&str; 3] = ["disk0", "größe", "broken"];
+
+/// The kind of replies that a byte of an input chooses: bit 3 extended headers, else bit 0 structured replies.
+pub(super) const fn style(choice: u8) -> ReplyStyle {
+    match choice & 9 {
+        0 => ReplyStyle::Simple,
+        1 => ReplyStyle::Structured,
+        _ => ReplyStyle::Extended,
+    }
+}
 
 /// What an export of this number can do.
 pub(super) fn flags(export: ExportId) -> TransmissionFlags {

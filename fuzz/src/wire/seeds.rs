@@ -3,15 +3,15 @@
 use proto::client::{Handshake as Client, Progress};
 use proto::server::{Handshake as Server, ReplyEncoder, Step};
 use proto::wire::{
-    CommandFlags, CommandKind, ContextId, Cookie, Descriptor, Errno, OptionKind, ReplyStyle, RequestHeader,
-    SelectedContext,
+    CommandFlags, CommandKind, ContextFilter, ContextId, Cookie, Descriptor, Errno, OptionKind, ReplyStyle,
+    RequestHeader, SelectedContext,
 };
 
 use super::client_handshake::wish;
 use super::client_replies::Asked;
 use super::exports::{self, Exports};
 
-const CHOICES: [u8; 6] = [0, 1, 2, 4, 6 | 8, 4 | 8];
+const CHOICES: [u8; 8] = [0, 1, 2, 4, 6 | 8, 4 | 8, 16, 16 | 2 | 8];
 
 /// Both directions of a handshake of two halves of ours: the client's bytes, the server's bytes.
 fn conversation(choice: u8) -> (Vec<u8>, Vec<u8>) {
@@ -74,7 +74,8 @@ pub fn server_handshake() -> Vec<Vec<u8>> {
     let all = queries(&["base:", "qemu:", "qemu:dirty-bitmap:restore"]);
     let exact = queries(&["base:allocation", "qemu:dirty-bitmap:b 1"]);
     let many = vec![structured; 34];
-    let scripts: [&[(OptionKind, &[u8])]; 7] = [
+    let extended = (OptionKind::ExtendedHeaders, &[][..]);
+    let scripts: [&[(OptionKind, &[u8])]; 9] = [
         &[(OptionKind::ExportName, b"disk0")],
         &[(OptionKind::ExportName, b"nowhere")],
         &[(OptionKind::List, b""), (OptionKind::List, b"x"), (OptionKind::Abort, b"")],
@@ -90,6 +91,8 @@ pub fn server_handshake() -> Vec<Vec<u8>> {
             (OptionKind::Go, b"\0\0\0\x07gr\xc3\xb6\xc3\x9fe\0\x01\0\x03"),
         ],
         &many,
+        &[structured, extended, structured, (OptionKind::SetMetaContext, &exact), (OptionKind::Go, go)],
+        &[extended, (OptionKind::ExtendedHeaders, b"x"), (OptionKind::ExportName, b"disk0")],
     ];
     for (number, script) in scripts.iter().enumerate() {
         let flags = if number == 0 { 0 } else { 3 };
@@ -104,7 +107,7 @@ pub fn client_handshake() -> Vec<Vec<u8>> {
     CHOICES.iter().map(|choice| with_head(&[7, *choice], &conversation(*choice).1)).collect()
 }
 
-fn request(kind: CommandKind, number: u64, offset: u64, len: u32) -> RequestHeader {
+fn request(kind: CommandKind, number: u64, offset: u64, len: u64) -> RequestHeader {
     RequestHeader { flags: CommandFlags::NONE, kind, cookie: Cookie(number), offset, len }
 }
 
@@ -127,15 +130,46 @@ pub fn server_transmission() -> Vec<Vec<u8>> {
         request(CommandKind::Unknown(77), 13, 0, 0),
         request(CommandKind::Disconnect, 14, 0, 0),
     ];
-    let bytes: Vec<u8> = work
-        .iter()
-        .flat_map(|header| {
-            let payload = vec![0xa5; header.payload_len() as usize];
-            [header.encode().to_vec(), payload].concat()
-        })
-        .collect();
+    let bytes = |work: &[RequestHeader], style| -> Vec<u8> {
+        let message = |header: &RequestHeader| {
+            let payload = vec![0xa5; header.payload_len(style) as usize];
+            [&header.encode(style)[..], &payload].concat()
+        };
+        work.iter().flat_map(message).collect()
+    };
     let heads: [[u8; 4]; 3] = [[9, 0xf0, 0x0d, 0x7d], [9, 0xb7, 0x0d, 0x7d], [9, 0xb3, 0x00, 0x07]];
-    heads.iter().map(|head| with_head(head, &bytes)).collect()
+    let compact = bytes(&work, ReplyStyle::Structured);
+    let mut seeds: Vec<_> = heads.iter().map(|head| with_head(head, &compact)).collect();
+
+    let style = ReplyStyle::Extended;
+    let with_payload = |header: RequestHeader| RequestHeader {
+        flags: header.flags.with(CommandFlags::PAYLOAD_LEN),
+        ..header
+    };
+    let (goodbye, work) = work.split_last().expect("there is work");
+    let work: Vec<_> = work
+        .iter()
+        .map(|header| if header.kind == CommandKind::Write { with_payload(*header) } else { *header })
+        .collect();
+    let mut extended = bytes(&work, style);
+    for contexts in [&[2][..], &[1, 2], &[1, 1], &[9]] {
+        let contexts = contexts.iter().copied().map(ContextId).collect();
+        let payload = ContextFilter { len: 1 << 20, contexts }.encode();
+        let header = with_payload(request(CommandKind::BlockStatus, 20, 0, payload.len() as u64));
+        extended.extend_from_slice(&header.encode(style));
+        extended.extend(payload);
+    }
+    let odd = [
+        with_payload(request(CommandKind::Read, 30, 0, 9)),
+        request(CommandKind::Write, 31, 0, 512),
+        request(CommandKind::Trim, 32, 0, 1 << 40),
+        request(CommandKind::WriteZeroes, 33, u64::MAX - 5, u64::MAX),
+        *goodbye,
+    ];
+    extended.extend(bytes(&odd, style));
+    seeds.push(with_head(&[9, 0xfc, 0x1d, 0x7d], &extended));
+    seeds.push(with_head(&[9, 0x3e, 0x1d, 0x7d], &extended));
+    seeds
 }
 
 /// For [`super::client_replies`].
@@ -148,29 +182,45 @@ pub fn client_replies() -> Vec<Vec<u8>> {
         request(CommandKind::Flush, 2, 0, 0),
         request(CommandKind::BlockStatus, 3, 0, 1 << 20),
     ];
-    let simple = Asked { style: ReplyStyle::Simple, contexts: Vec::new(), requests: requests[..3].to_vec() };
+    let simple = Asked {
+        style: ReplyStyle::Simple,
+        contexts: Vec::new(),
+        requests: requests[..3].to_vec(),
+        filtered: false,
+    };
     let encoder = ReplyEncoder::new(ReplyStyle::Simple);
-    let mut bytes = encoder.done(Cookie(2)).to_vec();
-    bytes.extend_from_slice(&encoder.data(Cookie(0), 1000, 100));
+    let mut bytes = encoder.done(&requests[2]).to_vec();
+    bytes.extend_from_slice(&encoder.data(&read));
     bytes.extend_from_slice(&[7; 100]);
-    bytes.extend_from_slice(&encoder.failed(Cookie(1), Errno::NoSpace, None));
+    bytes.extend_from_slice(&encoder.refused(&requests[1], Errno::NoSpace));
     let mut seeds = vec![simple.input(5, &bytes)];
 
     let contexts: Vec<_> = (1..)
         .zip(exports::contexts().into_iter().take(2))
         .map(|(id, context)| SelectedContext { id: ContextId(id), context })
         .collect();
-    let structured = Asked { style: ReplyStyle::Structured, contexts, requests };
-    let encoder = ReplyEncoder::new(ReplyStyle::Structured);
-    let mut out = bytes::BytesMut::new();
-    out.extend_from_slice(&encoder.hole_chunk(Cookie(0), 1040, 60, false));
-    let descriptors = [Descriptor { len: 4096, flags: 3 }, Descriptor { len: 1 << 20, flags: 0 }];
-    encoder.status_chunk(&mut out, Cookie(3), ContextId(2), &descriptors, false);
-    out.extend_from_slice(&encoder.failed(Cookie(1), Errno::NoSpace, Some(77)));
-    out.extend_from_slice(&encoder.data_chunk(Cookie(0), 1000, 40, true));
-    out.extend_from_slice(&[7; 40]);
-    encoder.status_chunk(&mut out, Cookie(3), ContextId(1), &descriptors[..1], true);
-    out.extend_from_slice(&encoder.done(Cookie(2)));
-    seeds.push(structured.input(5, &out));
+    for (style, filtered) in
+        [(ReplyStyle::Structured, false), (ReplyStyle::Extended, false), (ReplyStyle::Extended, true)]
+    {
+        let mut requests = requests.clone();
+        if style.is_extended() {
+            requests[3].len = 1 << 40;
+        }
+        let [_, write, flush, status] = requests[..] else { return seeds };
+        let asked = Asked { style, contexts: contexts.clone(), requests, filtered };
+        let encoder = ReplyEncoder::new(style);
+        let mut out = bytes::BytesMut::new();
+        out.extend_from_slice(&encoder.hole_chunk(&read, 1040, 60, false));
+        let descriptors = [Descriptor { len: 4096, flags: 3 }, Descriptor { len: 1 << 20, flags: 0 }];
+        if !filtered {
+            encoder.status_chunk(&mut out, &status, ContextId(2), &descriptors, false);
+        }
+        out.extend_from_slice(&encoder.failed(&write, Errno::NoSpace, Some(77), "no room at 77"));
+        out.extend_from_slice(&encoder.data_chunk(&read, 1000, 40, true));
+        out.extend_from_slice(&[7; 40]);
+        encoder.status_chunk(&mut out, &status, ContextId(1), &descriptors[..1], true);
+        out.extend_from_slice(&encoder.done(&flush));
+        seeds.push(asked.input(5, &out));
+    }
     seeds
 }

@@ -8,7 +8,7 @@
 use proto::server::{Agreed, Directory, Ending, Handshake, Step};
 use proto::wire::{
     CLIENT_OPTION_MAGIC, ClientFlags, MAX_CONTEXTS, MAX_OPTION_BYTES, MAX_OPTIONS, OPTION_REPLY_MAGIC,
-    OptionKind, OptionReplyKind, Reader, ReplyStyle, TransmissionFlags,
+    OptionKind, OptionReplyKind, Reader, TransmissionFlags,
 };
 
 use super::exports::{EXPORT_BYTES, Exports, flags};
@@ -112,12 +112,19 @@ fn check_output(outcome: &Outcome, taken: &[u8]) {
     let mut output = &outcome.output[GREETING_BYTES..];
     let began = matches!(outcome.end, End::Transmission(_));
     let last = options.len().wrapping_sub(1);
+    let mut extended = false;
     for (number, option) in options.iter().enumerate() {
         if *option == OptionKind::ExportName {
             assert_eq!(number, last, "EXPORT_NAME ends the handshake, one way or the other");
+            assert!(!extended || !began, "EXPORT_NAME cannot have extended headers");
             break;
         }
         let reply = take_answer(&mut output, *option);
+        match *option {
+            OptionKind::ExtendedHeaders => extended |= reply == OptionReplyKind::Ack,
+            OptionKind::StructuredReply => assert!(!extended || reply.is_error(), "they are not given up"),
+            _ => {}
+        }
         let begins = *option == OptionKind::Go && reply == OptionReplyKind::Ack;
         assert_eq!(begins, began && number == last, "transmission begins with a GO that was granted");
         if *option == OptionKind::Abort {
@@ -144,10 +151,13 @@ fn check_output(outcome: &Outcome, taken: &[u8]) {
 }
 
 fn check_agreed(agreed: &Agreed) {
-    let structured = agreed.replies == ReplyStyle::Structured;
-    let expected = flags(agreed.export).with_if(structured, TransmissionFlags::SEND_DF);
+    let has_chunks = agreed.replies.has_chunks();
+    let filters = agreed.replies.is_extended() && !agreed.contexts.is_empty();
+    let expected = flags(agreed.export)
+        .with_if(has_chunks, TransmissionFlags::SEND_DF)
+        .with_if(filters, TransmissionFlags::BLOCK_STATUS_PAYLOAD);
     assert_eq!((agreed.info.size, agreed.info.flags), (EXPORT_BYTES, expected));
-    assert!(agreed.contexts.is_empty() || structured, "contexts without structured replies");
+    assert!(agreed.contexts.is_empty() || has_chunks, "contexts without structured replies");
     assert!(agreed.contexts.len() <= MAX_CONTEXTS);
     let has = Exports.contexts(agreed.export);
     for (number, selected) in agreed.contexts.iter().enumerate() {

@@ -11,6 +11,7 @@ mod read;
 mod request;
 mod stall;
 mod status;
+mod steps;
 mod transmit;
 
 use std::rc::Rc;

@@ -77,6 +77,10 @@ impl Outbox {
         self.queued_bytes >= MAX_QUEUED_BYTES || self.batch_bytes >= MAX_BATCH_BYTES
     }
 
+    pub(super) const fn is_closed(&self) -> bool {
+        self.closed
+    }
+
     /// Throws away what is queued and whatever comes: the peer is gone.
     pub(super) fn close(&mut self) {
         self.closed = true;

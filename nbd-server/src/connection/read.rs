@@ -14,9 +14,9 @@ use super::perform;
 use super::request::{Request, Shared};
 
 /// From this size on, cached bytes are sent from the file, and holes are looked for.
-const LARGE_BYTES: u32 = 32 << 10;
+const LARGE_BYTES: u64 = 32 << 10;
 /// Up to this size, bytes that are in memory elsewhere are copied into the batch.
-const INLINE_BYTES: usize = 128 << 10;
+const INLINE_BYTES: u64 = 128 << 10;
 /// How far beyond a READ it is asked where data is, so that the next one need not ask.
 const LOOKAHEAD_BYTES: u64 = 64 << 20;
 /// How many extents are asked for at a time; what lies beyond is read as data.
@@ -24,7 +24,7 @@ const MAX_EXTENTS: usize = 64;
 /// How many runs of data are remembered.
 const MAX_RUNS: usize = 64;
 
-const _: () = assert!(INLINE_BYTES + 64 <= Batch::MAX_RUN);
+const _: () = assert!(INLINE_BYTES as usize + 64 <= Batch::MAX_RUN);
 
 /// What a connection reads from.
 pub(super) struct Reads {
@@ -52,7 +52,7 @@ impl Reads {
         let encoder = shared.encoder;
         if header.len >= LARGE_BYTES {
             let range = perform::range(header);
-            let holes_count = !whole && encoder.style() == ReplyStyle::Structured;
+            let holes_count = !whole && encoder.style().has_chunks();
             if holes_count && !self.data.borrow().covers(range) {
                 return Plan::FindHoles;
             }
@@ -60,22 +60,26 @@ impl Reads {
                 return Plan::Answered;
             }
         }
-        let len = header.len as usize;
-        if len > INLINE_BYTES {
+        if header.len > INLINE_BYTES {
             return Plan::Fetch;
         }
+        let len = header.len as usize;
         let head_len = encoder.data_head_len();
         let attempt = shared.outbox.borrow_mut().put_in_place(head_len + len, |reply| {
             let (head, data) = reply.split_at_mut(head_len);
             let attempt = self.device.try_read(header.offset, data);
-            head.copy_from_slice(&encoder.data(header.cookie, header.offset, header.len));
+            head.copy_from_slice(&encoder.data(header));
             (matches!(attempt, Ok(Attempt::Done)), attempt)
         });
         match attempt {
             Ok(Attempt::Done) => Plan::Answered,
             Ok(Attempt::WouldWait) => Plan::Fetch,
+            Ok(Attempt::Zeroes) => {
+                answer_zeroes(header, whole, shared);
+                Plan::Answered
+            }
             Err(error) => {
-                shared.fail(header, &error, None);
+                shared.fail(header, &error);
                 Plan::Answered
             }
         }
@@ -96,10 +100,10 @@ impl Reads {
         let (result, buf) = self.device.read(header.offset, perform::buffer(header.len as usize)).await;
         match result {
             Ok(()) => {
-                let head = request.shared.encoder.data(header.cookie, header.offset, header.len);
+                let head = request.shared.encoder.data(&header);
                 request.answer(|outbox, request| outbox.put_data(head, buf, request.held()));
             }
-            Err(error) => request.fail(&error, None),
+            Err(error) => request.fail(&error),
         }
     }
 
@@ -129,12 +133,28 @@ impl Reads {
             let buf = perform::buffer(piece.range.len() as usize);
             let (result, buf) = self.device.read(piece.range.start(), buf).await;
             if let Err(error) = result {
-                return request.fail(&error, Some(piece.range.start()));
+                return request.fail(&error.at(piece.range));
             }
             read.push((piece, Some(buf)));
         }
         answer_in_pieces(request, read);
     }
+}
+
+/// Answers a READ of at most [`INLINE_BYTES`] zeroes: as a hole, where the replies have one and the client takes it.
+#[cold]
+fn answer_zeroes(header: &RequestHeader, whole: bool, shared: &Shared) {
+    let encoder = shared.encoder;
+    if encoder.style().has_chunks() && !whole {
+        return shared.reply(&encoder.hole_chunk(header, header.offset, header.len, true));
+    }
+    let head = encoder.data(header);
+    shared.outbox.borrow_mut().put_in_place(head.len() + header.len as usize, |reply| {
+        let (before, data) = reply.split_at_mut(head.len());
+        before.copy_from_slice(&head);
+        data.fill(0);
+        (true, ())
+    });
 }
 
 fn answer_in_pieces(request: Request, pieces: Vec<(Piece, Option<AlignedBuf>)>) {
@@ -149,8 +169,8 @@ fn answer_in_pieces(request: Request, pieces: Vec<(Piece, Option<AlignedBuf>)>) 
                     outbox.put_data(head, buf, request.held());
                 }
                 None => {
-                    let (start, len) = (piece.range.start(), piece.range.len() as u32);
-                    outbox.put(&encoder.hole_chunk(request.cookie(), start, len, last));
+                    let (start, len) = (piece.range.start(), piece.range.len());
+                    outbox.put(&encoder.hole_chunk(&request.header, start, len, last));
                 }
             }
         }
@@ -159,10 +179,9 @@ fn answer_in_pieces(request: Request, pieces: Vec<(Piece, Option<AlignedBuf>)>) 
 
 /// The head before the data of `range`, which is the request's or a part of it.
 fn head(encoder: ReplyEncoder, header: &RequestHeader, range: ByteRange, last: bool) -> Head {
-    let len = range.len() as u32;
     match encoder.style() {
-        ReplyStyle::Simple => encoder.data(header.cookie, range.start(), len),
-        ReplyStyle::Structured => encoder.data_chunk(header.cookie, range.start(), len, last),
+        ReplyStyle::Simple => encoder.data(header),
+        _ => encoder.data_chunk(header, range.start(), range.len(), last),
     }
 }
 

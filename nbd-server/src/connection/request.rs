@@ -5,10 +5,12 @@ use std::cell::{Cell, RefCell};
 use std::rc::Rc;
 use std::task::{Context, Waker};
 
+use block::ByteRange;
 use proto::server::ReplyEncoder;
-use proto::wire::{Cookie, Errno, RequestHeader};
+use proto::wire::{Errno, RequestHeader};
 
 use super::outbox::Outbox;
+use super::perform;
 use crate::LateRequests;
 use crate::budget::Allowance;
 use crate::shard::Operations;
@@ -17,6 +19,8 @@ use crate::shard::Operations;
 pub(super) struct Shared {
     pub(super) outbox: RefCell<Outbox>,
     pub(super) encoder: ReplyEncoder,
+    /// What errors call the disk.
+    export: String,
     late_requests: LateRequests,
     tasks: Cell<usize>,
     held: Cell<usize>,
@@ -34,12 +38,14 @@ const MAX_WARNINGS: u32 = 20;
 impl Shared {
     pub(super) fn new(
         encoder: ReplyEncoder,
+        export: String,
         late_requests: LateRequests,
         operations: Rc<Operations>,
     ) -> Rc<Self> {
         Rc::new(Self {
             outbox: RefCell::default(),
             encoder,
+            export,
             late_requests,
             tasks: Cell::new(0),
             held: Cell::new(0),
@@ -64,6 +70,11 @@ impl Shared {
     /// The memory of these requests, in bytes.
     pub(super) fn held_bytes(&self) -> u64 {
         self.held_bytes.get()
+    }
+
+    /// Whether nothing that is answered reaches the client any more.
+    pub(super) fn is_closed(&self) -> bool {
+        self.outbox.borrow().is_closed()
     }
 
     pub(super) fn gave_up(&self) -> bool {
@@ -105,16 +116,19 @@ impl Shared {
         self.outbox.borrow_mut().put(bytes);
     }
 
-    /// Answers that a request failed; `offset` where it is known at which byte. Where late requests are left to a
+    /// Answers that a request failed, why, and where, as far as the device tells. Where late requests are left to a
     /// client that reconnects, what the device gave up because it is ending is left too.
-    pub(super) fn fail(&self, header: &RequestHeader, error: &block::Error, offset: Option<u64>) {
+    pub(super) fn fail(&self, header: &RequestHeader, error: &block::Error) {
         let errno = errno(error);
         if errno == Errno::Shutdown && self.late_requests == LateRequests::Leave {
             self.gave_up.set(true);
             return;
         }
         self.log_failure(header, error);
-        self.reply(&self.encoder.failed(header.cookie, errno, offset));
+        let offset = error.range().and_then(|range| first_within(header, range));
+        let why =
+            if self.export.is_empty() { error.to_string() } else { format!("{}: {error}", self.export) };
+        self.reply(&self.encoder.failed(header, errno, offset, &why));
     }
 }
 
@@ -160,10 +174,6 @@ impl Request {
         Self { header, shared: Rc::clone(shared), held, answered: false }
     }
 
-    pub(super) const fn cookie(&self) -> Cookie {
-        self.header.cookie
-    }
-
     /// What keeps the request counted while its data is queued.
     pub(super) fn held(&self) -> Rc<Held> {
         Rc::clone(&self.held)
@@ -185,17 +195,17 @@ impl Request {
     pub(super) fn finish(self, result: block::Result<()>) {
         match result {
             Ok(()) => {
-                let done = self.shared.encoder.done(self.cookie());
+                let done = self.shared.encoder.done(&self.header);
                 self.answer(|outbox, _| outbox.put(&done));
             }
-            Err(error) => self.fail(&error, None),
+            Err(error) => self.fail(&error),
         }
     }
 
-    /// Answers that it failed; `offset` where it is known at which byte.
-    pub(super) fn fail(mut self, error: &block::Error, offset: Option<u64>) {
+    /// Answers that it failed.
+    pub(super) fn fail(mut self, error: &block::Error) {
         self.answered = true;
-        self.shared.fail(&self.header, error, offset);
+        self.shared.fail(&self.header, error);
     }
 }
 
@@ -203,7 +213,7 @@ impl Drop for Request {
     fn drop(&mut self) {
         if !self.answered {
             // Its task panicked. The client must not wait for ever.
-            let failed = self.shared.encoder.failed(self.header.cookie, Errno::Io, None);
+            let failed = self.shared.encoder.refused(&self.header, Errno::Io);
             if let Ok(mut outbox) = self.shared.outbox.try_borrow_mut() {
                 outbox.put(&failed);
             }
@@ -212,6 +222,12 @@ impl Drop for Request {
         self.shared.operations.end();
         self.shared.wake();
     }
+}
+
+/// Where `range` begins within the request; `None` where it lies elsewhere, which would be no place in the reply.
+fn first_within(header: &RequestHeader, range: ByteRange) -> Option<u64> {
+    let within = range.intersection(perform::range(header));
+    (!within.is_empty()).then(|| within.start())
 }
 
 /// The one place where a device's error becomes one of the protocol's.

@@ -10,7 +10,7 @@ use std::task::{Context, Poll};
 
 use block::{AlignedBuf, Attempt};
 use proto::server::{Admission, Command, ReplyEncoder, Verdict};
-use proto::wire::{Errno, RequestHeader, SelectedContext};
+use proto::wire::{Cut, Errno, NotARequest, RequestHeader, SelectedContext};
 
 use super::control::Control;
 use super::intake::Intake;
@@ -73,12 +73,20 @@ enum State {
 }
 
 /// What a request with memory does.
-#[derive(Clone, Copy)]
 enum Then {
     Fetch,
     FindHoles,
-    Receive { fua: bool },
-    Control { command: Command },
+    Receive {
+        fua: bool,
+    },
+    Control {
+        command: Command,
+    },
+    /// Tell of these contexts.
+    Status {
+        one: bool,
+        contexts: Rc<[SelectedContext]>,
+    },
 }
 
 /// What taking requests came to.
@@ -89,6 +97,11 @@ enum Taken {
     NeedsRoom,
     /// Nothing more is taken.
     Ended(End),
+}
+
+/// The memory that the data of a READ or WRITE takes, in bytes.
+fn data_bytes(header: &RequestHeader) -> u32 {
+    u32::try_from(header.len).expect("admission bounds what carries data")
 }
 
 struct Transmission {
@@ -112,6 +125,7 @@ struct Transmission {
 pub(super) async fn transmit(negotiated: Negotiated, shard: Rc<ShardState>, control: Rc<Control>) -> End {
     let Negotiated { socket, agreed, device, rest } = negotiated;
     socket.enlarge_send_buffer();
+    tracing::debug!(export = %Cut(&agreed.info.name), replies = ?agreed.replies, contexts = agreed.contexts.len(), "a client transmits");
     let admission = Admission {
         size: agreed.info.size,
         flags: agreed.info.flags,
@@ -120,7 +134,8 @@ pub(super) async fn transmit(negotiated: Negotiated, shard: Rc<ShardState>, cont
         max_request: shard.options.limits.request_bytes,
     };
     let encoder = ReplyEncoder::new(agreed.replies);
-    let shared = Shared::new(encoder, shard.options.late_requests, Rc::clone(&shard.operations));
+    let shared =
+        Shared::new(encoder, agreed.info.name, shard.options.late_requests, Rc::clone(&shard.operations));
     let mut transmission = Transmission {
         socket,
         intake: Intake::new(&rest),
@@ -283,12 +298,14 @@ impl Transmission {
                     if self.is_full() {
                         return Taken::NeedsRoom;
                     }
-                    let Some(bytes) = self.intake.bytes().first_chunk() else { return Taken::NeedsBytes };
-                    let Some(header) = RequestHeader::decode(bytes) else {
-                        return Taken::Ended(End::NotARequest);
-                    };
-                    if let Some(taken) = self.take_request(header) {
-                        return taken;
+                    match RequestHeader::at_front(self.intake.bytes(), self.admission.replies) {
+                        Ok(Some(header)) => {
+                            if let Some(taken) = self.take_request(header) {
+                                return taken;
+                            }
+                        }
+                        Ok(None) => return Taken::NeedsBytes,
+                        Err(NotARequest) => return Taken::Ended(End::NotARequest),
                     }
                 }
                 State::Memory { header, then, bytes, mut allowance } => {
@@ -318,7 +335,7 @@ impl Transmission {
                         self.state = State::Skip { header, left: left - skipped, errno };
                         return Taken::NeedsBytes;
                     }
-                    self.shared.reply(&self.shared.encoder.failed(header.cookie, errno, None));
+                    self.shared.reply(&self.shared.encoder.refused(&header, errno));
                 }
             }
         }
@@ -326,27 +343,28 @@ impl Transmission {
 
     /// Takes the request at the front of the intake; `None` where the next one can be taken.
     fn take_request(&mut self, header: RequestHeader) -> Option<Taken> {
+        let style = self.admission.replies;
         let mut verdict = self.admission.check(&header);
-        if self.control.is_stopping() && matches!(verdict, Verdict::Perform(_)) {
+        if self.control.is_stopping() && matches!(verdict, Verdict::Perform(_) | Verdict::Filter { .. }) {
             verdict = Verdict::Refuse(Errno::Shutdown);
         }
         match verdict {
-            Verdict::Perform(Command::Write { fua: false })
-                if header.len as usize <= Intake::INLINE_BYTES =>
-            {
+            Verdict::Perform(Command::Write { fua: false }) if header.len <= Intake::INLINE_BYTES as u64 => {
                 return self.take_small_write(header);
             }
             Verdict::Perform(command) => {
-                self.intake.consume(RequestHeader::BYTES);
+                self.intake.consume(style.request_bytes());
                 self.perform(header, command);
             }
+            Verdict::Filter { one } => return self.take_filter(header, one),
             Verdict::Nothing => {
-                self.intake.consume(RequestHeader::BYTES);
-                self.shared.reply(&self.shared.encoder.done(header.cookie));
+                // A length of nothing may still be that of a payload: of nothing.
+                self.intake.consume(style.request_bytes());
+                self.shared.reply(&self.shared.encoder.done(&header));
             }
             Verdict::Refuse(errno) => {
-                self.intake.consume(RequestHeader::BYTES);
-                self.state = State::Skip { header, left: header.payload_len() as usize, errno };
+                self.intake.consume(style.request_bytes());
+                self.state = State::Skip { header, left: header.payload_len(style) as usize, errno };
             }
             Verdict::Disconnect => return Some(Taken::Ended(End::Disconnected)),
             Verdict::TooLong => return Some(Taken::Ended(End::PayloadTooLong)),
@@ -357,22 +375,39 @@ impl Transmission {
     /// A WRITE whose payload fits beside its header: the device takes it from there, if it can at once.
     fn take_small_write(&mut self, header: RequestHeader) -> Option<Taken> {
         self.receive_limit = usize::MAX;
-        let whole = RequestHeader::BYTES + header.len as usize;
+        let head = self.admission.replies.request_bytes();
+        let whole = head + header.len as usize;
         let Some(message) = self.intake.bytes().get(..whole) else { return Some(Taken::NeedsBytes) };
         let encoder = self.shared.encoder;
-        match self.reads.device.try_write(header.offset, &message[RequestHeader::BYTES..]) {
+        match self.reads.device.try_write(header.offset, &message[head..]) {
             Ok(Attempt::Done) => {
                 self.intake.consume(whole);
-                self.shared.reply(&encoder.done(header.cookie));
+                self.shared.reply(&encoder.done(&header));
             }
-            Ok(Attempt::WouldWait) => {
-                self.intake.consume(RequestHeader::BYTES);
-                self.with_memory(header, header.len, Then::Receive { fua: false });
+            // Of a write no device says that it is zeroes; one that does is given it again.
+            Ok(Attempt::WouldWait | Attempt::Zeroes) => {
+                self.intake.consume(head);
+                self.with_memory(header, data_bytes(&header), Then::Receive { fua: false });
             }
             Err(error) => {
                 self.intake.consume(whole);
-                self.shared.fail(&header, &error, None);
+                self.shared.fail(&header, &error);
             }
+        }
+        None
+    }
+
+    /// A BLOCK_STATUS whose payload names the contexts. It is so short that it is waited for where it stands.
+    fn take_filter(&mut self, header: RequestHeader, one: bool) -> Option<Taken> {
+        self.receive_limit = usize::MAX;
+        let head = self.admission.replies.request_bytes();
+        let whole = head + header.len as usize;
+        let Some(message) = self.intake.bytes().get(..whole) else { return Some(Taken::NeedsBytes) };
+        let filtered = self.admission.filter(&header, &message[head..], &self.contexts);
+        self.intake.consume(whole);
+        match filtered {
+            Ok((header, contexts)) => self.block_status(header, one, contexts.into()),
+            Err(errno) => self.shared.reply(&self.shared.encoder.refused(&header, errno)),
         }
         None
     }
@@ -381,23 +416,26 @@ impl Transmission {
         match command {
             Command::Read { whole } => match self.reads.at_once(&header, whole, &self.shared) {
                 Plan::Answered => {}
-                Plan::Fetch => self.with_memory(header, header.len, Then::Fetch),
-                Plan::FindHoles => self.with_memory(header, header.len, Then::FindHoles),
+                Plan::Fetch => self.with_memory(header, data_bytes(&header), Then::Fetch),
+                Plan::FindHoles => self.with_memory(header, data_bytes(&header), Then::FindHoles),
             },
             Command::Write { fua } => {
-                if header.len as usize > Intake::INLINE_BYTES {
+                if header.len > Intake::INLINE_BYTES as u64 {
                     self.receive_limit = SHORT_RECEIVE_BYTES;
                 }
-                self.with_memory(header, header.len, Then::Receive { fua });
+                self.with_memory(header, data_bytes(&header), Then::Receive { fua });
             }
-            Command::BlockStatus { one } => {
-                let then = Then::Control { command };
-                match status::reply_bytes(self.contexts.len(), one) {
-                    Some(bytes) => self.with_memory(header, bytes, then),
-                    None => self.begin(header, then, None),
-                }
-            }
+            Command::BlockStatus { one } => self.block_status(header, one, Rc::clone(&self.contexts)),
             _ => self.begin(header, Then::Control { command }, None),
+        }
+    }
+
+    fn block_status(&mut self, header: RequestHeader, one: bool, contexts: Rc<[SelectedContext]>) {
+        let bytes = status::reply_bytes(contexts.len(), one, self.admission.replies);
+        let then = Then::Status { one, contexts };
+        match bytes {
+            Some(bytes) => self.with_memory(header, bytes, then),
+            None => self.begin(header, then, None),
         }
     }
 
@@ -428,8 +466,12 @@ impl Transmission {
                 self.state = State::Payload { request, fua, buf, filled: 0 };
             }
             Then::Control { command } => {
-                let (device, contexts) = (Rc::clone(&reads.device), Rc::clone(&self.contexts));
-                tokio::task::spawn_local(perform::control(device, request, command, contexts));
+                let (device, control) = (Rc::clone(&reads.device), Rc::clone(&self.control));
+                tokio::task::spawn_local(perform::control(device, request, command, control));
+            }
+            Then::Status { one, contexts } => {
+                let device = Rc::clone(&reads.device);
+                tokio::task::spawn_local(status::answer(device, request, one, contexts));
             }
         }
     }

@@ -9,8 +9,8 @@ use std::time::Duration;
 use bytes::{BufMut, BytesMut};
 use proto::client::{Connected, Event, Goal, Handshake, HandshakeError, Progress, Replies, Wish};
 use proto::wire::{
-    CLIENT_OPTION_MAGIC, CommandFlags, CommandKind, ContextId, Cookie, Descriptor, Errno, MetaContext,
-    RequestHeader,
+    CLIENT_OPTION_MAGIC, CommandFlags, CommandKind, ContextFilter, ContextId, Cookie, Descriptor, Errno,
+    MetaContext, ReplyStyle, RequestBytes, RequestHeader,
 };
 
 /// So that a test that fails ends: no test waits for it to pass.
@@ -34,13 +34,15 @@ pub(crate) struct Reply {
     pub(crate) holes: usize,
     pub(crate) chunks: usize,
     pub(crate) status: HashMap<ContextId, Vec<Descriptor>>,
+    /// Where it failed, as far as that was told, and the server's words.
+    pub(crate) failure: Option<(Option<u64>, String)>,
 }
 
 /// What most tests want of a handshake.
-pub(crate) fn wish(name: &str, structured: bool) -> Wish {
+pub(crate) fn wish(name: &str, replies: ReplyStyle) -> Wish {
     let contexts =
         vec![MetaContext::Allocation, MetaContext::Depth, MetaContext::DirtyBitmap("restore".to_owned())];
-    Wish { goal: Goal::Go(name.to_owned()), structured, contexts }
+    Wish { goal: Goal::Go(name.to_owned()), replies, contexts }
 }
 
 /// A connection whose handshake is made by hand: the greeting was read and flags were sent.
@@ -110,21 +112,61 @@ impl Client {
         kind: CommandKind,
         flags: CommandFlags,
         offset: u64,
-        len: u32,
+        len: u64,
     ) -> RequestHeader {
         self.next_cookie += 1;
+        let is_long_write = kind == CommandKind::Write && self.style().is_extended();
+        let flags = flags.with_if(is_long_write, CommandFlags::PAYLOAD_LEN);
         let header = RequestHeader { flags, kind, cookie: Cookie(self.next_cookie), offset, len };
+        self.announce(header);
+        header
+    }
+
+    /// Awaits the reply to a header that somebody else made.
+    pub(crate) fn announce(&mut self, header: RequestHeader) {
         self.replies.expect(&header).expect("numbers are not reused");
+        self.await_reply(header);
+    }
+
+    pub(crate) const fn style(&self) -> ReplyStyle {
+        self.connected.replies
+    }
+
+    /// The header as this connection has it on the wire.
+    pub(crate) fn encode(&self, header: &RequestHeader) -> RequestBytes {
+        header.encode(self.style())
+    }
+
+    fn await_reply(&mut self, header: RequestHeader) {
+        let RequestHeader { kind, len, .. } = header;
         let reply = Reply {
             header,
             result: Ok(()),
-            data: vec![0; if kind == CommandKind::Read { len as usize } else { 0 }],
+            data: vec![0; if kind == CommandKind::Read { len.min(64 << 20) as usize } else { 0 }],
             holes: 0,
             chunks: 0,
             status: HashMap::new(),
+            failure: None,
         };
         self.partial.insert(header.cookie, reply);
-        header
+    }
+
+    /// Asks for these contexts of a range, and waits.
+    pub(crate) fn filtered_status(&mut self, offset: u64, filter: &ContextFilter) -> Reply {
+        let payload = filter.encode();
+        self.next_cookie += 1;
+        let header = RequestHeader {
+            flags: CommandFlags::PAYLOAD_LEN,
+            kind: CommandKind::BlockStatus,
+            cookie: Cookie(self.next_cookie),
+            offset,
+            len: payload.len() as u64,
+        };
+        self.replies.expect_filtered(&header, filter).expect("numbers are not reused");
+        self.await_reply(header);
+        let message = [&self.encode(&header)[..], &payload].concat();
+        self.socket.write_all(&message).expect("the server reads");
+        self.receive().expect("the server answers")
     }
 
     pub(crate) fn send(
@@ -132,11 +174,11 @@ impl Client {
         kind: CommandKind,
         flags: CommandFlags,
         offset: u64,
-        len: u32,
+        len: u64,
         payload: &[u8],
     ) -> Cookie {
         let header = self.header(kind, flags, offset, len);
-        let mut message = header.encode().to_vec();
+        let mut message = self.encode(&header).to_vec();
         message.extend_from_slice(payload);
         self.socket.write_all(&message).expect("the server reads");
         header.cookie
@@ -178,6 +220,10 @@ impl Client {
                 self.partial.get_mut(&cookie)?.status.insert(context, descriptors);
                 None
             }
+            Event::Failure { cookie, offset, message, .. } => {
+                self.partial.get_mut(&cookie)?.failure = Some((offset, message));
+                None
+            }
             Event::Done { cookie, result } => {
                 let mut reply = self.partial.remove(&cookie)?;
                 reply.result = result;
@@ -192,7 +238,7 @@ impl Client {
         kind: CommandKind,
         flags: CommandFlags,
         offset: u64,
-        len: u32,
+        len: u64,
         payload: &[u8],
     ) -> Reply {
         let cookie = self.send(kind, flags, offset, len, payload);
@@ -201,12 +247,12 @@ impl Client {
         reply
     }
 
-    pub(crate) fn read(&mut self, offset: u64, len: u32) -> Reply {
+    pub(crate) fn read(&mut self, offset: u64, len: u64) -> Reply {
         self.call(CommandKind::Read, CommandFlags::NONE, offset, len, &[])
     }
 
     pub(crate) fn write(&mut self, offset: u64, data: &[u8]) -> Reply {
-        self.call(CommandKind::Write, CommandFlags::NONE, offset, data.len() as u32, data)
+        self.call(CommandKind::Write, CommandFlags::NONE, offset, data.len() as u64, data)
     }
 
     pub(crate) fn flush(&mut self) -> Reply {
@@ -219,7 +265,7 @@ impl Client {
         context: &MetaContext,
         flags: CommandFlags,
         offset: u64,
-        len: u32,
+        len: u64,
     ) -> Vec<Descriptor> {
         let id = self.connected.contexts.iter().find(|selected| selected.context == *context);
         let id = id.expect("the context was selected").id;
@@ -237,7 +283,7 @@ impl Client {
             offset: 0,
             len: 0,
         };
-        self.socket.write_all(&header.encode()).expect("the server reads");
+        self.socket.write_all(&header.encode(self.style())).expect("the server reads");
         self.assert_closed();
     }
 

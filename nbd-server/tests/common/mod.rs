@@ -3,6 +3,7 @@
 
 mod client;
 mod disk;
+mod vast;
 
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -11,6 +12,8 @@ use block::{Engine, IoEngine};
 pub(crate) use client::{Client, assert_closed, begin_hand_made, option, wish};
 pub(crate) use disk::MemoryDisk;
 use nbd_server::{Export, ListenAddress, Server, ServerHandle, ServerOptions, Stats};
+use proto::wire::ReplyStyle;
+pub(crate) use vast::{Asked, VastDisk};
 
 /// A server of one disk in memory, on a unix socket in a directory of its own.
 pub(crate) struct Served {
@@ -46,11 +49,15 @@ impl Served {
     }
 
     pub(crate) fn client(&self) -> Client {
-        Client::connect(&self.path, wish("disk0", true)).expect("the server takes us")
+        self.client_with(ReplyStyle::Structured)
+    }
+
+    pub(crate) fn client_with(&self, style: ReplyStyle) -> Client {
+        Client::connect(&self.path, wish("disk0", style)).expect("the server takes us")
     }
 
     pub(crate) fn simple_client(&self) -> Client {
-        Client::connect(&self.path, wish("disk0", false)).expect("the server takes us")
+        self.client_with(ReplyStyle::Simple)
     }
 
     /// Waits until the server's numbers are as `condition` wants them.
@@ -76,6 +83,9 @@ impl Served {
         assert_eq!(self.disk.handles(), 0, "every handle of the device was closed");
     }
 }
+
+/// Every kind of replies.
+pub(crate) const STYLES: [ReplyStyle; 3] = [ReplyStyle::Simple, ReplyStyle::Structured, ReplyStyle::Extended];
 
 /// What this machine allows.
 pub(crate) fn engine() -> Engine {

@@ -8,12 +8,12 @@ const MAX_PIECES: usize = 1 << 16;
 /// Disjoint, merged ranges: the start and the end of each, in bytes from the request's offset.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Coverage {
-    ranges: BTreeMap<u32, u32>,
+    ranges: BTreeMap<u64, u64>,
 }
 
 impl Coverage {
-    /// Adds a range that is not empty and ends within 32 bits; `false` where it overlaps what is there, or is one piece too many.
-    pub(super) fn add(&mut self, start: u32, end: u32) -> bool {
+    /// Adds a range that is not empty; `false` where it overlaps what is there, or is one piece too many.
+    pub(super) fn add(&mut self, start: u64, end: u64) -> bool {
         if self.ranges.len() >= MAX_PIECES {
             return false;
         }
@@ -35,7 +35,7 @@ impl Coverage {
     }
 
     /// Whether every byte up to `len` was added.
-    pub(super) fn is_whole(&self, len: u32) -> bool {
+    pub(super) fn is_whole(&self, len: u64) -> bool {
         len == 0 || self.ranges.get(&0) == Some(&len)
     }
 }

@@ -65,6 +65,9 @@ pub enum ReplyError {
     /// A chunk's length is not one that its kind can have.
     #[error("the reply to {0:?} has a wrong length")]
     WrongLength(Cookie),
+    /// With extended headers: its header repeats an offset that is not the request's.
+    #[error("the reply to {0:?} repeats an offset that is not the request's")]
+    WrongOffset(Cookie),
     /// It tells of bytes that were not asked for, or twice of the same.
     #[error("the reply to {0:?} tells of bytes outside the request, or twice of the same")]
     WrongRange(Cookie),

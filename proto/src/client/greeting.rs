@@ -2,7 +2,9 @@
 
 use bytes::{BufMut, BytesMut};
 
-use crate::wire::{CLIENT_OPTION_MAGIC, ExportInfo, InfoKind, MetaContext, OptionKind, SelectedContext};
+use crate::wire::{
+    CLIENT_OPTION_MAGIC, ExportInfo, InfoKind, MetaContext, OptionKind, ReplyStyle, SelectedContext,
+};
 
 /// What a handshake is for.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -20,9 +22,9 @@ pub enum Goal {
 pub struct Wish {
     /// What the handshake is for.
     pub goal: Goal,
-    /// Whether to ask for structured replies. A server without them is spoken to with simple ones.
-    pub structured: bool,
-    /// The contexts to select, if the server has structured replies.
+    /// The best kind of replies to ask for. A server without it is asked for the next, down to simple ones.
+    pub replies: ReplyStyle,
+    /// The contexts to select, if the server has replies in chunks.
     pub contexts: Vec<MetaContext>,
 }
 

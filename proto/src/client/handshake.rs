@@ -126,17 +126,21 @@ impl Handshake {
         let no_zeroes = offered.contains(HandshakeFlags::NO_ZEROES);
         let flags = ClientFlags::FIXED_NEWSTYLE.with_if(no_zeroes, ClientFlags::NO_ZEROES);
         self.output.put_u32(flags.bits());
-        if self.wish.structured {
-            self.send(OptionKind::StructuredReply);
-        } else {
-            self.send_goal();
-        }
+        self.ask_for_replies(self.wish.replies);
         Ok(None)
     }
 
     fn send(&mut self, kind: OptionKind) {
         put_option(&mut self.output, kind, &[]);
         self.state = State::Option(kind);
+    }
+
+    fn ask_for_replies(&mut self, style: ReplyStyle) {
+        match style {
+            ReplyStyle::Extended => self.send(OptionKind::ExtendedHeaders),
+            ReplyStyle::Structured => self.send(OptionKind::StructuredReply),
+            ReplyStyle::Simple => self.send_goal(),
+        }
     }
 
     fn send_goal(&mut self) {
@@ -222,8 +226,9 @@ impl Handshake {
         data: &[u8],
     ) -> Result<Option<Progress>, HandshakeError> {
         match kind {
-            // Both can be done without: by simple replies, by no contexts.
-            OptionKind::StructuredReply => self.send_goal(),
+            // All can be done without: by a lesser kind of replies, by no contexts.
+            OptionKind::ExtendedHeaders => self.ask_for_replies(ReplyStyle::Structured),
+            OptionKind::StructuredReply => self.ask_for_replies(ReplyStyle::Simple),
             OptionKind::SetMetaContext => {
                 self.told.contexts.clear();
                 self.send_goal();
@@ -295,8 +300,9 @@ impl Handshake {
 
     fn acknowledged(&mut self, kind: OptionKind) -> Result<Option<Progress>, HandshakeError> {
         match kind {
-            OptionKind::StructuredReply => {
-                self.replies = ReplyStyle::Structured;
+            OptionKind::StructuredReply | OptionKind::ExtendedHeaders => {
+                let extended = kind == OptionKind::ExtendedHeaders;
+                self.replies = if extended { ReplyStyle::Extended } else { ReplyStyle::Structured };
                 self.send_contexts_or_goal();
                 Ok(None)
             }

@@ -1,7 +1,7 @@
 //! The client's half: what a client asks, and what it must not believe of a server's bytes.
 //!
 //! A connection is a [`Handshake`] until [`Progress::Ready`]; from there a request is
-//! [`crate::wire::RequestHeader::encode`], announced to [`Replies`], which takes apart what comes back.
+//! [`crate::wire::RequestHeader::encode`]d, announced to [`Replies`], which takes apart what comes back.
 
 mod coverage;
 mod error;

@@ -7,7 +7,8 @@ use bytes::{Buf, Bytes, BytesMut};
 use super::ReplyError;
 use super::coverage::Coverage;
 use crate::wire::{
-    ChunkKind, CommandKind, ContextId, Cookie, Descriptor, Errno, MAX_PAYLOAD_BYTES, MAX_STATUS_DESCRIPTORS,
+    ChunkKind, CommandKind, ContextFilter, ContextId, Cookie, Descriptor, EXTENDED_REPLY_BYTES,
+    EXTENDED_REPLY_MAGIC, Errno, MAX_MESSAGE_BYTES, MAX_PAYLOAD_BYTES, MAX_STATUS_DESCRIPTORS, Malformed,
     Reader, ReplyFlags, ReplyStyle, RequestHeader, SIMPLE_REPLY_BYTES, SIMPLE_REPLY_MAGIC,
     STRUCTURED_REPLY_BYTES, STRUCTURED_REPLY_MAGIC, SelectedContext,
 };
@@ -31,7 +32,7 @@ pub enum Event {
         /// Their place in the export.
         offset: u64,
         /// How many.
-        len: u32,
+        len: u64,
     },
     /// Extents of a BLOCK_STATUS.
     Status {
@@ -41,6 +42,17 @@ pub enum Event {
         context: ContextId,
         /// In order, from the request's offset, without gaps. Each begins within the request; the last may reach beyond it.
         descriptors: Vec<Descriptor>,
+    },
+    /// The server says why the request fails, or where. What follows in [`Event::Done`] is the first of these.
+    Failure {
+        /// Of which request.
+        cookie: Cookie,
+        /// What kind of failure it is.
+        errno: Errno,
+        /// At which byte of the export, which lies within the request; `None` where that was not told.
+        offset: Option<u64>,
+        /// The server's words, of at most 4096 bytes before what was no text in them was replaced; often none.
+        message: String,
     },
     /// The request is over; its number is free again.
     Done {
@@ -55,6 +67,8 @@ pub enum Event {
 struct Pending {
     request: RequestHeader,
     covered: Coverage,
+    /// The contexts of a BLOCK_STATUS that is not about all.
+    filter: Option<Vec<ContextId>>,
     contexts_told: Vec<ContextId>,
     error: Option<Errno>,
 }
@@ -86,16 +100,28 @@ impl Replies {
     /// # Errors
     /// Where a request in flight has its number.
     pub fn expect(&mut self, request: &RequestHeader) -> Result<(), ReplyError> {
+        self.announce(*request, None)
+    }
+
+    /// Announces a BLOCK_STATUS that is being sent with this filter as its payload.
+    ///
+    /// # Errors
+    /// Where a request in flight has its number.
+    pub fn expect_filtered(
+        &mut self,
+        request: &RequestHeader,
+        filter: &ContextFilter,
+    ) -> Result<(), ReplyError> {
+        self.announce(RequestHeader { len: filter.len, ..*request }, Some(filter.contexts.clone()))
+    }
+
+    fn announce(&mut self, request: RequestHeader, filter: Option<Vec<ContextId>>) -> Result<(), ReplyError> {
         let cookie = request.cookie;
         if self.pending.contains_key(&cookie) {
             return Err(ReplyError::DuplicateCookie(cookie));
         }
-        let pending = Pending {
-            request: *request,
-            covered: Coverage::default(),
-            contexts_told: Vec::new(),
-            error: None,
-        };
+        let pending =
+            Pending { request, covered: Coverage::default(), filter, contexts_told: Vec::new(), error: None };
         self.pending.insert(cookie, pending);
         Ok(())
     }
@@ -111,8 +137,11 @@ impl Replies {
             }
             let Ok(magic) = Reader::new(input).u32() else { return Ok(None) };
             let taken = match (magic, self.style) {
-                (SIMPLE_REPLY_MAGIC, _) => self.take_simple(input)?,
-                (STRUCTURED_REPLY_MAGIC, ReplyStyle::Structured) => self.take_chunk(input)?,
+                (SIMPLE_REPLY_MAGIC, ReplyStyle::Simple | ReplyStyle::Structured) => {
+                    self.take_simple(input)?
+                }
+                (STRUCTURED_REPLY_MAGIC, ReplyStyle::Structured)
+                | (EXTENDED_REPLY_MAGIC, ReplyStyle::Extended) => self.take_chunk(input)?,
                 _ => return Err(ReplyError::BadMagic),
             };
             if !taken {
@@ -133,13 +162,13 @@ impl Replies {
         if self.style == ReplyStyle::Structured && (is_read || request.kind == CommandKind::BlockStatus) {
             return Err(ReplyError::WrongKind(cookie));
         }
-        let payload = if is_read && error == 0 { request.len as usize } else { 0 };
-        if input.len() < SIMPLE_REPLY_BYTES + payload {
+        let payload = if is_read && error == 0 { request.len } else { 0 };
+        if ((input.len() - SIMPLE_REPLY_BYTES) as u64) < payload {
             return Ok(false);
         }
         input.advance(SIMPLE_REPLY_BYTES);
         if payload > 0 {
-            let bytes = input.split_to(payload).freeze();
+            let bytes = input.split_to(payload as usize).freeze();
             self.ready.push_back(Event::Data { cookie, offset: request.offset, bytes });
         }
         self.pending.remove(&cookie);
@@ -149,25 +178,25 @@ impl Replies {
     }
 
     fn take_chunk(&mut self, input: &mut BytesMut) -> Result<bool, ReplyError> {
-        let mut reader = Reader::new(input);
-        let (Ok(_), Ok(flags), Ok(kind), Ok(cookie), Ok(len)) =
-            (reader.u32(), reader.u16(), reader.u16(), reader.u64(), reader.u32())
-        else {
+        let Ok(ChunkHeader { kind, last, cookie, offset, len }) = ChunkHeader::read(input, self.style) else {
             return Ok(false);
         };
-        let (kind, cookie) = (ChunkKind::from_number(kind), Cookie(cookie));
-        let last = ReplyFlags::from_bits(flags).contains(ReplyFlags::DONE);
         let pending = self.pending.get_mut(&cookie).ok_or(ReplyError::Unsolicited(cookie))?;
+        if offset.is_some_and(|offset| offset != pending.request.offset) {
+            return Err(ReplyError::WrongOffset(cookie));
+        }
         if len > chunk_limit(kind, &pending.request) {
             return Err(ReplyError::WrongLength(cookie));
         }
-        let len = len as usize;
-        if input.len() < STRUCTURED_REPLY_BYTES + len {
+        let extended = self.style.is_extended();
+        let header_len = if extended { EXTENDED_REPLY_BYTES } else { STRUCTURED_REPLY_BYTES };
+        let len = usize::try_from(len).map_err(|_| ReplyError::WrongLength(cookie))?;
+        if input.len() < header_len + len {
             return Ok(false);
         }
-        input.advance(STRUCTURED_REPLY_BYTES);
+        input.advance(header_len);
         let payload = input.split_to(len).freeze();
-        if let Some(event) = pending.take(kind, payload, last, &self.contexts)? {
+        if let Some(event) = pending.take(kind, payload, last, self.style, &self.contexts)? {
             self.ready.push_back(event);
         }
         if last && let Some(pending) = self.pending.remove(&cookie) {
@@ -178,17 +207,41 @@ impl Replies {
     }
 }
 
+struct ChunkHeader {
+    kind: ChunkKind,
+    last: bool,
+    cookie: Cookie,
+    /// The request's, which an extended header repeats.
+    offset: Option<u64>,
+    len: u64,
+}
+
+impl ChunkHeader {
+    fn read(input: &[u8], style: ReplyStyle) -> Result<Self, Malformed> {
+        let extended = style.is_extended();
+        let mut reader = Reader::new(input);
+        reader.u32()?;
+        let flags = ReplyFlags::from_bits(reader.u16()?);
+        Ok(Self {
+            last: flags.contains(ReplyFlags::DONE),
+            kind: ChunkKind::from_number(reader.u16()?),
+            cookie: Cookie(reader.u64()?),
+            offset: if extended { Some(reader.u64()?) } else { None },
+            len: if extended { reader.u64()? } else { u64::from(reader.u32()?) },
+        })
+    }
+}
+
 /// The longest chunk of this kind that this request can have: what bounds the input that a caller keeps.
-fn chunk_limit(kind: ChunkKind, request: &RequestHeader) -> u32 {
+fn chunk_limit(kind: ChunkKind, request: &RequestHeader) -> u64 {
     match kind {
         ChunkKind::None => 0,
-        ChunkKind::OffsetData => 8 + request.len.min(MAX_PAYLOAD_BYTES),
+        ChunkKind::OffsetData => 8 + request.len.min(u64::from(MAX_PAYLOAD_BYTES)),
         ChunkKind::OffsetHole => 12,
-        ChunkKind::BlockStatus => {
-            4 + u32::try_from(MAX_STATUS_DESCRIPTORS * Descriptor::BYTES).expect("a constant of 8 MiB")
-        }
+        ChunkKind::BlockStatus => 4 + (MAX_STATUS_DESCRIPTORS * Descriptor::BYTES) as u64,
+        ChunkKind::BlockStatusExt => 8 + (MAX_STATUS_DESCRIPTORS * Descriptor::EXTENDED_BYTES) as u64,
         // An error and its message.
-        _ => 8 + 6 + 4096,
+        _ => (8 + 6 + MAX_MESSAGE_BYTES) as u64,
     }
 }
 
@@ -198,6 +251,7 @@ impl Pending {
         kind: ChunkKind,
         payload: Bytes,
         last: bool,
+        style: ReplyStyle,
         contexts: &[SelectedContext],
     ) -> Result<Option<Event>, ReplyError> {
         let cookie = self.request.cookie;
@@ -208,42 +262,48 @@ impl Pending {
             ChunkKind::None if last => Ok(None),
             ChunkKind::OffsetData if is_read => {
                 let offset = reader.u64().map_err(wrong_length)?;
-                let len = u32::try_from(reader.remaining()).map_err(|_| ReplyError::WrongLength(cookie))?;
-                self.cover(offset, len)?;
+                self.cover(offset, reader.remaining() as u64)?;
                 Ok(Some(Event::Data { cookie, offset, bytes: payload.slice(8..) }))
             }
             ChunkKind::OffsetHole if is_read => {
                 let offset = reader.u64().map_err(wrong_length)?;
-                let len = reader.u32().map_err(wrong_length)?;
+                let len = u64::from(reader.u32().map_err(wrong_length)?);
                 reader.finish().map_err(wrong_length)?;
                 self.cover(offset, len)?;
                 Ok(Some(Event::Hole { cookie, offset, len }))
             }
-            ChunkKind::BlockStatus if self.request.kind == CommandKind::BlockStatus => {
-                self.take_status(&mut reader, contexts).map(Some)
-            }
-            kind if kind.is_error() => {
-                let code = reader.u32().map_err(wrong_length)?;
-                let message = usize::from(reader.u16().map_err(wrong_length)?);
-                reader.bytes(message).map_err(wrong_length)?;
-                if kind == ChunkKind::ErrorOffset {
-                    reader.u64().map_err(wrong_length)?;
+            ChunkKind::BlockStatus | ChunkKind::BlockStatusExt => {
+                let extended = kind == ChunkKind::BlockStatusExt;
+                if self.request.kind != CommandKind::BlockStatus || extended != style.is_extended() {
+                    return Err(ReplyError::WrongKind(cookie));
                 }
-                if matches!(kind, ChunkKind::Error | ChunkKind::ErrorOffset) {
-                    reader.finish().map_err(wrong_length)?;
-                }
-                // An error of 0 would be a contradiction: it is an error all the same.
-                self.error.get_or_insert(Errno::from_code(code));
-                Ok(None)
+                self.take_status(&mut reader, extended, contexts).map(Some)
             }
+            kind if kind.is_error() => self.take_error(kind, &mut reader).map(Some).map_err(wrong_length),
             _ => Err(ReplyError::WrongKind(cookie)),
         }
     }
 
-    fn cover(&mut self, offset: u64, len: u32) -> Result<(), ReplyError> {
+    fn take_error(&mut self, kind: ChunkKind, reader: &mut Reader<'_>) -> Result<Event, Malformed> {
+        let RequestHeader { cookie, offset: start, len, .. } = self.request;
+        // An error of 0 would be a contradiction: it is an error all the same.
+        let errno = Errno::from_code(reader.u32()?);
+        let message_len = usize::from(reader.u16()?);
+        let message = String::from_utf8_lossy(reader.bytes(message_len)?).into_owned();
+        let told = if kind == ChunkKind::ErrorOffset { Some(reader.u64()?) } else { None };
+        if matches!(kind, ChunkKind::Error | ChunkKind::ErrorOffset) {
+            reader.clone().finish()?;
+        }
+        let offset = told.filter(|at| at.checked_sub(start).is_some_and(|after| after < len));
+        self.error.get_or_insert(errno);
+        Ok(Event::Failure { cookie, errno, offset, message })
+    }
+
+    fn cover(&mut self, offset: u64, len: u64) -> Result<(), ReplyError> {
         let wrong = ReplyError::WrongRange(self.request.cookie);
         let start = offset.checked_sub(self.request.offset).ok_or(wrong)?;
-        let start = u32::try_from(start).map_err(|_| wrong)?;
+        // A request that wraps is its client's mistake; bytes that do are not believed all the same.
+        offset.checked_add(len).ok_or(wrong)?;
         let end = start.checked_add(len).filter(|end| *end <= self.request.len).ok_or(wrong)?;
         if len == 0 || !self.covered.add(start, end) { Err(wrong) } else { Ok(()) }
     }
@@ -251,25 +311,38 @@ impl Pending {
     fn take_status(
         &mut self,
         reader: &mut Reader<'_>,
+        extended: bool,
         contexts: &[SelectedContext],
     ) -> Result<Event, ReplyError> {
         let cookie = self.request.cookie;
         let wrong_length = |_| ReplyError::WrongLength(cookie);
         let context = ContextId(reader.u32().map_err(wrong_length)?);
-        if !contexts.iter().any(|selected| selected.id == context) || self.contexts_told.contains(&context) {
+        let asked = match &self.filter {
+            Some(filter) => filter.contains(&context),
+            None => contexts.iter().any(|selected| selected.id == context),
+        };
+        if !asked || self.contexts_told.contains(&context) {
             return Err(ReplyError::WrongKind(cookie));
         }
         self.contexts_told.push(context);
-        let mut descriptors = Vec::with_capacity(reader.remaining() / Descriptor::BYTES);
-        let mut told = 0;
+        let each = if extended { Descriptor::EXTENDED_BYTES } else { Descriptor::BYTES };
+        let count = if extended { Some(reader.u32().map_err(wrong_length)?) } else { None };
+        if count.is_some_and(|count| count as usize != reader.remaining() / each) {
+            return Err(ReplyError::WrongLength(cookie));
+        }
+        let mut descriptors = Vec::with_capacity(reader.remaining() / each);
+        let mut told: u64 = 0;
+        // Extents that wrap are of no disk; whoever adds them up need not look.
+        let most = u64::MAX - self.request.offset;
         while reader.remaining() > 0 {
-            let len = reader.u32().map_err(wrong_length)?;
-            let flags = reader.u32().map_err(wrong_length)?;
+            let mut number =
+                || if extended { reader.u64() } else { reader.u32().map(u64::from) }.map_err(wrong_length);
+            let (len, flags) = (number()?, number()?);
             // The last extent may reach beyond the request; none may begin there.
-            if len == 0 || told >= u64::from(self.request.len) {
+            if len == 0 || told >= self.request.len || len > most - told {
                 return Err(ReplyError::WrongRange(cookie));
             }
-            told += u64::from(len);
+            told += len;
             descriptors.push(Descriptor { len, flags });
         }
         if descriptors.is_empty() {
@@ -284,7 +357,9 @@ impl Pending {
         }
         let whole = match self.request.kind {
             CommandKind::Read => self.covered.is_whole(self.request.len),
-            CommandKind::BlockStatus => self.contexts_told.len() == contexts.len(),
+            CommandKind::BlockStatus => {
+                self.contexts_told.len() == self.filter.as_ref().map_or(contexts.len(), Vec::len)
+            }
             _ => true,
         };
         if whole { Ok(Ok(())) } else { Err(ReplyError::Incomplete(self.request.cookie)) }

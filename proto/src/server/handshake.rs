@@ -22,7 +22,7 @@ const ZEROES_AFTER_EXPORT_NAME: usize = 124;
 pub struct Agreed {
     /// Which export.
     pub export: ExportId,
-    /// What the client was told of it, `SEND_DF` included where it applies.
+    /// What the client was told of it, `SEND_DF` and `BLOCK_STATUS_PAYLOAD` included where they apply.
     pub info: ExportInfo,
     /// Which kind of replies.
     pub replies: ReplyStyle,
@@ -51,6 +51,9 @@ pub enum Ending {
     /// EXPORT_NAME could not be granted, and has no reply that could say so.
     #[error("the client asked by EXPORT_NAME for an export that it cannot have")]
     ExportRefused,
+    /// EXPORT_NAME after extended headers were agreed on.
+    #[error("the client agreed on extended headers and then asked by EXPORT_NAME, which cannot have them")]
+    ExtendedNeedsGo,
     /// A client that does not speak the fixed newstyle sent an option other than EXPORT_NAME.
     #[error("the client sent an option that its flags rule out")]
     NotFixedNewstyle,
@@ -201,29 +204,39 @@ impl Handshake {
             }
             OptionKind::Info | OptionKind::Go => return self.info(kind, data, directory),
             OptionKind::List => self.list(data, directory),
-            OptionKind::StructuredReply => {
-                if data.is_empty() {
-                    self.negotiated.replies = ReplyStyle::Structured;
-                    self.reply(kind, OptionReplyKind::Ack, &[]);
-                } else {
-                    self.refuse(kind, OptionReplyKind::ErrInvalid, "the option takes no data");
-                }
-            }
+            OptionKind::StructuredReply => self.agree_on(kind, ReplyStyle::Structured, data),
+            OptionKind::ExtendedHeaders => self.agree_on(kind, ReplyStyle::Extended, data),
             OptionKind::ListMetaContext | OptionKind::SetMetaContext => self.contexts(kind, data, directory),
             OptionKind::StartTls => self.refuse(kind, OptionReplyKind::ErrPolicy, "TLS is not configured"),
-            OptionKind::ExtendedHeaders | OptionKind::Unknown(_) => {
+            OptionKind::Unknown(_) => {
                 self.refuse(kind, OptionReplyKind::ErrUnsupported, "the option is not supported");
             }
         }
         Step::Answered
     }
 
+    /// Agrees on replies of `style`, where nothing better was agreed on before: extended headers are not given up again.
+    fn agree_on(&mut self, kind: OptionKind, style: ReplyStyle, data: &[u8]) {
+        if !data.is_empty() {
+            return self.refuse(kind, OptionReplyKind::ErrInvalid, "the option takes no data");
+        }
+        if self.negotiated.replies > style {
+            let why = "extended headers were agreed on before";
+            return self.refuse(kind, OptionReplyKind::ErrExtendedHeadersRequired, why);
+        }
+        self.negotiated.replies = style;
+        self.reply(kind, OptionReplyKind::Ack, &[]);
+    }
+
     /// The old way to begin: size (8), flags (2), zeroes; and no way to refuse but to close.
     fn export_name(&mut self, data: &[u8], directory: &dyn Directory) -> Step {
+        if self.negotiated.replies.is_extended() {
+            return self.close(Ending::ExtendedNeedsGo);
+        }
         let Ok(name) = Reader::new(data).rest_as_text() else { return self.close(Ending::ExportRefused) };
         let Some(export) = directory.find(name) else { return self.close(Ending::ExportRefused) };
         let Ok(info) = directory.describe(export) else { return self.close(Ending::ExportRefused) };
-        let info = self.with_reply_flags(info);
+        let info = self.with_reply_flags(OptionKind::ExportName, export, info);
         self.output.put_u64(info.size);
         self.output.put_u16(info.flags.bits());
         if !self.client.contains(ClientFlags::NO_ZEROES) {
@@ -242,7 +255,7 @@ impl Handshake {
             return Step::Answered;
         };
         let info = match directory.describe(export) {
-            Ok(info) => self.with_reply_flags(info),
+            Ok(info) => self.with_reply_flags(kind, export, info),
             Err(Refusal::Unavailable) => {
                 self.refuse(kind, OptionReplyKind::ErrUnknown, "the export cannot be opened");
                 return Step::Answered;
@@ -281,10 +294,16 @@ impl Handshake {
         }
     }
 
-    fn with_reply_flags(&self, mut info: ExportInfo) -> ExportInfo {
-        let structured = self.negotiated.replies == ReplyStyle::Structured;
-        info.flags =
-            info.flags.with(TransmissionFlags::HAS_FLAGS).with_if(structured, TransmissionFlags::SEND_DF);
+    /// A client that only asks is told that BLOCK_STATUS can be filtered whether or not it selected contexts by then.
+    fn with_reply_flags(&self, option: OptionKind, export: ExportId, mut info: ExportInfo) -> ExportInfo {
+        let Negotiated { replies, contexts } = &self.negotiated;
+        let has_contexts = matches!(contexts, Some((on, contexts)) if *on == export && !contexts.is_empty());
+        let filters = replies.is_extended() && (has_contexts || option == OptionKind::Info);
+        info.flags = info
+            .flags
+            .with(TransmissionFlags::HAS_FLAGS)
+            .with_if(replies.has_chunks(), TransmissionFlags::SEND_DF)
+            .with_if(filters, TransmissionFlags::BLOCK_STATUS_PAYLOAD);
         info
     }
 

@@ -84,24 +84,26 @@ pub struct SelectedContext {
     pub context: MetaContext,
 }
 
-/// One extent of a BLOCK_STATUS reply.
+/// One extent of a BLOCK_STATUS reply. On the wire both numbers have 32 bits, with extended headers 64.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Descriptor {
     /// How many bytes, never 0.
-    pub len: u32,
+    pub len: u64,
     /// What the context says of them.
-    pub flags: u32,
+    pub flags: u64,
 }
 
 impl Descriptor {
     /// Its length on the wire, in bytes.
     pub const BYTES: usize = 8;
+    /// The same with extended headers.
+    pub const EXTENDED_BYTES: usize = 16;
     /// `base:allocation`: no room is allocated.
-    pub const HOLE: u32 = 1;
+    pub const HOLE: u64 = 1;
     /// `base:allocation`: it reads as zeroes.
-    pub const ZERO: u32 = 2;
+    pub const ZERO: u64 = 2;
     /// `qemu:dirty-bitmap:`: it was written.
-    pub const DIRTY: u32 = 1;
+    pub const DIRTY: u64 = 1;
 }
 
 #[cfg(test)]

@@ -22,7 +22,7 @@ pub struct ExportInfo {
     pub description: String,
     /// Its size in bytes, at most 2^63 - 1.
     pub size: u64,
-    /// What it can do. A server leaves `SEND_DF` to the handshake, which knows the kind of replies.
+    /// What it can do. A server leaves `SEND_DF` and `BLOCK_STATUS_PAYLOAD` to the handshake, which knows the kind of replies.
     pub flags: TransmissionFlags,
     /// Its request sizes.
     pub block_sizes: BlockSizes,

@@ -42,6 +42,12 @@ macro_rules! flags {
                 Self(self.0 | other.0)
             }
 
+            /// These flags, but for those of `other`.
+            #[must_use]
+            pub const fn without(self, other: Self) -> Self {
+                Self(self.0 & !other.0)
+            }
+
             /// These flags, and those of `other` where `condition` holds.
             #[must_use]
             pub const fn with_if(self, condition: bool, other: Self) -> Self {
@@ -96,6 +102,8 @@ flags! {
         SEND_CACHE = 10,
         /// The FAST_ZERO flag is obeyed.
         SEND_FAST_ZERO = 11,
+        /// With extended headers: a BLOCK_STATUS may bring the contexts that it is about.
+        BLOCK_STATUS_PAYLOAD = 12,
     }
 }
 
@@ -118,7 +126,7 @@ flags! {
 }
 
 flags! {
-    /// What a chunk of a structured reply says about the reply.
+    /// What a chunk of a reply says about the reply.
     ReplyFlags: u16 {
         /// It is the last of its reply.
         DONE = 0,

@@ -16,6 +16,8 @@ pub const MAX_PAYLOAD_BYTES: u32 = 32 << 20;
 /// How many descriptors a BLOCK_STATUS chunk may have: the server sends no more, and the client takes no more than 2^20 as the protocol says.
 pub const MAX_STATUS_DESCRIPTORS: usize = 1 << 20;
 /// The longest extent that one 32-bit status descriptor tells of: below 2^32, and aligned to any sensible block.
-pub const MAX_STATUS_EXTENT_BYTES: u32 = u32::MAX - (64 << 20) + 1;
+pub const MAX_STATUS_EXTENT_BYTES: u64 = (1 << 32) - (64 << 20);
+/// The longest message of an error in a reply, in bytes: the protocol's limit for strings.
+pub const MAX_MESSAGE_BYTES: usize = MAX_NAME_BYTES;
 /// How many characters of a peer's text reach a log or an error.
 pub const MAX_TEXT_CHARS: usize = 80;

@@ -4,6 +4,7 @@ mod command;
 mod context;
 mod errno;
 mod export;
+mod filter;
 mod flags;
 mod limits;
 mod magic;
@@ -12,20 +13,21 @@ mod reader;
 mod reply;
 mod text;
 
-pub use command::{CommandKind, Cookie, RequestHeader};
+pub use command::{CommandKind, Cookie, NotARequest, RequestBytes, RequestHeader};
 pub use context::{ContextId, ContextQuery, Descriptor, MetaContext, SelectedContext};
 pub use errno::Errno;
 pub use export::{BlockSizes, ExportInfo};
+pub use filter::ContextFilter;
 pub use flags::{ClientFlags, CommandFlags, HandshakeFlags, ReplyFlags, TransmissionFlags};
 pub use limits::{
-    MAX_CONTEXTS, MAX_NAME_BYTES, MAX_OPTION_BYTES, MAX_OPTIONS, MAX_PAYLOAD_BYTES, MAX_QUERIES,
-    MAX_STATUS_DESCRIPTORS, MAX_STATUS_EXTENT_BYTES, MAX_TEXT_CHARS,
+    MAX_CONTEXTS, MAX_MESSAGE_BYTES, MAX_NAME_BYTES, MAX_OPTION_BYTES, MAX_OPTIONS, MAX_PAYLOAD_BYTES,
+    MAX_QUERIES, MAX_STATUS_DESCRIPTORS, MAX_STATUS_EXTENT_BYTES, MAX_TEXT_CHARS,
 };
 pub use magic::{
-    CLIENT_OPTION_MAGIC, NBD_MAGIC, OPTION_REPLY_MAGIC, REQUEST_MAGIC, SIMPLE_REPLY_MAGIC,
-    STRUCTURED_REPLY_MAGIC,
+    CLIENT_OPTION_MAGIC, EXTENDED_REPLY_MAGIC, EXTENDED_REQUEST_MAGIC, NBD_MAGIC, OPTION_REPLY_MAGIC,
+    REQUEST_MAGIC, SIMPLE_REPLY_MAGIC, STRUCTURED_REPLY_MAGIC,
 };
 pub use option::{InfoKind, OptionKind, OptionReplyKind};
 pub use reader::{Malformed, Reader};
-pub use reply::{ChunkKind, ReplyStyle, SIMPLE_REPLY_BYTES, STRUCTURED_REPLY_BYTES};
-pub use text::Cut;
+pub use reply::{ChunkKind, EXTENDED_REPLY_BYTES, ReplyStyle, SIMPLE_REPLY_BYTES, STRUCTURED_REPLY_BYTES};
+pub use text::{Cut, message};

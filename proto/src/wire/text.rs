@@ -1,8 +1,8 @@
-//! A peer's text as it may be shown: short, and without control characters.
+//! A peer's text as it may be shown, and ours as it may be sent: short, and without control characters.
 
 use std::fmt;
 
-use super::MAX_TEXT_CHARS;
+use super::{MAX_MESSAGE_BYTES, MAX_TEXT_CHARS};
 
 /// Shows at most [`MAX_TEXT_CHARS`] characters of a peer's text, control characters escaped.
 #[derive(Clone, Copy, Debug)]
@@ -22,9 +22,30 @@ impl fmt::Display for Cut<'_> {
     }
 }
 
+/// A text as the message of an error: one line of at most [`MAX_MESSAGE_BYTES`] bytes.
+#[must_use]
+pub fn message(text: &str) -> String {
+    let mut message = String::with_capacity(text.len().min(MAX_MESSAGE_BYTES));
+    for character in text.chars() {
+        if message.len() + character.len_utf8() > MAX_MESSAGE_BYTES {
+            break;
+        }
+        message.push(if character.is_control() { ' ' } else { character });
+    }
+    message
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_message_is_one_line_and_cut_between_characters() {
+        assert_eq!(message("chunk 7\nof disk\0"), "chunk 7 of disk ");
+        let long = message(&"ö".repeat(MAX_MESSAGE_BYTES));
+        assert_eq!(long.len(), MAX_MESSAGE_BYTES);
+        assert_eq!(message(&format!("x{}", "ö".repeat(MAX_MESSAGE_BYTES))).len(), MAX_MESSAGE_BYTES - 1);
+    }
 
     #[test]
     fn long_text_is_cut_and_control_characters_are_escaped() {

@@ -7,8 +7,8 @@ use proto::server::{
     StatusBuilder, Step, Verdict,
 };
 use proto::wire::{
-    BlockSizes, Errno, ExportInfo, MAX_PAYLOAD_BYTES, MetaContext, ReplyStyle, RequestHeader,
-    TransmissionFlags,
+    BlockSizes, Errno, ExportInfo, MAX_PAYLOAD_BYTES, MetaContext, NotARequest, RequestHeader,
+    SelectedContext, TransmissionFlags,
 };
 
 pub(crate) const DISK_BYTES: usize = 64 * 1024;
@@ -126,16 +126,20 @@ impl Server {
     }
 
     fn transmit(&mut self) -> bool {
-        let Some(bytes) = self.input.first_chunk::<{ RequestHeader::BYTES }>() else { return false };
-        let Some(header) = RequestHeader::decode(bytes) else {
-            self.closed = true;
-            return false;
+        let agreed = self.agreed.clone().expect("transmission follows agreement");
+        let style = agreed.replies;
+        let header = match RequestHeader::at_front(&self.input, style) {
+            Ok(Some(header)) => header,
+            Ok(None) => return false,
+            Err(NotARequest) => {
+                self.closed = true;
+                return false;
+            }
         };
-        let agreed = self.agreed.as_ref().expect("transmission follows agreement");
         let admission = Admission {
             size: agreed.info.size,
             flags: agreed.info.flags,
-            replies: agreed.replies,
+            replies: style,
             has_contexts: !agreed.contexts.is_empty(),
             max_request: MAX_PAYLOAD_BYTES,
         };
@@ -144,32 +148,47 @@ impl Server {
             self.closed = true;
             return false;
         }
-        if self.input.len() < RequestHeader::BYTES + header.payload_len() as usize {
+        let payload_len = header.payload_len(style) as usize;
+        if self.input.len() < style.request_bytes() + payload_len {
             return false;
         }
-        self.input.advance(RequestHeader::BYTES);
-        let payload = self.input.split_to(header.payload_len() as usize);
-        let encoder = ReplyEncoder::new(agreed.replies);
+        self.input.advance(style.request_bytes());
+        let payload = self.input.split_to(payload_len);
+        let encoder = ReplyEncoder::new(style);
         match verdict {
-            Verdict::Perform(command) => self.perform(&header, command, &payload, encoder),
-            Verdict::Nothing => self.output.extend_from_slice(&encoder.done(header.cookie)),
-            Verdict::Refuse(errno) => self.output.extend_from_slice(&encoder.failed(
-                header.cookie,
-                errno,
-                (errno == Errno::NoSpace).then_some(header.offset),
-            )),
+            Verdict::Perform(command) => {
+                self.perform(&header, command, &payload, encoder, &agreed.contexts);
+            }
+            Verdict::Filter { one } => match admission.filter(&header, &payload, &agreed.contexts) {
+                Ok((header, contexts)) => {
+                    self.perform(&header, Command::BlockStatus { one }, &[], encoder, &contexts);
+                }
+                Err(errno) => self.output.extend_from_slice(&encoder.refused(&header, errno)),
+            },
+            Verdict::Nothing => self.output.extend_from_slice(&encoder.done(&header)),
+            Verdict::Refuse(errno) => {
+                let offset = (errno == Errno::NoSpace).then_some(header.offset);
+                self.output.extend_from_slice(&encoder.failed(&header, errno, offset, "so it is"));
+            }
             Verdict::Disconnect | Verdict::TooLong => self.closed = true,
         }
         true
     }
 
-    fn perform(&mut self, header: &RequestHeader, command: Command, payload: &[u8], encoder: ReplyEncoder) {
+    fn perform(
+        &mut self,
+        header: &RequestHeader,
+        command: Command,
+        payload: &[u8],
+        encoder: ReplyEncoder,
+        contexts: &[SelectedContext],
+    ) {
         let start = header.offset as usize;
         let range = start..start + header.len as usize;
         match command {
             Command::Read { whole } => {
-                if whole || encoder.style() == ReplyStyle::Simple {
-                    self.output.extend_from_slice(&encoder.data(header.cookie, header.offset, header.len));
+                if whole || !encoder.style().has_chunks() {
+                    self.output.extend_from_slice(&encoder.data(header));
                     self.output.extend_from_slice(&self.disk[range]);
                     return;
                 }
@@ -177,12 +196,12 @@ impl Server {
                 while at < range.end {
                     let end = ((at / 4096 + 1) * 4096).min(range.end);
                     let last = end == range.end;
-                    let len = (end - at) as u32;
+                    let len = (end - at) as u64;
                     if self.disk[at..end].iter().all(|byte| *byte == 0) {
-                        let hole = encoder.hole_chunk(header.cookie, at as u64, len, last);
+                        let hole = encoder.hole_chunk(header, at as u64, len, last);
                         self.output.extend_from_slice(&hole);
                     } else {
-                        let head = encoder.data_chunk(header.cookie, at as u64, len, last);
+                        let head = encoder.data_chunk(header, at as u64, len, last);
                         self.output.extend_from_slice(&head);
                         self.output.extend_from_slice(&self.disk[at..end]);
                     }
@@ -193,19 +212,19 @@ impl Server {
             Command::Write { .. } => self.disk[range].copy_from_slice(payload),
             Command::WriteZeroes { .. } => self.disk[range].fill(0),
             Command::BlockStatus { one } => {
-                let contexts = self.agreed.as_ref().expect("agreed").contexts.clone();
                 for (number, selected) in contexts.iter().enumerate() {
-                    let mut builder = StatusBuilder::new(header.len, if one { 1 } else { 64 });
+                    let max = if one { 1 } else { 64 };
+                    let mut builder = StatusBuilder::new(header.len, max, encoder.style());
                     builder.push(4096, 3);
                     builder.push(u64::MAX, 0);
                     let last = number + 1 == contexts.len();
                     let descriptors = builder.finish();
-                    encoder.status_chunk(&mut self.output, header.cookie, selected.id, &descriptors, last);
+                    encoder.status_chunk(&mut self.output, header, selected.id, &descriptors, last);
                 }
                 return;
             }
             Command::Flush | Command::Trim { .. } | Command::Cache => {}
         }
-        self.output.extend_from_slice(&encoder.done(header.cookie));
+        self.output.extend_from_slice(&encoder.done(header));
     }
 }
