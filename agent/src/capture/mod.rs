@@ -42,10 +42,12 @@ use source::{Source, SourceArg};
 #[command(after_help = "\
 Examples:
   lifeboot capture -r /backup web01 /var/lib/libvirt/images/web01.raw
-  lifeboot capture -r /backup db root=/dev/vg/db-root data=/dev/vg/db-data --attach db.xml
+  lifeboot capture -r /backup db root=/dev/vg/db-root data=/dev/vg/db-data \\
+      --attach db.xml
 
-Disks without a NAME are called disk0, disk1, … by their place. A source is read through the page cache if
-it is there already, and around it otherwise. Ctrl-C leaves nothing behind; exit code 130.")]
+Disks without a NAME are called disk0, disk1, … by their place. A source is
+read through the page cache if it is there already, and around it otherwise.
+Ctrl-C leaves nothing behind; exit code 130.")]
 pub struct Args {
     /// The group: the machine whose disks these are
     group: String,

@@ -10,7 +10,7 @@ use super::{Cli, Context, Outcome, Verb};
 
 /// Print the completion script of a shell
 #[derive(Debug, clap::Args)]
-#[command(after_help = "Example: lifeboot completions bash > /etc/bash_completion.d/lifeboot")]
+#[command(after_help = "Example:\n  lifeboot completions bash > /etc/bash_completion.d/lifeboot")]
 pub(super) struct CompletionsArgs {
     /// Which shell
     shell: clap_complete::Shell,

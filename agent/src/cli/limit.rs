@@ -13,8 +13,9 @@ use crate::status::session_of;
 /// guests wait for is never limited.
 #[derive(Debug, clap::Args)]
 #[command(after_help = "\
-Example: lifeboot limit /var/lib/vm/web01.raw 20MiB
-         lifeboot limit /var/lib/vm/web01.raw 0")]
+Examples:
+  lifeboot limit /var/lib/vm/web01.raw 20MiB
+  lifeboot limit /var/lib/vm/web01.raw 0")]
 pub(super) struct Args {
     /// The target of the live-restore; of several, any of them
     #[arg(value_name = "TARGET")]

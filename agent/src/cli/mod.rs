@@ -48,8 +48,8 @@ pub struct Cli {
 }
 
 const EXIT_CODES: &str = "\
-Exit codes: 0 done; 1 failed; 2 wrong usage; 3 done, but something is damaged (named on stderr); \
-130 interrupted by Ctrl-C, 143 by SIGTERM.";
+Exit codes: 0 done; 1 failed; 2 wrong usage; 3 done, but something is damaged
+(named on stderr); 130 interrupted by Ctrl-C, 143 by SIGTERM.";
 
 #[derive(Debug, Subcommand)]
 enum Command {
@@ -118,5 +118,17 @@ mod tests {
     #[test]
     fn the_command_line_is_consistent() {
         Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn examples_and_notes_stand_on_lines_that_no_terminal_breaks() {
+        fn check(command: &clap::Command) {
+            for line in command.get_after_help().map(ToString::to_string).unwrap_or_default().lines() {
+                let len = line.chars().count();
+                assert!(len <= 79, "{}: {len} columns: {line}", command.get_name());
+            }
+            command.get_subcommands().for_each(check);
+        }
+        check(&Cli::command());
     }
 }

@@ -16,8 +16,8 @@ use crate::status::session_of;
 /// machine from TARGET from now on. Whatever goes wrong, the machine goes on where it was.
 #[derive(Debug, clap::Args)]
 #[command(after_help = "\
-Example: lifeboot pivot /var/lib/vm/web01.raw --qmp /run/web01.qmp
-         (QEMU was started with -qmp unix:/run/web01.qmp,server=on,wait=off)")]
+Example, with QEMU started with -qmp unix:/run/web01.qmp,server=on,wait=off:
+  lifeboot pivot /var/lib/vm/web01.raw --qmp /run/web01.qmp")]
 pub(super) struct Args {
     /// The target of the live-restore
     #[arg(value_name = "TARGET")]

@@ -10,7 +10,8 @@ use crate::output::{human_count, human_size};
 /// Reads and hashes everything. Nothing is changed, and captures and restores may run meanwhile.
 #[derive(Debug, clap::Args)]
 #[command(after_help = "\
-Exit code 3 where something is damaged: what, and which part of which snapshot needs it, is on stderr.")]
+Exit code 3 where something is damaged: what, and which part of which snapshot
+needs it, is on stderr.")]
 pub(super) struct Args {
     /// Check tables, indexes, maps and manifests only, not the chunks of the disks
     #[arg(long)]

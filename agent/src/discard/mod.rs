@@ -39,10 +39,12 @@ use crate::status::{Phase, Status};
 /// an agent serves is refused: end the agent first.
 #[derive(Debug, clap::Args)]
 #[command(after_help = "\
-Example: lifeboot save -r /backup /var/lib/vm/web01.raw && lifeboot discard --yes /var/lib/vm/web01.raw
+Examples:
+  lifeboot save -r /backup /var/lib/vm/web01.raw
+  lifeboot discard /var/lib/vm/web01.raw
 
-Where there is no session, nothing is done, and the exit code is 0. What is left of a discard that was killed is removed by the
-same command.")]
+Where there is no session, nothing is done, and the exit code is 0. What is
+left of a discard that was killed is removed by the same command.")]
 pub struct Args {
     /// The target of the live-restore
     #[arg(value_name = "TARGET")]

@@ -99,10 +99,13 @@ pub const DIRTY_BITMAP: &str = "lifeboot";
 /// none. Each disk is an export by its name (the first one by the empty name too), and a session with its own state.
 #[derive(Debug, clap::Args)]
 #[command(after_help = "\
-Example: lifeboot live-restore -r /backup web01@latest /var/lib/vm/web01.raw --listen unix:/run/web01.sock
-         lifeboot live-restore -r /backup db@latest root=/dev/vg/db-root data=/dev/vg/db-data --listen unix:/run/db.sock
-         lifeboot status /var/lib/vm/web01.raw
-         lifeboot limit /var/lib/vm/web01.raw 20MiB")]
+Examples:
+  lifeboot live-restore -r /backup web01@latest /var/lib/vm/web01.raw \\
+      --listen unix:/run/web01.sock
+  lifeboot live-restore -r /backup db@latest \\
+      root=/dev/vg/db-root data=/dev/vg/db-data --listen unix:/run/db.sock
+  lifeboot status /var/lib/vm/web01.raw
+  lifeboot limit /var/lib/vm/web01.raw 20MiB")]
 pub struct Args {
     /// What to restore: GROUP@TIME[/DISK] or GROUP@latest[/DISK]
     #[arg(value_name = "SNAPSHOT")]

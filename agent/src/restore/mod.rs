@@ -35,11 +35,14 @@ const STRETCH: u64 = 64 << 10;
 #[command(after_help = "\
 Examples:
   lifeboot restore -r /backup web01@latest /var/lib/libvirt/images/web01.raw
-  lifeboot restore -r /backup db@2026-11-21T00:33:12Z/data /dev/vg/db-data --force
+  lifeboot restore -r /backup db@2026-11-21T00:33:12Z/data /dev/vg/db-data \\
+      --force
 
-A target counts as empty if it is a file that was never written to (it may have a size), or a block device
-that is zero in its first and last MiB. A file is replaced by one of the disk's size, with the old one's owner
-and permissions. Ctrl-C, or a failure, leaves a file target as it was; exit code 130, or 1.")]
+A target counts as empty if it is a file that was never written to (it may
+have a size), or a block device that is zero in its first and last MiB. A file
+is replaced by one of the disk's size, with the old one's owner and
+permissions. Ctrl-C, or a failure, leaves a file target as it was; exit code
+130, or 1.")]
 pub struct Args {
     /// The snapshot, and the disk if it has several: web01@latest, web01@latest/disk0
     #[arg(value_name = "SNAPSHOT[/DISK]")]

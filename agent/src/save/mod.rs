@@ -45,11 +45,14 @@ use crate::status::DamagedRange;
 #[command(after_help = "\
 Examples:
   lifeboot save -r /backup /var/lib/vm/web01.raw
-  lifeboot save -r /backup /var/lib/vm/web01.raw web01-rescued --note 'before the rollback'
+  lifeboot save -r /backup /var/lib/vm/web01.raw web01-rescued \\
+      --note 'before the rollback'
 
-While it is served the snapshot holds everything that the guest was told was written, as a power cut would leave it. After a
-crash of the host it holds everything that the guest had flushed. A chunk that the guest wrote in part and whose rest is
-damaged in the repository keeps what the restored snapshot has there; it is named, and the exit code is 3.")]
+While it is served the snapshot holds everything that the guest was told was
+written, as a power cut would leave it. After a crash of the host it holds
+everything that the guest had flushed. A chunk that the guest wrote in part and
+whose rest is damaged in the repository keeps what the restored snapshot has
+there; it is named, and the exit code is 3.")]
 pub struct Args {
     /// The target of the live-restore
     #[arg(value_name = "TARGET")]

@@ -32,8 +32,9 @@ const TRACE_INTERVAL: Duration = Duration::from_secs(2);
 /// repository is served. It runs until Ctrl-C.
 #[derive(Debug, clap::Args)]
 #[command(after_help = "\
-Example: lifeboot serve -r /backup web01@latest --listen unix:/run/web01.sock
-         qemu-img compare disk.raw 'nbd+unix:///?socket=/run/web01.sock'")]
+Examples:
+  lifeboot serve -r /backup web01@latest --listen unix:/run/web01.sock
+  qemu-img compare disk.raw 'nbd+unix:///?socket=/run/web01.sock'")]
 pub struct Args {
     /// Which snapshots, or disks of them: GROUP@TIME[/DISK] or GROUP@latest[/DISK]
     #[arg(value_name = "SNAPSHOT")]

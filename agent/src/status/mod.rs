@@ -29,9 +29,10 @@ const PATIENCE: Duration = Duration::from_secs(10);
 /// the export is asked over NBD, from wherever it can be reached.
 #[derive(Debug, clap::Args)]
 #[command(after_help = "\
-Example: lifeboot status /var/lib/vm/web01.raw
-         lifeboot status --watch /var/lib/vm/web01.raw
-         lifeboot status --listen tcp:10.0.0.5:10809")]
+Examples:
+  lifeboot status /var/lib/vm/web01.raw
+  lifeboot status --watch /var/lib/vm/web01.raw
+  lifeboot status --listen tcp:10.0.0.5:10809")]
 pub struct Args {
     /// The target of the live-restore
     #[arg(value_name = "TARGET", required_unless_present = "listen", conflicts_with = "listen")]

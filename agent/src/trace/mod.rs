@@ -23,9 +23,12 @@ pub(crate) use keeper::TraceKeeper;
 /// `serve --scratch`. The next live-restore of the group fetches those places first.
 #[derive(Debug, clap::Args)]
 #[command(after_help = "\
-Example: lifeboot trace show -r /backup web01
-         lifeboot trace begin /var/lib/vm/web01.raw      and, when the guest has done what is to be quick next time:
-         lifeboot trace take /var/lib/vm/web01.raw")]
+Examples:
+  lifeboot trace show -r /backup web01
+  lifeboot trace begin /var/lib/vm/web01.raw
+
+and, when the guest has done what is to be quick next time:
+  lifeboot trace take /var/lib/vm/web01.raw")]
 pub struct Args {
     #[command(subcommand)]
     what: What,
