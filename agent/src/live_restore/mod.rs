@@ -31,6 +31,7 @@ mod mover;
 mod narrate;
 mod open;
 mod order;
+mod parts;
 mod pointer;
 mod record;
 mod report;

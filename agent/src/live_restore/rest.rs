@@ -12,7 +12,8 @@ use block::{DirectIo, Engine, FileDisk, FileOptions, OpenDevice as _};
 use repository::{DiskEntry, Repository};
 
 use super::identity::TargetIdentity;
-use super::open::{MapCheck, cannot_resume, journal_identity, parse_id};
+use super::open::cannot_resume;
+use super::parts::{MapCheck, journal_identity, parse_id};
 use super::record::SessionRecord;
 use super::state_dir::{JOURNAL, StateDir};
 use super::{distrust, target, wanted};

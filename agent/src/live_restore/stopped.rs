@@ -4,7 +4,8 @@ use anyhow::Context as _;
 use block::{DirectIo, Engine, FileDisk, FileOptions, OpenDevice as _};
 
 use super::distrust;
-use super::open::{cannot_resume, parse_id};
+use super::open::cannot_resume;
+use super::parts::parse_id;
 use super::record::SessionRecord;
 use super::state_dir::{JOURNAL, StateDir};
 use crate::cli::Failure;
