@@ -132,7 +132,7 @@ pub(super) enum Mistake {
 
 #[cfg(test)]
 pub(super) use made::{Making, forget_late};
-pub(super) use made::{catch_up, later, makes, makes_any};
+pub(super) use made::{catch_up, later, makes, makes_mistakes};
 
 #[cfg(not(test))]
 mod made {
@@ -152,7 +152,7 @@ mod made {
 
     /// Whether a test asked for any mistake. Never outside tests.
     #[inline]
-    pub(in crate::live) const fn makes_any() -> bool {
+    pub(in crate::live) const fn makes_mistakes() -> bool {
         false
     }
 
@@ -198,7 +198,7 @@ mod made {
     }
 
     /// Whether a test asked for any mistake on this thread.
-    pub(in crate::live) fn makes_any() -> bool {
+    pub(in crate::live) fn makes_mistakes() -> bool {
         MADE.get().is_some()
     }
 

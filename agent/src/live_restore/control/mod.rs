@@ -16,7 +16,7 @@
 //!    what `done` carries. [`Asked`] gives the disk that was asked about ([`Asked::disk`]: session, engine handles,
 //!    record, state directory, fetching threads), and the whole agent ([`Asked::service`]: all disks, the I/O engine,
 //!    whether it ends).
-//! 3. The verb calls [`ask`], or [`ask_telling`] where it shows progress. An error that carries a [`crate::cli::Failure`] reaches
+//! 3. The verb calls [`ask()`], or [`ask_telling`] where it shows progress. An error that carries a [`crate::cli::Failure`] reaches
 //!    the other end with its advice.
 //!
 //! # What a handler may rely on
