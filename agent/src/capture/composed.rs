@@ -123,7 +123,6 @@ impl Composed<'_> {
     ) -> anyhow::Result<Outcome> {
         let snapshot = self.repository.snapshot(name)?;
         let output = self.context.output();
-        report(output, &snapshot, self.sources, looked_at, Vec::new(), self.started)?;
         for (disk, range) in &damaged {
             output.damaged(format_args!(
                 "bytes {}..{} of {name}/{disk}: not captured, they are as in the snapshot that was restored: {}",
@@ -132,6 +131,7 @@ impl Composed<'_> {
                 range.reason
             ));
         }
-        Ok(if damaged.is_empty() { Outcome::Done } else { Outcome::Damaged })
+        let outcome = if damaged.is_empty() { Outcome::Done } else { Outcome::Damaged };
+        report(output, &snapshot, self.sources, looked_at, Vec::new(), outcome, self.started)
     }
 }

@@ -11,7 +11,7 @@ mod stop;
 mod workers;
 
 use std::path::{Path, PathBuf};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
 use block::{Engine, FileOptions, IoEngine};
@@ -151,7 +151,7 @@ impl Verb for Args {
 
         for (source, scan) in sources.iter().zip(&scans) {
             if let Scan::Whole { why: Some(why) } = scan {
-                context.output().line(format_args!("full scan of {}: {why}", source.path().display()))?;
+                context.output().announce(format_args!("full scan of {}: {why}", source.path().display()))?;
             }
         }
         let composed = Composed {
@@ -215,7 +215,7 @@ impl Verb for Args {
         // From here on it either becomes a snapshot or fails: an interrupt comes too late.
         interrupt.check()?;
         let snapshot = writer.commit(meta)?;
-        report(context.output(), &snapshot, &sources, &looked_at, warnings, started)
+        report(context.output(), &snapshot, &sources, &looked_at, warnings, Outcome::Done, started)
     }
 }
 
@@ -316,6 +316,7 @@ fn report(
     sources: &[Source],
     looked_at: &[Option<u64>],
     warnings: Vec<String>,
+    outcome: Outcome,
     started: Instant,
 ) -> anyhow::Result<Outcome> {
     let elapsed = started.elapsed();
@@ -341,7 +342,16 @@ fn report(
         attachments: manifest.attachments.iter().map(|attachment| attachment.name.as_str()).collect(),
         seconds: elapsed.as_secs_f64(),
     };
-    output.document(&report)?;
+    let name = &report.snapshot;
+    outcome.once_told(
+        tell(output, &report, manifest.size(), elapsed),
+        format_args!("the snapshot {name} was made"),
+        format_args!("`lifeboot show {name}` tells what is in it"),
+    )
+}
+
+fn tell(output: &Output, report: &Report<'_>, size: u64, elapsed: Duration) -> anyhow::Result<()> {
+    output.document(report)?;
     for disk in &report.disks {
         if let Some(looked_at) = disk.chunks_looked_at {
             let chunks = disk.size_bytes.div_ceil(u64::from(disk.chunk_size_bytes));
@@ -356,9 +366,8 @@ fn report(
         report.snapshot,
         human_duration(elapsed),
         human_count(report.disks.len() as u64, "disk", "disks"),
-        human_size(manifest.size()),
+        human_size(size),
         human_size(new),
         human_size(stored),
-    ))?;
-    Ok(Outcome::Done)
+    ))
 }

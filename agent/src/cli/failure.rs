@@ -8,7 +8,7 @@ use std::process::ExitCode;
 use block::ErrorKind;
 
 use super::Interrupted;
-use crate::output::Output;
+use crate::output::{Output, StdoutClosed};
 
 /// How a verb ended that did not fail.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -17,6 +17,29 @@ pub enum Outcome {
     Done,
     /// It is done, but something is damaged, and was named on stderr: exit code 3.
     Damaged,
+}
+
+impl Outcome {
+    /// This, for work that is done, where `told` is how the telling of it on stdout went. A reader who has gone away changes
+    /// nothing about it, damage least of all.
+    ///
+    /// # Errors
+    /// Where stdout cannot be written: a [`Failure`] that says that it was `done` all the same, and what to do.
+    pub(crate) fn once_told(
+        self,
+        told: anyhow::Result<()>,
+        done: impl fmt::Display,
+        advice: impl fmt::Display,
+    ) -> anyhow::Result<Self> {
+        match told {
+            Ok(()) => Ok(self),
+            Err(error) if is_closed_pipe(&error) => Ok(self),
+            Err(error) => {
+                let what = format!("{done} all the same; only the report of it is lost");
+                Err(Failure::new(what, advice).because(error).into())
+            }
+        }
+    }
 }
 
 const EXIT_FAILED: u8 = 1;
@@ -110,9 +133,9 @@ fn exit_code(error: &anyhow::Error) -> u8 {
     }
 }
 
-/// Whether stdout was closed by its reader. Pipes of other kinds never end up in an [`crate::output::StdoutClosed`].
+/// Whether stdout was closed by its reader. Pipes of other kinds never end up in an [`StdoutClosed`].
 fn is_closed_pipe(error: &anyhow::Error) -> bool {
-    error.chain().any(|cause| cause.is::<crate::output::StdoutClosed>())
+    error.chain().any(|cause| cause.is::<StdoutClosed>())
 }
 
 /// The failure and its causes in one line. A cause that its effect has already told is not repeated.
@@ -172,6 +195,20 @@ mod tests {
         let error = Err::<(), _>(failure).context("outer").unwrap_err();
         assert_eq!(advice(&error).as_deref(), Some("make room"));
         assert_eq!(message(&error), "outer: disk full: ENOSPC");
+        assert_eq!(exit_code(&error), EXIT_FAILED);
+    }
+
+    #[test]
+    fn work_that_is_done_stays_done_whatever_becomes_of_its_report() {
+        let closed = || Err(StdoutClosed.into());
+        assert_eq!(Outcome::Damaged.once_told(closed(), "it was made", "").unwrap(), Outcome::Damaged);
+        let full = Err(anyhow!("no space left on device"));
+        let error = Outcome::Done.once_told(full, "it was made", "look at it").unwrap_err();
+        assert_eq!(
+            message(&error),
+            "it was made all the same; only the report of it is lost: no space left on device"
+        );
+        assert_eq!(advice(&error).as_deref(), Some("look at it"));
         assert_eq!(exit_code(&error), EXIT_FAILED);
     }
 

@@ -29,14 +29,20 @@ impl Verb for Args {
         let chunk_size = self.chunk_size.chunk_size()?;
         let repository = Repository::init(&path, InitOptions { chunk_size })?;
         let config = repository.config();
-        context.output().document(&Report {
+        let report = Report {
             repository: repository.path(),
             id: &config.id,
             format_version: u32::from(repository::FORMAT_VERSION),
             chunk_size_bytes: config.chunk_size,
-        })?;
-        context.output().line(format_args!("made a repository in {}", path.display()))?;
-        Ok(Outcome::Done)
+        };
+        let (output, path) = (context.output(), path.display());
+        let told =
+            output.document(&report).and_then(|()| output.line(format_args!("made a repository in {path}")));
+        Outcome::Done.once_told(
+            told,
+            format_args!("the repository {path} was made"),
+            "use it: `lifeboot capture` takes the first snapshot",
+        )
     }
 }
 

@@ -42,9 +42,13 @@ impl Verb for Args {
             .into());
         };
         let output = context.output();
-        output.document(&changed)?;
         let (old, new) = (Rate::per_second(changed.old), Rate::per_second(changed.new));
-        output.line(format_args!("limit: {new} (it was {old})"))?;
-        Ok(Outcome::Done)
+        let told =
+            output.document(&changed).and_then(|()| output.line(format_args!("limit: {new} (it was {old})")));
+        Outcome::Done.once_told(
+            told,
+            format_args!("the limit was changed to {new}"),
+            "`lifeboot status` tells how far the live-restore is",
+        )
     }
 }

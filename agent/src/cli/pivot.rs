@@ -67,8 +67,12 @@ impl Verb for Args {
             Some(home) => home,
             None => ask_without_agent(&state, &self.target, &drive)?,
         };
-        output.document(&home)?;
-        output.line(&home)?;
-        Ok(Outcome::Done)
+        let told = output.document(&home).and_then(|()| output.line(&home));
+        let target = home.target.display();
+        Outcome::Done.once_told(
+            told,
+            format_args!("the machine was moved onto {target}"),
+            format_args!("start it from {target} from now on"),
+        )
     }
 }

@@ -59,8 +59,7 @@ impl Verb for Args {
         }
         let (snapshot, disk) = repository.resolve(&self.snapshot)?;
         if let Some(name) = &self.attachment {
-            give_back(output, &repository, attachment(&snapshot, name)?, self.output.as_deref())?;
-            return Ok(Outcome::Done);
+            return give_back(output, &repository, attachment(&snapshot, name)?, self.output.as_deref());
         }
         let mut manifest = snapshot.manifest().clone();
         if let Some(disk) = disk {
@@ -95,15 +94,21 @@ fn give_back(
     repository: &Repository,
     attachment: &Attachment,
     path: Option<&Path>,
-) -> anyhow::Result<()> {
+) -> anyhow::Result<Outcome> {
     let bytes = repository.read_attachment(attachment)?;
-    let Some(path) = path else { return output.stdout(&bytes) };
+    let Some(path) = path else {
+        output.stdout(&bytes)?;
+        return Ok(Outcome::Done);
+    };
     let shown = path.display();
     let writing = || format!("cannot write {shown}");
     let mut file = std::fs::File::create_new(path).with_context(writing)?;
     file.write_all(&bytes).with_context(writing)?;
-    output.document(&Written { attachment, output: path })?;
-    output.line(format_args!("wrote {} ({}) to {shown}", attachment.name, human_size(attachment.size)))
+    let (name, size) = (&attachment.name, human_size(attachment.size));
+    let told = output
+        .document(&Written { attachment, output: path })
+        .and_then(|()| output.line(format_args!("wrote {name} ({size}) to {shown}")));
+    Outcome::Done.once_told(told, format_args!("{name} was written to {shown}"), "use it: all of it is there")
 }
 
 fn attachment<'a>(snapshot: &'a Snapshot, name: &str) -> anyhow::Result<&'a Attachment> {

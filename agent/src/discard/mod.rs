@@ -146,7 +146,7 @@ impl Verb for Args {
             Some(target) if self.remove_target => remove(target, &path)?,
             _ => false,
         };
-        output.document(&Report {
+        let report = Report {
             discarded: is_begun,
             session: record.as_ref().map(|record| record.session.as_str()),
             snapshot: record.as_ref().map(|record| record.snapshot.as_str()),
@@ -156,7 +156,7 @@ impl Verb for Args {
             home_bytes: known.map(|status| status.home_bytes),
             size_bytes: known.map(|status| status.size),
             complete: known.is_some_and(|status| status.phase == Phase::Complete),
-        })?;
+        };
         let what =
             if is_begun { "the session is discarded" } else { "what was left of a session is removed" };
         let became = match (removed, path.exists(), known.map(|status| status.phase)) {
@@ -170,8 +170,8 @@ impl Verb for Args {
                 path.display()
             ),
         };
-        output.line(format_args!("{what}; {became}"))?;
-        Ok(Outcome::Done)
+        let told = output.document(&report).and_then(|()| output.line(format_args!("{what}; {became}")));
+        Outcome::Done.once_told(told, what, became)
     }
 }
 
@@ -211,7 +211,7 @@ impl Args {
         path: &Path,
     ) -> anyhow::Result<()> {
         if let Some(record) = record {
-            output.line(format_args!(
+            output.announce(format_args!(
                 "the session restores {}/{} to {}",
                 record.snapshot,
                 record.disk,
@@ -219,18 +219,18 @@ impl Args {
             ))?;
         }
         match (record, status) {
-            (_, Some(status)) if self.remove_target => output.line(format_args!(
+            (_, Some(status)) if self.remove_target => output.announce(format_args!(
                 "lost with the target is all that the guest wrote: up to {}, unless it was saved",
                 human_size(status.guest_bytes)
             ))?,
-            (Some(record), _) if record.handed_over => output.line(
+            (Some(record), _) if record.handed_over => output.announce(
                 "nothing is lost: a running machine was moved onto the target, which is a disk of its own",
             )?,
-            (_, Some(status)) if status.phase == Phase::Complete => output.line(format_args!(
+            (_, Some(status)) if status.phase == Phase::Complete => output.announce(format_args!(
                 "nothing is lost but that the next capture reads the whole disk: all of it is home, {} written by the guest",
                 human_size(status.guest_bytes)
             ))?,
-            (_, Some(status)) => output.line(format_args!(
+            (_, Some(status)) => output.announce(format_args!(
                 "lost is what the guest wrote: up to {}, unless it was saved; {:.1} % of {} is home",
                 human_size(status.guest_bytes),
                 status.percent(),
@@ -246,7 +246,7 @@ impl Args {
             output.warn(format_args!("{error:#}; it is left alone"));
         }
         if self.remove_target {
-            output.line(format_args!("{} will be removed", path.display()))?;
+            output.announce(format_args!("{} will be removed", path.display()))?;
         }
         Ok(())
     }

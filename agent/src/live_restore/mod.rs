@@ -282,7 +282,7 @@ impl Verb for Args {
         }
         let (home, left) = order.settle(&repository)?;
         for home in &home {
-            mover::say_home(context.output(), home)?;
+            Narrator::say(mover::say_home(context.output(), home));
         }
         if left == 0 {
             return Ok(Outcome::Done);

@@ -48,8 +48,11 @@ impl<'a> Mover<'a> {
         if !is_moved {
             return self.narrator.conclude(ended);
         }
-        self.narrator.say_report(&ended.statuses)?;
-        Ok(Outcome::Done)
+        Outcome::Done.once_told(
+            self.narrator.say_report(&ended.statuses),
+            "the machine was moved onto its own disks",
+            "start it from there from now on",
+        )
     }
 
     fn say_moves(&mut self) {

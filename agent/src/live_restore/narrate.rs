@@ -109,7 +109,21 @@ impl<'a> Narrator<'a> {
 
     /// Says how it ended.
     pub(super) fn conclude(&self, ended: &Ended) -> anyhow::Result<Outcome> {
-        let Ended { end, statuses, .. } = ended;
+        let told = self.tell_end(ended);
+        let outcomes: Vec<Outcome> = match ended.end {
+            // Its successor says what is to be said of the disks.
+            End::TakenOver => Vec::new(),
+            _ => ended.statuses.iter().map(|status| status.conclude(self.output)).collect(),
+        };
+        let outcome = if outcomes.contains(&Outcome::Damaged) { Outcome::Damaged } else { Outcome::Done };
+        outcome.once_told(
+            told,
+            "the service ended in order",
+            "`lifeboot status` tells how far it is; the same command goes on",
+        )
+    }
+
+    fn tell_end(&self, Ended { end, statuses, .. }: &Ended) -> anyhow::Result<()> {
         match end {
             End::Parked => {
                 self.output.event(&Event::Parked(self.reported(statuses)))?;
@@ -140,13 +154,11 @@ impl<'a> Narrator<'a> {
                         status.percent()
                     ))?;
                 }
-                return Ok(Outcome::Done);
+                return Ok(());
             }
             End::Complete | End::Poisoned => {}
         }
-        self.say_report(statuses)?;
-        let outcomes: Vec<Outcome> = statuses.iter().map(|status| status.conclude(self.output)).collect();
-        Ok(if outcomes.contains(&Outcome::Damaged) { Outcome::Damaged } else { Outcome::Done })
+        self.say_report(statuses)
     }
 
     fn report(&self, disk: usize, status: &Status) -> Report {

@@ -95,6 +95,17 @@ impl Output {
         self.stdout(format!("{line}\n").as_bytes())
     }
 
+    /// As [`Self::line`], of work that is still to be done: that nobody reads it is no reason to leave the work undone.
+    ///
+    /// # Errors
+    /// Where stdout cannot be written.
+    pub fn announce(&self, line: impl fmt::Display) -> anyhow::Result<()> {
+        match self.line(line) {
+            Err(error) if error.is::<StdoutClosed>() => Ok(()),
+            told => told,
+        }
+    }
+
     /// As [`Self::event`], on stderr: for a verb whose stdout is another program's.
     pub fn side_event<T: Serialize + ?Sized>(&self, event: &T) {
         if self.json {

@@ -179,7 +179,7 @@ impl Verb for Args {
         let elapsed = started.elapsed();
         report_damage(output, &disk, &damaged, damaged_bytes);
         let data_bytes = if damaged.is_empty() { data_bytes } else { data_beside(&damaged, &map) };
-        output.document(&Report {
+        let report = Report {
             snapshot: snapshot.name().to_string(),
             disk: disk.name.as_str(),
             target: &path,
@@ -189,7 +189,7 @@ impl Verb for Args {
             damaged: &damaged,
             fallbacks: &fallbacks.used(),
             seconds: elapsed.as_secs_f64(),
-        })?;
+        };
         for used in fallbacks.used() {
             output.warn(format_args!(
                 "{}, {}, came from the copy {}: `lifeboot verify` says what the repository lacks",
@@ -202,16 +202,23 @@ impl Verb for Args {
             0 => String::new(),
             bytes => format!(", {} lost", human_size(bytes)),
         };
-        output.line(format_args!(
-            "restored {}/{} to {} in {}: {}, {} of it data{lost}",
-            snapshot.name(),
-            disk.name,
-            path.display(),
-            human_duration(elapsed),
-            human_size(disk.size),
-            human_size(data_bytes),
-        ))?;
-        Ok(if damaged.is_empty() { Outcome::Done } else { Outcome::Damaged })
+        let told = output.document(&report).and_then(|()| {
+            output.line(format_args!(
+                "restored {}/{} to {} in {}: {}, {} of it data{lost}",
+                snapshot.name(),
+                disk.name,
+                path.display(),
+                human_duration(elapsed),
+                human_size(disk.size),
+                human_size(data_bytes),
+            ))
+        });
+        let (outcome, advice) = if damaged.is_empty() {
+            (Outcome::Done, "use it: all of the disk is there, verified")
+        } else {
+            (Outcome::Damaged, "all of the disk is there, verified, but what is named as lost above")
+        };
+        outcome.once_told(told, format_args!("{} was restored", path.display()), advice)
     }
 }
 

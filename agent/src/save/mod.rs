@@ -33,7 +33,7 @@ pub(crate) use store::{Disk, Order, Stored, View, store};
 use crate::cli::{Context, Failure, Interrupt, Outcome, UsageError, Verb};
 use crate::live::Resumed;
 use crate::live_restore::{self, Request, Rest, SessionRecord, StateDir};
-use crate::output::{Output, StdoutClosed, human_duration, human_size};
+use crate::output::{Output, human_duration, human_size};
 use crate::status::DamagedRange;
 
 /// Make a snapshot of what a live-restore's guest wrote
@@ -428,7 +428,7 @@ impl Report {
     pub(crate) fn announce(&self, output: &Output) -> anyhow::Result<()> {
         let doing = if self.dry_run { "would save" } else { "saving" };
         for disk in &self.disks {
-            output.line(format_args!(
+            output.announce(format_args!(
                 "{doing} {} as {}/{}: {} of {} to read, on top of {}",
                 disk.target.display(),
                 self.snapshot,
@@ -460,20 +460,6 @@ impl Report {
 
     /// Says what was done.
     pub(crate) fn conclude(&self, output: &Output) -> anyhow::Result<Outcome> {
-        self.tell(output).map_err(|error| {
-            if error.is::<StdoutClosed>() {
-                return error;
-            }
-            Failure::new(
-                format!(
-                    "the snapshot {} was made all the same; only the report of it is lost",
-                    self.snapshot
-                ),
-                format!("`lifeboot show {}` tells what is in it", self.snapshot),
-            )
-            .because(error)
-            .into()
-        })?;
         for ReportedDamage { disk, range } in &self.damaged {
             output.damaged(format_args!(
                 "bytes {}..{} of {}/{disk}: not saved, they are as in {}: {}",
@@ -484,7 +470,12 @@ impl Report {
                 range.reason
             ));
         }
-        Ok(if self.damaged.is_empty() { Outcome::Done } else { Outcome::Damaged })
+        let outcome = if self.damaged.is_empty() { Outcome::Done } else { Outcome::Damaged };
+        outcome.once_told(
+            self.tell(output),
+            format_args!("the snapshot {} was made", self.snapshot),
+            format_args!("`lifeboot show {}` tells what is in it", self.snapshot),
+        )
     }
 
     fn tell(&self, output: &Output) -> anyhow::Result<()> {

@@ -162,13 +162,18 @@ fn remove(context: &Context, text: &str) -> anyhow::Result<Outcome> {
         removed += repository.remove_trace(&group, disk)?;
     }
     let output = context.output();
-    output.document(&serde_json::json!({ "removed": removed }))?;
-    if removed == 0 {
-        output.line(format_args!("no boot trace was kept with {text}"))?;
-    } else {
-        output.line(format_args!("removed {removed} from {text}"))?;
-    }
-    Ok(Outcome::Done)
+    let told = output.document(&serde_json::json!({ "removed": removed })).and_then(|()| {
+        if removed == 0 {
+            output.line(format_args!("no boot trace was kept with {text}"))
+        } else {
+            output.line(format_args!("removed {removed} from {text}"))
+        }
+    });
+    Outcome::Done.once_told(
+        told,
+        format_args!("the boot traces of {text} were removed"),
+        "the next live-restore records one",
+    )
 }
 
 /// The group that `GROUP[/DISK]` names, and its disks that have a trace or are those of its newest snapshot.
@@ -204,26 +209,31 @@ impl Running {
     fn begin(&self, context: &Context) -> anyhow::Result<Outcome> {
         let _: serde_json::Value = self.ask(&Request::TraceBegin)?;
         let output = context.output();
-        output.document(&serde_json::json!({ "recording": true }))?;
-        output.line(format_args!(
-            "recording; `lifeboot trace take {}` keeps what was read by then",
-            self.target.display()
-        ))?;
-        Ok(Outcome::Done)
+        let what_now = format!("`lifeboot trace take {}` keeps what was read by then", self.target.display());
+        let told = output
+            .document(&serde_json::json!({ "recording": true }))
+            .and_then(|()| output.line(format_args!("recording; {what_now}")));
+        Outcome::Done.once_told(told, "the recording was begun", what_now)
     }
 
     fn take(&self, context: &Context) -> anyhow::Result<Outcome> {
         let kept: KeptTrace = self.ask(&Request::TraceTake)?;
         let output = context.output();
-        output.document(&kept)?;
-        output.line(format_args!(
-            "kept with {}: what was read of {} in {:.1} s, {} chunks",
-            kept.group,
-            kept.disk,
-            kept.millis as f64 / 1000.0,
-            kept.chunks
-        ))?;
-        Ok(Outcome::Done)
+        let told = output.document(&kept).and_then(|()| {
+            output.line(format_args!(
+                "kept with {}: what was read of {} in {:.1} s, {} chunks",
+                kept.group,
+                kept.disk,
+                kept.millis as f64 / 1000.0,
+                kept.chunks
+            ))
+        });
+        let KeptTrace { group, disk, .. } = &kept;
+        Outcome::Done.once_told(
+            told,
+            format_args!("the boot trace was kept with {group}"),
+            format_args!("`lifeboot trace show {group}/{disk}` shows it"),
+        )
     }
 
     fn ask<T: serde::de::DeserializeOwned>(&self, request: &Request) -> anyhow::Result<T> {

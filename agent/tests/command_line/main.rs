@@ -9,6 +9,7 @@ mod devices;
 mod interrupts;
 mod metrics;
 mod refusals;
+mod reports;
 mod restores;
 mod sessions;
 mod several;

@@ -21,7 +21,7 @@ pub(crate) struct Ran {
 }
 
 impl Ran {
-    fn of(output: Output) -> Self {
+    pub(crate) fn of(output: Output) -> Self {
         Self {
             code: output.status.code(),
             stdout: String::from_utf8_lossy(&output.stdout).into_owned(),
@@ -49,6 +49,12 @@ impl Ran {
         }
         assert!(!self.stderr.contains("panicked") && !self.stderr.contains("{ "), "{self:#?}");
         self
+    }
+
+    /// Told this on stderr.
+    #[track_caller]
+    pub(crate) fn tells_of(&self, words: &str) {
+        assert!(self.stderr.contains(words), "stderr lacks {words:?}: {self:#?}");
     }
 
     #[track_caller]
