@@ -69,6 +69,8 @@ impl Session {
         let start = self.clock.now();
         let mut backoff = FIRST_BACKOFF;
         loop {
+            // From before it is looked whether the session ends.
+            let ended = self.ending.notified();
             match self.source.fetch(chunk, urgency).await {
                 Ok(data) => {
                     let expected = self.map.disk().chunk_range(chunk).len();
@@ -97,7 +99,7 @@ impl Session {
                     format_args!("chunk {chunk}: the source was out of reach for {waited} s"),
                 ));
             }
-            first_of(self.clock.sleep(backoff), self.ending.notified()).await;
+            first_of(self.clock.sleep(backoff), ended).await;
             backoff = (backoff * 2).min(LONGEST_BACKOFF);
         }
     }

@@ -101,8 +101,10 @@ impl LiveDevice {
                 SourceErrorKind::Missing => {
                     drop(session.damaged(*chunk, &error.to_string(), Lasting::Missing));
                 }
-                SourceErrorKind::Unavailable | SourceErrorKind::Closed => {
-                    session.source_is_away(error);
+                kind @ (SourceErrorKind::Unavailable | SourceErrorKind::Closed) => {
+                    if kind == SourceErrorKind::Unavailable {
+                        session.source_is_away(error);
+                    }
                     session.back_off();
                     again = true;
                 }

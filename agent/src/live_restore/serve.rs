@@ -235,10 +235,8 @@ impl Running {
         let service = Arc::clone(&self.service);
         let mut story = Story::new(&service, until);
         let told = story.tell(watcher, self.metrics.take());
-        for disk in self.service.disks() {
-            disk.look_at_trace(true);
-        }
         let parked = self.stop();
+        self.keep_traces();
         for disk in self.service.disks() {
             disk.rates.home.store(0, std::sync::atomic::Ordering::Relaxed);
             disk.rates.fetched.store(0, std::sync::atomic::Ordering::Relaxed);
@@ -253,6 +251,13 @@ impl Running {
         let end = told?;
         parked?;
         Ok(Ended { end, statuses, _heir: service.take_heir() })
+    }
+
+    /// Keeps what the guests read while they started. By now everything of theirs is safe, so a repository that does not answer
+    /// holds up the end only for a moment.
+    fn keep_traces(&self) {
+        let looks: Vec<_> = self.service.disks().iter().map(|disk| disk.look_at_trace(true)).collect();
+        crate::trace::look_for_the_last_time(move || looks.into_iter().for_each(|look| look()));
     }
 
     /// Ends the server, and parks every disk that can be parked.

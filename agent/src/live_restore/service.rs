@@ -15,7 +15,7 @@ use super::take_over::Heir;
 use super::turns::{Busy, Saving, Turns};
 use crate::cli::{Failure, Interrupt};
 use crate::live::{LiveDisk, Phase, Resumed, Session, StatsSnapshot};
-use crate::source::FetchStats;
+use crate::source::{FetchPool, FetchStats};
 use crate::status::Status;
 use crate::trace::TraceKeeper;
 
@@ -177,8 +177,24 @@ impl Service {
         self.heir.lock().take()
     }
 
+    /// Begins to end: workers end after the piece in hand, and what the source has not given soon is given up. A guest's client
+    /// that reconnects asks for it again.
     pub(super) fn begin_ending(&self) {
-        self.is_ending.store(true, Ordering::Relaxed);
+        if self.is_ending.swap(true, Ordering::Relaxed) {
+            return;
+        }
+        for disk in &self.disks {
+            disk.session().stop_workers();
+        }
+        let mut pools: Vec<_> = self
+            .disks
+            .iter()
+            .filter_map(|disk| disk.fetching.as_ref())
+            .map(|fetching| &fetching.pool)
+            .collect();
+        // All disks of an agent share one.
+        pools.dedup_by(|a, b| Arc::ptr_eq(a, b));
+        pools.into_iter().for_each(FetchPool::close_later);
     }
 
     /// Fails once the agent is about to end: whatever takes long gives up then, in order.
@@ -235,10 +251,14 @@ impl ServedDisk {
         self.disk.session()
     }
 
-    /// Keeps the boot trace if its time has come. It may wait for the repository: for a thread that may.
-    pub(super) fn look_at_trace(&self, is_ending: bool) {
-        if let Some(trace) = &self.trace {
-            trace.look(self.session(), is_ending);
+    /// What keeps the boot trace if its time has come. It may wait for the repository: for a thread that may. It has nothing of
+    /// the target, so that one that hangs keeps nobody from it.
+    pub(super) fn look_at_trace(&self, is_ending: bool) -> impl FnOnce() + Send + use<> {
+        let (trace, session) = (self.trace.clone(), Arc::clone(self.session()));
+        move || {
+            if let Some(trace) = trace {
+                trace.look(&session, is_ending);
+            }
         }
     }
 

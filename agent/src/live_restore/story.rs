@@ -111,7 +111,7 @@ impl<'a> Story<'a> {
         drop(inside);
         let controls = controls.context("cannot listen for `lifeboot status`")?;
         watcher.ready(self.service)?;
-        runtime.block_on(async {
+        let end = runtime.block_on(async {
             let tasks = Tasks::new();
             let asked: Vec<_> = controls
                 .into_iter()
@@ -132,8 +132,11 @@ impl<'a> Story<'a> {
             self.service.begin_ending();
             asked.iter().for_each(tokio::task::JoinHandle::abort);
             tasks.ended().await;
-            Ok(end)
-        })
+            end
+        });
+        // What is left waits for a repository that does not answer.
+        runtime.shutdown_background();
+        Ok(end)
     }
 
     /// Keeps what is damaged for when no agent runs.
@@ -151,6 +154,7 @@ impl<'a> Story<'a> {
         let mut ticks = tokio::time::interval(TICK);
         let mut is_complete = false;
         let mut looked_at = Instant::now();
+        let mut looking: Option<tokio::task::JoinHandle<()>> = None;
         loop {
             tokio::select! {
                 () = changed.notified() => {}
@@ -180,12 +184,13 @@ impl<'a> Story<'a> {
                 watcher.complete(&self.service.statuses());
             }
             let now = Instant::now();
-            if now.duration_since(looked_at) >= TRACE_INTERVAL {
+            // One at a time, or they would queue up for a repository that does not answer.
+            let is_looking = looking.as_ref().is_some_and(|looking| !looking.is_finished());
+            if now.duration_since(looked_at) >= TRACE_INTERVAL && !is_looking {
                 looked_at = now;
-                let service = Arc::clone(self.service);
-                tokio::task::spawn_blocking(move || {
-                    service.disks().iter().for_each(|disk| disk.look_at_trace(false));
-                });
+                let looks: Vec<_> =
+                    self.service.disks().iter().map(|disk| disk.look_at_trace(false)).collect();
+                looking = Some(tokio::task::spawn_blocking(|| looks.into_iter().for_each(|look| look())));
             }
             if !is_complete && now.duration_since(self.told_at) >= PROGRESS_INTERVAL {
                 self.told_at = now;

@@ -76,7 +76,7 @@ pub(crate) async fn answer(request: SaveRequest, asked: &Asked) -> anyhow::Resul
     let interrupt = Interrupt::default();
     let raised = interrupt.clone();
     let agent = Arc::clone(&service);
-    let work = asked.blocking(move || {
+    let work = asked.blocking_on_repository(move || {
         let check = || {
             service.check_ending()?;
             if abandoned.load(Ordering::Relaxed) {

@@ -97,11 +97,10 @@ fn add(wanted: &mut Vec<Wanted>, snapshot: &Snapshot, disk: &DiskEntry, alias: O
 /// Makes the exports. Nothing of a disk is read before somebody connects, but its map.
 pub(super) fn open(
     wanted: Vec<Wanted>,
-    pool: FetchPool<RepositoryStore>,
+    pool: &Arc<FetchPool<RepositoryStore>>,
     repository: &Repository,
     scratch: Option<(&Path, Engine)>,
 ) -> anyhow::Result<(Vec<Opened>, Vec<Recording>)> {
-    let pool = Arc::new(pool);
     let mut exports = Vec::new();
     let mut recordings = Vec::new();
     for Wanted { snapshot, names, description, disk } in wanted {
@@ -109,7 +108,7 @@ pub(super) fn open(
         let layout = DiskLayout { size: disk.size, chunk_size: disk.chunk_size };
         let zero = zero_chunks(&map)?;
         let number = pool.store().add(map);
-        let source = Arc::new(DiskSource::new(Arc::clone(&pool), number, layout, zero));
+        let source = Arc::new(DiskSource::new(Arc::clone(pool), number, layout, zero));
         let device: Arc<dyn OpenDevice> = match scratch {
             None => Arc::new(SnapshotDisk::new(source)),
             Some((dir, engine)) => {

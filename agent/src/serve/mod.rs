@@ -6,6 +6,7 @@ mod exports;
 mod scratch;
 
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
@@ -17,6 +18,7 @@ use serde::Serialize;
 
 use crate::cli::{Context, Outcome, UsageError, Verb};
 use crate::source::{FetchPool, RepositoryStore, SourceArgs};
+use crate::trace::look_for_the_last_time;
 
 pub use device::SnapshotDisk;
 
@@ -83,8 +85,9 @@ impl Verb for Args {
         let store = RepositoryStore::new(repository.clone());
         let pool = FetchPool::start(store, self.source.pool_options())
             .context("cannot start the fetching threads")?;
+        let pool = Arc::new(pool);
         let scratch = self.scratch.as_deref().map(|dir| (dir, engine));
-        let (exports, recordings) = exports::open(wanted, pool, &repository, scratch)?;
+        let (exports, recordings) = exports::open(wanted, &pool, &repository, scratch)?;
         let sizes: Vec<(String, u64)> =
             exports.iter().map(|export| (export.export.name.clone(), export.size)).collect();
         let exports = exports.into_iter().map(|export| export.export).collect();
@@ -101,8 +104,9 @@ impl Verb for Args {
             }
         }
         handle.shutdown();
+        pool.close_later();
         handle.join()?;
-        recordings.iter().for_each(|recording| recording.look(true));
+        look_for_the_last_time(move || recordings.iter().for_each(|recording| recording.look(true)));
         Ok(Outcome::Done)
     }
 }

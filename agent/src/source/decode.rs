@@ -37,7 +37,7 @@ impl Room {
 }
 
 impl<S: ChunkStore> Shared<S> {
-    /// Decodes until the pool is closed and nothing is left. It steps back behind whatever else wants the processor: a
+    /// Decodes until the pool is closed. It steps back behind whatever else wants the processor: a
     /// guest and who serves it come first.
     pub(super) fn decode_loop(&self) {
         // Where that is not allowed, all is as it would be without.
@@ -65,11 +65,12 @@ impl<S: ChunkStore> Shared<S> {
         let mut decoder = self.store.decoder();
         let mut state = self.state.lock();
         loop {
+            if state.closed {
+                // Whoever waited for what is left was told.
+                return;
+            }
             let batch = self.next_batch(&mut state, at_least);
             if batch.is_empty() {
-                if state.closed {
-                    return;
-                }
                 wakes.wait(&mut state);
                 continue;
             }
@@ -130,13 +131,9 @@ impl<S: ChunkStore> Shared<S> {
             Waiter::Run(into) => Some(into.clone()),
             Waiter::One(_) => None,
         });
-        match run {
-            Some(into) => {
-                let part = into.run.take_part(into.slot).expect("a chunk has one fetch");
-                Room::Run(into, part)
-            }
-            None => Room::Own(self.buffer(self.store.plain_len(key))),
-        }
+        let taken = run.and_then(|into| into.run.take_part(into.slot).map(|part| Room::Run(into, part)));
+        // A chunk has one fetch: a part that cannot be had was given up just now, as the pool was closed.
+        taken.unwrap_or_else(|| Room::Own(self.buffer(self.store.plain_len(key))))
     }
 
     /// Ends the fetch of a chunk and gives it, or why it could not be had, to everybody who waits.
@@ -145,15 +142,15 @@ impl<S: ChunkStore> Shared<S> {
             Room::Run(into, part) => self.end_run_chunk(key, &into, part, result),
             Room::Own(buf) => {
                 let result = result.map(|()| ChunkData::new(buf));
-                let (waiters, urgency) = {
+                let waiters = {
                     let mut state = self.state.lock();
                     let urgency = state.queue.urgency(key);
+                    debug_assert!(urgency.is_some() || state.closed, "a fetch under way is known");
                     if let (Ok(chunk), Some(Urgency::Demand | Urgency::Readahead)) = (&result, urgency) {
                         self.cache.insert(key, chunk.clone());
                     }
-                    (state.queue.finish(key), urgency)
+                    state.queue.finish(key)
                 };
-                debug_assert!(urgency.is_some(), "a fetch under way is known");
                 waiters.into_iter().for_each(|waiter| deliver(waiter, result.clone()));
             }
         }

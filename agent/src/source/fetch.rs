@@ -131,10 +131,10 @@ impl<S: ChunkStore> Shared<S> {
         let arrives = self.throttle.reserve(begun, len);
         let mut stored = self.stored_buffer(len);
         let result = self.store.read(&piece.chunks[0].1, &mut stored);
-        if let Some(arrives) = arrives {
-            std::thread::sleep(arrives.saturating_duration_since(Instant::now()));
-        }
         let mut state = self.state.lock();
+        if let Some(arrives) = arrives {
+            self.closing.wait_while_until(&mut state, |state| !state.closed, arrives);
+        }
         if let Some(flight) = flight {
             state.prefetch_slots -= 1;
             match result {

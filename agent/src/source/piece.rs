@@ -58,6 +58,15 @@ pub(super) enum Waiter {
     Run(RunSlot),
 }
 
+/// A part of a run's buffer.
+enum Part {
+    /// Nobody has it.
+    Free(BufPart),
+    /// Somebody fills it.
+    Taken,
+    Settled(BufPart),
+}
+
 /// A run of chunks that are decoded into one buffer, each into its part.
 pub(super) struct Run {
     first: u64,
@@ -65,7 +74,7 @@ pub(super) struct Run {
 }
 
 struct RunInner {
-    parts: Vec<Option<BufPart>>,
+    parts: Vec<Part>,
     missing: usize,
     failed: Vec<(u64, SourceError)>,
     done: Option<oneshot::Sender<RunData>>,
@@ -79,20 +88,29 @@ impl Run {
         buf: AlignedBuf,
     ) -> (Arc<Self>, oneshot::Receiver<RunData>) {
         let (done, receiver) = oneshot::channel();
-        let parts: Vec<_> = BufPart::split(buf, lengths).into_iter().map(Some).collect();
+        let parts: Vec<_> = BufPart::split(buf, lengths).into_iter().map(Part::Free).collect();
         let inner = RunInner { missing: parts.len(), parts, failed: Vec::new(), done: Some(done) };
         (Arc::new(Self { first, inner: Mutex::new(inner) }), receiver)
     }
 
-    /// The part of a slot, to decode into. `None` while somebody else has it.
+    /// The part of a slot, to decode into. `None` while somebody else has it, and when it is settled.
     pub(super) fn take_part(&self, slot: usize) -> Option<BufPart> {
-        self.inner.lock().parts[slot].take()
+        let mut inner = self.inner.lock();
+        // There are none any more once all were settled.
+        let part = inner.parts.get_mut(slot)?;
+        match std::mem::replace(part, Part::Taken) {
+            Part::Free(free) => Some(free),
+            other => {
+                *part = other;
+                None
+            }
+        }
     }
 
     /// Settles a slot: its part holds the chunk, or the chunk could not be had.
     pub(super) fn settle(&self, slot: usize, part: BufPart, result: Result<(), SourceError>) {
         let mut inner = self.inner.lock();
-        inner.parts[slot] = Some(part);
+        inner.parts[slot] = Part::Settled(part);
         if let Err(error) = result {
             inner.failed.push((self.first + slot as u64, error));
         }
@@ -100,7 +118,11 @@ impl Run {
         if inner.missing > 0 {
             return;
         }
-        let parts = inner.parts.drain(..).map(|part| part.expect("every slot was settled")).collect();
+        let settled = |part| match part {
+            Part::Settled(part) => part,
+            Part::Free(_) | Part::Taken => unreachable!("every slot was settled"),
+        };
+        let parts = inner.parts.drain(..).map(settled).collect();
         let failed = std::mem::take(&mut inner.failed);
         let done = inner.done.take().expect("a run ends once");
         drop(inner);
@@ -113,5 +135,12 @@ impl Run {
         let mut part = self.take_part(slot).expect("a chunk has one fetch, which settles each slot once");
         let result = result.map(|bytes| part.copy_from_slice(bytes));
         self.settle(slot, part, result);
+    }
+
+    /// Settles a slot as one that cannot be had, unless somebody has settled it or is about to.
+    pub(super) fn give_up(&self, slot: usize, why: SourceError) {
+        if let Some(part) = self.take_part(slot) {
+            self.settle(slot, part, Err(why));
+        }
     }
 }

@@ -3,7 +3,7 @@
 use std::ops::Range;
 use std::sync::Arc;
 use std::thread::JoinHandle;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use block::{AlignedBuf, BufferPool};
 use parking_lot::{Condvar, Mutex, MutexGuard};
@@ -20,6 +20,10 @@ use crate::live::{ChunkData, FetchFuture, RunData, SourceError, SourceErrorKind,
 const LANES: usize = Urgency::ALL.len();
 /// Buffers kept to be used again.
 const SPARE_BYTES: usize = 32 << 20;
+/// How long what is being fetched when the end begins may take.
+const FETCH_PATIENCE: Duration = Duration::from_secs(1);
+/// How long the end of a pool waits for its threads. One that is stuck in a read of a source that is dead is left behind.
+const END_PATIENCE: Duration = Duration::from_secs(1);
 /// Plain bytes that are being decoded and written home, beside those that are in flight.
 const DECODING_BYTES: u64 = 8 << 20;
 
@@ -71,6 +75,8 @@ pub(super) struct State<P> {
     /// Slots that are taken by what no guest waits for.
     pub(super) prefetch_slots: usize,
     pub(super) closed: bool,
+    /// Threads that have not ended.
+    threads: usize,
 }
 
 pub(super) struct Shared<S: ChunkStore> {
@@ -85,11 +91,15 @@ pub(super) struct Shared<S: ChunkStore> {
     pub(super) to_decode: Condvar,
     /// Wakes the decoding thread that is there for guests alone.
     pub(super) to_decode_urgent: Condvar,
+    /// Wakes whoever waits for a source that was made slow: the pool is closed.
+    pub(super) closing: Condvar,
+    /// Wakes whoever waits for the threads' end.
+    ended: Condvar,
     spares: Mutex<Vec<AlignedBuf>>,
     pub(super) begun: Instant,
 }
 
-/// Fetches chunks for any number of disks of one store. Dropping it ends its threads.
+/// Fetches chunks for any number of disks of one store. Dropping it closes it, and ends its threads.
 pub struct FetchPool<S: ChunkStore> {
     shared: Arc<Shared<S>>,
     threads: Vec<JoinHandle<()>>,
@@ -118,10 +128,13 @@ impl<S: ChunkStore> FetchPool<S> {
                 window: Window::default(),
                 prefetch_slots: 0,
                 closed: false,
+                threads: 0,
             }),
             to_fetch: Condvar::new(),
             to_decode: Condvar::new(),
             to_decode_urgent: Condvar::new(),
+            closing: Condvar::new(),
+            ended: Condvar::new(),
             spares: Mutex::new(Vec::new()),
             begun: Instant::now(),
         });
@@ -137,10 +150,37 @@ impl<S: ChunkStore> FetchPool<S> {
     }
 
     fn spawn(&mut self, name: String, work: fn(&Shared<S>)) -> std::io::Result<()> {
-        let shared = Arc::clone(&self.shared);
+        let present = Present::new(&self.shared);
         let thread = std::thread::Builder::new().name(name).stack_size(512 << 10);
-        self.threads.push(thread.spawn(move || work(&shared))?);
+        self.threads.push(thread.spawn(move || {
+            let Present(shared) = &present;
+            work(shared);
+        })?);
         Ok(())
+    }
+
+    /// Gives up what is being fetched, whatever the source does, and everything that is asked for from now on: whoever waits is
+    /// told that the source was closed.
+    pub fn close(&self) {
+        let mut state = self.shared.state.lock();
+        state.closed = true;
+        let waiters = state.queue.close();
+        drop(state);
+        for waiter in waiters {
+            match waiter {
+                Waiter::One(sender) => drop(sender.send(Err(closed()))),
+                // What is being decoded just now is settled by who decodes it.
+                Waiter::Run(RunSlot { run, slot }) => run.give_up(slot, closed()),
+            }
+        }
+        for condvar in [
+            &self.shared.to_fetch,
+            &self.shared.to_decode,
+            &self.shared.to_decode_urgent,
+            &self.shared.closing,
+        ] {
+            condvar.notify_all();
+        }
     }
 
     /// The store that it fetches from.
@@ -236,22 +276,53 @@ impl<S: ChunkStore> FetchPool<S> {
     }
 }
 
+impl<S: ChunkStore> FetchPool<S> {
+    /// Closes it after a while, if it is still there then: for an end that lets what was asked for just now be answered.
+    pub fn close_later(self: &Arc<Self>) {
+        let pool = Arc::downgrade(self);
+        let close = move || {
+            std::thread::sleep(FETCH_PATIENCE);
+            if let Some(pool) = pool.upgrade() {
+                pool.close();
+            }
+        };
+        if let Err(error) = std::thread::Builder::new().name("closing".to_owned()).spawn(close) {
+            tracing::warn!(%error, "no thread can be had: what is being fetched is given up at once");
+            self.close();
+        }
+    }
+}
+
 impl<S: ChunkStore> Drop for FetchPool<S> {
     fn drop(&mut self) {
+        self.close();
         let mut state = self.shared.state.lock();
-        state.closed = true;
-        let waiters = state.queue.close();
+        let late = self.shared.ended.wait_while_for(&mut state, |state| state.threads > 0, END_PATIENCE);
         drop(state);
-        for waiter in waiters {
-            deliver(waiter, Err(closed()));
+        if late.timed_out() {
+            return;
         }
-        self.shared.to_fetch.notify_all();
-        self.shared.to_decode.notify_all();
-        self.shared.to_decode_urgent.notify_all();
         for thread in self.threads.drain(..) {
             // A thread that panicked has said so; there is nothing to add.
             let _ = thread.join();
         }
+    }
+}
+
+/// A thread of a pool that has not ended.
+struct Present<S: ChunkStore>(Arc<Shared<S>>);
+
+impl<S: ChunkStore> Present<S> {
+    fn new(shared: &Arc<Shared<S>>) -> Self {
+        shared.state.lock().threads += 1;
+        Self(Arc::clone(shared))
+    }
+}
+
+impl<S: ChunkStore> Drop for Present<S> {
+    fn drop(&mut self) {
+        self.0.state.lock().threads -= 1;
+        self.0.ended.notify_all();
     }
 }
 

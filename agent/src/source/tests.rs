@@ -3,11 +3,12 @@
 use std::collections::HashSet;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Duration;
 
 use parking_lot::{Condvar, Mutex};
 
-use super::{ChunkStore, Decode, FetchPool, Key, Placed, PoolOptions, Undecoded};
-use crate::live::{SourceError, SourceErrorKind, Urgency};
+use super::{ChunkStore, Decode, FetchPool, Key, Placed, PoolOptions, SourcePace, Undecoded};
+use crate::live::{ChunkData, FetchFuture, SourceError, SourceErrorKind, Urgency};
 
 const CHUNK: usize = 4096;
 
@@ -32,14 +33,24 @@ struct Memory {
     reads: AtomicUsize,
     /// The first chunks of the reads, in their order.
     order: Mutex<Vec<u64>>,
-    decoded: Arc<AtomicUsize>,
+    decoded: AtomicUsize,
     /// Reads that begin at these chunks wait until they are let go.
     held: Mutex<HashSet<u64>>,
     let_go: Condvar,
+    decoding: Mutex<Decoding>,
+}
+
+/// What becomes of what arrived.
+#[derive(Default)]
+struct Decoding {
+    /// It waits until it is let go.
+    is_held: bool,
+    /// Somebody waits.
+    waits: bool,
 }
 
 /// Counts what it decodes.
-struct Plain(Arc<AtomicUsize>);
+struct Plain(Arc<Memory>);
 
 fn bytes_of(chunk: u64) -> Vec<u8> {
     vec![chunk as u8; CHUNK]
@@ -74,7 +85,7 @@ impl ChunkStore for Arc<Memory> {
     }
 
     fn decoder(&self) -> Plain {
-        Plain(Arc::clone(&self.decoded))
+        Plain(Arc::clone(self))
     }
 
     fn plain_len(&self, _: Key) -> usize {
@@ -92,7 +103,11 @@ impl Decode<Place> for Plain {
             undecoded.out.copy_from_slice(undecoded.stored);
             Ok(())
         };
-        self.0.fetch_add(chunks.len(), Ordering::SeqCst);
+        let mut decoding = self.0.decoding.lock();
+        decoding.waits = true;
+        self.0.let_go.wait_while(&mut decoding, |decoding| decoding.is_held);
+        drop(decoding);
+        self.0.decoded.fetch_add(chunks.len(), Ordering::SeqCst);
         chunks.iter_mut().map(decode).collect()
     }
 }
@@ -100,6 +115,7 @@ impl Decode<Place> for Plain {
 impl Memory {
     fn release(&self) {
         self.held.lock().clear();
+        self.decoding.lock().is_held = false;
         self.let_go.notify_all();
     }
 }
@@ -109,13 +125,12 @@ fn key(chunk: u64) -> Key {
 }
 
 fn pool(memory: &Arc<Memory>, slots: usize) -> FetchPool<Arc<Memory>> {
-    let options = PoolOptions {
-        slots,
-        reserved_for_demand: 1,
-        decoders: 2,
-        cache_bytes: 16 * CHUNK as u64,
-        ..PoolOptions::default()
-    };
+    pool_at(memory, slots, SourcePace::default())
+}
+
+fn pool_at(memory: &Arc<Memory>, slots: usize, pace: SourcePace) -> FetchPool<Arc<Memory>> {
+    let options =
+        PoolOptions { slots, reserved_for_demand: 1, decoders: 2, cache_bytes: 16 * CHUNK as u64, pace };
     FetchPool::start(Arc::clone(memory), options).unwrap()
 }
 
@@ -227,19 +242,69 @@ async fn what_is_expected_goes_before_the_background_and_after_the_guest() {
     assert_eq!(*memory.order.lock(), [1, 400, 300, 200, 100]);
 }
 
+async fn is_closed(fetch: FetchFuture<'_, Result<ChunkData, SourceError>>) -> bool {
+    fetch.await.is_err_and(|error| error.kind() == SourceErrorKind::Closed)
+}
+
 #[tokio::test]
-async fn closing_the_pool_answers_everybody() {
+async fn closing_the_pool_answers_everybody_though_the_source_does_not() {
     let memory = Arc::new(Memory { held: Mutex::new(HashSet::from([1])), ..Memory::default() });
     let pool = pool(&memory, 1);
     let running = pool.fetch(key(1), Urgency::Demand);
     let queued = pool.fetch(key(9), Urgency::Demand);
     let run = pool.fetch_run(0, 20..24, Urgency::Background);
-    let closing = std::thread::spawn(move || drop(pool));
-    let error = queued.await.unwrap_err();
-    assert_eq!(error.kind(), SourceErrorKind::Closed);
+    while memory.reads.load(Ordering::SeqCst) == 0 {
+        tokio::task::yield_now().await;
+    }
+    pool.close();
+    assert!(is_closed(running).await && is_closed(queued).await);
     assert_eq!(run.await.failed.len(), 4);
+    assert!(is_closed(pool.fetch(key(30), Urgency::Demand)).await);
+    assert!(pool.join(key(1), Urgency::Demand).is_none());
+    assert_eq!(pool.fetch_run(0, 20..24, Urgency::Background).await.failed.len(), 4);
+    // The thread that reads is left behind.
+    drop(pool);
+    assert!(memory.held.lock().contains(&1));
     memory.release();
-    closing.join().unwrap();
-    // Either it arrived in time or it was closed: it does not hang.
-    let _ = running.await;
+}
+
+#[tokio::test]
+async fn a_source_that_was_made_slow_holds_up_no_end() {
+    let memory = Arc::new(Memory::default());
+    for pace in [
+        SourcePace { bytes_per_second: 1, ..SourcePace::default() },
+        SourcePace { delay: Duration::from_secs(3600), ..SourcePace::default() },
+    ] {
+        let before = memory.reads.load(Ordering::SeqCst);
+        let pool = pool_at(&memory, 2, pace);
+        let running = pool.fetch(key(1), Urgency::Demand);
+        while memory.reads.load(Ordering::SeqCst) == before {
+            tokio::task::yield_now().await;
+        }
+        pool.close();
+        assert!(is_closed(running).await);
+        // Its threads have the store too, until they end.
+        drop(pool);
+        while Arc::strong_count(&memory) > 1 {
+            tokio::task::yield_now().await;
+        }
+    }
+}
+
+#[tokio::test]
+async fn what_is_being_decoded_while_the_pool_is_closed_is_settled_once() {
+    let memory = Arc::new(Memory::default());
+    memory.decoding.lock().is_held = true;
+    let pool = pool(&memory, 4);
+    let run = pool.fetch_run(0, 8..12, Urgency::Background);
+    while !memory.decoding.lock().waits {
+        tokio::task::yield_now().await;
+    }
+    let joined = pool.join(key(9), Urgency::Demand).expect("it is under way");
+    pool.close();
+    assert!(is_closed(joined).await);
+    memory.release();
+    let run = run.await;
+    assert!(run.failed.is_empty(), "{:?}", run.failed);
+    assert_eq!(&run.bytes[..], (8..12).flat_map(bytes_of).collect::<Vec<u8>>());
 }

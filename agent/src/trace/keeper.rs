@@ -4,6 +4,9 @@
 //! has none yet. What reads most of a disk is no start (a copy, a check), and what reads next to nothing tells nothing:
 //! neither takes the place of what is there. By hand all of that can be overruled: `lifeboot trace`.
 
+use std::sync::mpsc;
+use std::time::Duration;
+
 use jiff::Timestamp;
 use parking_lot::Mutex;
 use repository::{DiskName, GroupName, Repository, SnapshotName, Trace};
@@ -13,6 +16,8 @@ use crate::live::{DiskLayout, Recorded, Session};
 
 /// Fewer chunks tell nothing.
 const FEWEST_CHUNKS: usize = 8;
+/// How long the end waits for traces to be kept.
+const LAST_PATIENCE: Duration = Duration::from_secs(3);
 
 /// Keeps the trace of one disk.
 pub(crate) struct TraceKeeper {
@@ -46,6 +51,24 @@ pub struct KeptTrace {
     pub chunks: usize,
     /// From the first read to the last, in milliseconds.
     pub millis: u64,
+}
+
+/// Has traces kept as the end begins. A repository that does not answer holds that up for a moment only: then `look` is left
+/// behind on its thread.
+pub(crate) fn look_for_the_last_time(look: impl FnOnce() + Send + 'static) {
+    let (done, is_done) = mpsc::channel::<()>();
+    let look = move || {
+        look();
+        drop(done);
+    };
+    let thread = std::thread::Builder::new().name("traces".to_owned()).spawn(look);
+    match thread.map(|_| is_done.recv_timeout(LAST_PATIENCE)) {
+        Ok(Err(mpsc::RecvTimeoutError::Timeout)) => {
+            tracing::warn!("the repository does not answer: the boot trace may not be kept");
+        }
+        Ok(_) => {}
+        Err(error) => tracing::warn!(%error, "no thread can be had: the boot trace is not kept"),
+    }
 }
 
 impl TraceKeeper {

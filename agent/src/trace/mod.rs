@@ -14,7 +14,7 @@ use crate::output::{Align, Table, human_size, human_time};
 use crate::status::session_of;
 
 pub use keeper::KeptTrace;
-pub(crate) use keeper::TraceKeeper;
+pub(crate) use keeper::{TraceKeeper, look_for_the_last_time};
 
 /// Show, take or remove the boot traces of a group
 ///

@@ -35,7 +35,7 @@ pub(super) async fn answer(request: Request, asked: &Asked) -> anyhow::Result<Va
         }
         Request::TraceTake => {
             let (trace, session) = (trace_of(asked)?, Arc::clone(asked.disk().session()));
-            let kept = asked.blocking(move || trace.take(&session)).await?;
+            let kept = asked.blocking_on_repository(move || trace.take(&session)).await?;
             Ok(to_value(kept)?)
         }
         Request::Save(request) => Ok(to_value(crate::save::answer(request, asked).await?)?),

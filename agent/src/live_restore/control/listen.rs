@@ -33,7 +33,9 @@ const WORKING_INTERVAL: Duration = Duration::from_secs(1);
 const PROGRESS_WAITING: usize = 16;
 /// How long, when the agent ends, a peer may take to read the rest of its answer.
 const GOODBYE: Duration = Duration::from_secs(2);
-/// How long it waits after it could not accept.
+/// How long, when the agent ends, work that waits for a repository may take to give up in order.
+const REPOSITORY_PATIENCE: Duration = Duration::from_secs(5);
+/// How long it waits after it could not accept, and how often it is looked whether the agent ends.
 const PAUSE: Duration = Duration::from_millis(50);
 
 /// The listening end. The socket's file goes when it is dropped.
@@ -99,6 +101,31 @@ impl Asked {
         work: impl FnOnce() -> anyhow::Result<T> + Send + 'static,
     ) -> anyhow::Result<T> {
         tokio::task::spawn_blocking(work).await.context("what was asked for panicked")?
+    }
+
+    /// The same for work that waits for a repository and may be cut off at any point: where that does not answer, the agent's
+    /// end goes on without it.
+    ///
+    /// # Errors
+    /// As [`Self::blocking`]; and where the end did not wait any longer.
+    pub(crate) async fn blocking_on_repository<T: Send + 'static>(
+        &self,
+        work: impl FnOnce() -> anyhow::Result<T> + Send + 'static,
+    ) -> anyhow::Result<T> {
+        let given_up = async {
+            while self.service.check_ending().is_ok() {
+                tokio::time::sleep(PAUSE).await;
+            }
+            tokio::time::sleep(REPOSITORY_PATIENCE).await;
+        };
+        tokio::select! {
+            done = self.blocking(work) => done,
+            () = given_up => Err(Failure::new(
+                "the agent is ending, and the repository does not answer",
+                "look after the repository; start the agent again, then ask again",
+            )
+            .into()),
+        }
     }
 }
 

@@ -25,7 +25,8 @@
 //! - It runs to its end though its requester has gone away. One that is worth nothing then looks at
 //!   [`Asked::is_abandoned`] and leaves.
 //! - The agent's end waits for it, before the sessions are parked. So it looks at `asked.service().check_ending()`
-//!   between steps, and gives up in an orderly way.
+//!   between steps, and gives up in an orderly way. A repository that is dead lets nothing give up: work that needs one, and
+//!   may be cut off at any point, goes through [`Asked::blocking_on_repository`], and is left behind after a while.
 //! - [`Asked::progress`] never waits: a requester who does not read misses some.
 
 mod ask;
