@@ -43,6 +43,7 @@ pub const TARGETS: &[Target] = &[
     Target { name: "repository_documents", run: repository::documents, seeds: repository::documents_seeds },
     Target { name: "repository_ids", run: repository::ids, seeds: repository::ids_seeds },
     Target { name: "repository_index", run: repository::index, seeds: repository::index_seeds },
+    Target { name: "repository_leases", run: repository::leases, seeds: repository::leases_seeds },
     Target { name: "repository_map", run: repository::map, seeds: repository::map_seeds },
     Target { name: "repository_names", run: repository::names, seeds: repository::names_seeds },
     Target { name: "repository_pack", run: repository::pack, seeds: repository::pack_seeds },

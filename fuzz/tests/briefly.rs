@@ -147,6 +147,7 @@ briefly! {
     repository_documents
     repository_ids
     repository_index
+    repository_leases
     repository_map
     repository_names
     repository_pack

@@ -8,6 +8,7 @@ use crate::id::{ChunkId, PackId, SegmentId};
 use crate::index::build::SegmentWriter;
 use crate::index::page::PageCache;
 use crate::index::segment;
+use crate::leases::Lease;
 use crate::manifest::Manifest;
 use crate::map::geometry::slots;
 use crate::map::node::{self, Node};
@@ -34,6 +35,16 @@ pub fn config(bytes: &[u8]) -> Result<Config> {
 /// The file of a configuration.
 pub fn encode_config(config: &Config) -> Result<Vec<u8>> {
     config.encode()
+}
+
+/// Parses the lease of the session `session`.
+pub fn lease(bytes: &[u8], session: &str) -> Result<Lease> {
+    Lease::decode(bytes, session)
+}
+
+/// The file of a lease.
+pub fn encode_lease(lease: &Lease) -> Result<Vec<u8>> {
+    lease.encode()
 }
 
 /// The name of the snapshot whose manifest is in this file, and the name of that file.

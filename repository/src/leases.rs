@@ -77,6 +77,21 @@ impl Lease {
         self.expires.checked_add(LEASE_SLACK).is_ok_and(|end| end < now)
     }
 
+    /// Its file.
+    pub(crate) fn encode(&self) -> Result<Vec<u8>> {
+        self.check(&self.session).map_err(|how| Error::invalid(format!("this cannot be a lease: {how}")))?;
+        frame::encode(Document::Lease, self)
+    }
+
+    /// What stands in a file whose name says that it is a lease of this session.
+    pub(crate) fn decode(bytes: &[u8], session: &str) -> Result<Self> {
+        let lease: Self = frame::decode(Document::Lease, bytes)?;
+        match lease.check(session) {
+            Ok(()) => Ok(lease),
+            Err(how) => Err(Error::damaged(format!("the lease cannot be: {how}"))),
+        }
+    }
+
     fn check(&self, session: &str) -> std::result::Result<(), String> {
         if self.session != session || !is_id(&self.session) {
             return Err(format!("it names the session {:?}", self.session));
@@ -120,8 +135,11 @@ impl Leases {
 
     /// Those that hold this snapshot.
     pub fn of<'a>(&'a self, snapshot: &SnapshotName) -> impl Iterator<Item = &'a Lease> {
-        let name = snapshot.to_string();
-        self.live.iter().filter(move |lease| lease.snapshot == name)
+        let name = snapshot.clone();
+        // A time can be written in several ways.
+        self.live
+            .iter()
+            .filter(move |lease| lease.snapshot.parse::<SnapshotName>().is_ok_and(|held| held == name))
     }
 }
 
@@ -141,10 +159,7 @@ impl Repository {
     /// # Errors
     /// When it cannot be written: `NotPermitted` where the repository may only be read.
     pub fn keep_lease(&self, lease: &Lease) -> Result<()> {
-        lease
-            .check(&lease.session)
-            .map_err(|how| Error::invalid(format!("this cannot be a lease: {how}")))?;
-        let bytes = frame::encode(Document::Lease, lease)?;
+        let bytes = lease.encode()?;
         let storage = &**self.storage();
         match storage.create_dir(DIR) {
             Ok(()) => storage.sync_dir(""),
@@ -235,11 +250,7 @@ impl Repository {
             Err(error) if error.kind() == io::ErrorKind::NotFound => return None,
             Err(error) => Err(Error::io("cannot read a lease", error)),
         };
-        let lease = bytes.and_then(|bytes| frame::decode::<Lease>(Document::Lease, &bytes));
-        let lease = lease.and_then(|lease| match lease.check(session) {
-            Ok(()) => Ok(lease),
-            Err(how) => Err(Error::damaged(format!("the lease cannot be: {how}"))),
-        });
+        let lease = bytes.and_then(|bytes| Lease::decode(&bytes, session));
         let describe = |error: Error| {
             let error = error.at(self.storage().describe(&path));
             match error.kind() {
@@ -324,6 +335,13 @@ mod tests {
         let name: SnapshotName = lease(SESSION).snapshot.parse().unwrap();
         assert_eq!(leases.held().unwrap(), BTreeSet::from([name.clone()]));
         assert_eq!(leases.of(&name).count(), 2);
+        let elsewhere = Lease { snapshot: name.to_string().replace('Z', "+00:00"), ..lease(OTHER) };
+        repository.keep_lease(&elsewhere).unwrap();
+        assert_eq!(
+            repository.leases(at(600)).unwrap().of(&name).count(),
+            2,
+            "another way of writing the time"
+        );
         assert_eq!(repository.remove_lease(SESSION).unwrap(), 1);
         assert_eq!(repository.remove_lease(SESSION).unwrap(), 0);
         assert_eq!(repository.leases(at(600)).unwrap().live, [lease(OTHER)]);

@@ -41,6 +41,10 @@ fn show(captured: &Captured) -> Value {
     run_json(&mut captured.repository.verb("show", &["--json", "vm@latest"]).unwrap()).unwrap()
 }
 
+fn list_snapshots(captured: &Captured) -> String {
+    run(&mut captured.repository.verb("snapshots", &[]).unwrap()).unwrap()
+}
+
 #[test]
 fn a_session_holds_its_snapshot_until_it_is_home() {
     let captured = Captured::new("lease", DISK_BYTES, 81).unwrap();
@@ -58,6 +62,11 @@ fn a_session_holds_its_snapshot_until_it_is_home() {
     assert_eq!(show(&captured)["leases"][0]["session"], lease["session"]);
     let shown = run(&mut captured.repository.verb("show", &["vm@latest"]).unwrap()).unwrap();
     assert!(shown.contains("needed       by the live-restore of disk0 on "), "{shown}");
+    let list = run_json(&mut captured.repository.verb("snapshots", &["--json"]).unwrap()).unwrap();
+    assert_eq!(list[0]["leases"], show(&captured)["leases"], "{list}");
+    let host = lease["host"].as_str().unwrap();
+    let table = list_snapshots(&captured);
+    assert!(table.contains("NEEDED ON") && table.contains(host), "{table}");
     captured.repository.verify().unwrap();
 
     // A parked session needs it too; one that goes on renews its own.
@@ -70,6 +79,8 @@ fn a_session_holds_its_snapshot_until_it_is_home() {
     // What names the lease goes after it, so that none is left that nobody knows of.
     wait("the session forgets it", || !captured.work.file("target.raw.lifeboot/lease.json").exists());
     assert_eq!(show(&captured)["leases"], serde_json::json!([]));
+    let table = list_snapshots(&captured);
+    assert!(!table.contains("NEEDED ON"), "{table}");
 }
 
 #[test]

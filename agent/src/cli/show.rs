@@ -66,14 +66,7 @@ impl Verb for Args {
             manifest.disks = vec![disk];
         }
         let name = snapshot.name().to_string();
-        // What it holds can be shown all the same.
-        let known = repository.leases(jiff::Timestamp::now()).unwrap_or_else(|error| {
-            output.warn(format_args!("which live-restores need it cannot be told: {error}"));
-            Leases::default()
-        });
-        for error in &known.unreadable {
-            output.warn(format_args!("a lease, perhaps on this snapshot, cannot be read: {error}"));
-        }
+        let known = known_leases(output, &repository, "it");
         let leases: Vec<&Lease> = known.of(&snapshot.name()).collect();
         output.document(&Document {
             snapshot: name,
@@ -86,6 +79,18 @@ impl Verb for Args {
         }
         Ok(Outcome::Done)
     }
+}
+
+/// The leases, as far as they can be told: what is shown of the snapshots that may be `needed` can be shown all the same.
+pub(super) fn known_leases(output: &Output, repository: &Repository, needed: &str) -> Leases {
+    let known = repository.leases(jiff::Timestamp::now()).unwrap_or_else(|error| {
+        output.warn(format_args!("which live-restores need {needed} cannot be told: {error}"));
+        Leases::default()
+    });
+    for error in &known.unreadable {
+        output.warn(format_args!("a lease, perhaps on {needed}, cannot be read: {error}"));
+    }
+    known
 }
 
 /// Writes an attachment to `path`, which must not exist, or to stdout.

@@ -5,9 +5,9 @@
 //! | 0 | bit 0: a configuration, otherwise a manifest; bit 1: a first line that fits is put before the rest |
 //! | 1.. | the file, or the document in it |
 
-use repository::{ChunkId, Config, Manifest, SnapshotName, fuzzing};
+use repository::{Config, Manifest, SnapshotName, fuzzing};
 
-use super::has;
+use super::{framed, has};
 use crate::memory::bounded;
 
 const CONFIG: &str = r#"{
@@ -51,12 +51,6 @@ const MANIFEST: &str = r#"{
 
 fn name() -> SnapshotName {
     "web01@2026-11-21T00:33:12Z".parse().expect("it is one")
-}
-
-fn framed(what: &str, body: &[u8]) -> Vec<u8> {
-    let mut file = format!("lifeboot {what} 1 {} {}\n", body.len(), ChunkId::of(body)).into_bytes();
-    file.extend_from_slice(body);
-    file
 }
 
 fn check_config(config: &Config) {

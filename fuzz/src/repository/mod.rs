@@ -8,6 +8,7 @@ mod documents;
 mod files;
 mod ids;
 mod index;
+mod leases;
 mod map;
 mod names;
 mod pack;
@@ -16,6 +17,7 @@ pub use chunk::{chunk, seeds as chunk_seeds};
 pub use documents::{documents, seeds as documents_seeds};
 pub use ids::{ids, seeds as ids_seeds};
 pub use index::{index, seeds as index_seeds};
+pub use leases::{leases, seeds as leases_seeds};
 pub use map::{map, seeds as map_seeds};
 pub use names::{names, seeds as names_seeds};
 pub use pack::{pack, seeds as pack_seeds};
@@ -23,6 +25,13 @@ pub use pack::{pack, seeds as pack_seeds};
 use repository::{ChunkId, Codec, KeyRef, Location, PackId, RecordKind};
 
 const PAGE: usize = 4096;
+
+/// The file of a document: a line with its length and hash, then the document.
+fn framed(what: &str, body: &[u8]) -> Vec<u8> {
+    let mut file = format!("lifeboot {what} 1 {} {}\n", body.len(), ChunkId::of(body)).into_bytes();
+    file.extend_from_slice(body);
+    file
+}
 
 fn has(mode: u8, bit: u8) -> bool {
     mode >> bit & 1 != 0

@@ -1,0 +1,4 @@
+//! A lease.
+#![cfg_attr(fuzzing, no_main)]
+
+fuzz::program!("repository_leases", fuzz::repository::leases);
