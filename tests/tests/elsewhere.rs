@@ -157,6 +157,28 @@ fn a_session_whose_target_or_export_a_machine_uses_is_not_given_up() {
     waiting.join().unwrap();
     assert_eq!(status(&captured.target).unwrap()["phase"], "stopped", "it is as it was");
 
+    // The same where this is not the machine's first disk.
+    let elsewhere = runtime.join("lifeboot/another");
+    fs::rename(&sockets, &elsewhere).unwrap();
+    fs::remove_file(elsewhere.join("qmp.sock")).unwrap();
+    let note = serde_json::json!({
+        "version": 1,
+        "snapshot": "vm@2026-11-21T00:33:12Z",
+        "disks": [{ "name": "root", "target": "/r" }, { "name": "data", "target": target }],
+    });
+    fs::write(elsewhere.join("machine.json"), note.to_string()).unwrap();
+    let monitor = UnixListener::bind(elsewhere.join("qmp.sock")).unwrap();
+    let waiting = std::thread::spawn(move || drop(monitor.accept().unwrap()));
+    let words =
+        format!("live-restore -r REPO vm@2026-11-21T00:33:12Z root=/r data={} --listen", target.display());
+    let mut command = discard(&captured, &[]);
+    ends(
+        command.env("XDG_RUNTIME_DIR", &runtime),
+        1,
+        &["still runs from an earlier `lifeboot boot`", &words],
+    );
+    waiting.join().unwrap();
+
     // One that is home needs its target, and the session no more.
     let mut live = stopped.start_with(&[]).unwrap();
     live.wait_complete().unwrap();

@@ -64,6 +64,7 @@ impl Machine {
             // What the terminal sends to everybody in front of it (Ctrl-C, its hangup) is ours to pass on.
             qemu.process_group(0);
         }
+        self.sockets.note(service)?;
         tracing::debug!(?qemu, "starting QEMU");
         self.child = Some(qemu.spawn().map_err(|error| cannot_start(&self.program, error))?);
         Ok(())
@@ -101,11 +102,7 @@ impl Machine {
 impl Drop for Machine {
     fn drop(&mut self) {
         if self.ended().is_some() || self.child.is_none() {
-            for socket in [self.sockets.mover(), self.sockets.ender()] {
-                // QEMU removes them itself, unless it was killed.
-                let _ = std::fs::remove_file(socket);
-            }
-            let _ = std::fs::remove_dir(self.sockets.dir());
+            self.sockets.remove();
             return;
         }
         // The service could not go on: without it the machine has no disks. QEMU may wait for them for minutes before it ends.

@@ -28,7 +28,7 @@ use nbd_server::{LateRequests, ListenAddress, ServerOptions};
 use repository::Repository;
 
 use crate::cli::{Context, Failure, Interrupt, Outcome, UsageError, Verb};
-use crate::live_restore::{SessionArgs, Until, first_path, start};
+use crate::live_restore::{SessionArgs, Until, paths, start};
 use crate::pivot::Aio;
 use crate::source::parse_time;
 use machine::Machine;
@@ -95,8 +95,11 @@ impl Verb for Args {
             .into());
         }
         let program = qemu::check(&qemu)?;
-        let sockets = Sockets::of(first_path(&targets)?)?;
-        sockets.check_unused(&snapshot, &targets)?;
+        let paths = paths(&targets)?;
+        for path in &paths {
+            check_no_machine(path)?;
+        }
+        let sockets = Sockets::of(paths[0])?;
         let accelerator = qemu::accelerator(&program, &arguments, sockets.dir());
         let interrupt = context.interrupt()?;
         // A session that is wholly home does without it.
@@ -113,12 +116,12 @@ impl Verb for Args {
     }
 }
 
-/// Fails where a machine of `boot` whose first target is `target` still runs, and waits for an agent if it has none.
+/// Fails where a machine of `boot` one of whose targets is `target` still runs, and waits for an agent if it has none.
 ///
 /// # Errors
 /// A [`Failure`] that says how it is gone on with.
-pub(crate) fn check_no_machine(snapshot: &str, target: &std::path::Path) -> anyhow::Result<()> {
-    Sockets::where_of(target)?.check_unused(snapshot, &[target.to_owned()])
+pub(crate) fn check_no_machine(target: &std::path::Path) -> anyhow::Result<()> {
+    sockets::of_machines_with(target)?.iter().try_for_each(|sockets| sockets.check_unused(target))
 }
 
 /// What to say where QEMU cannot be started.

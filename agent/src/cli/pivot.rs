@@ -11,8 +11,8 @@ use crate::status::session_of;
 
 /// Move a running machine from its live-restore onto the target itself
 ///
-/// Asks the agent that serves TARGET, once all of the disk is home: it waits for a save under way, then QEMU then uses the target without Lifeboot, and the guest
-/// does not notice. An agent whose disks were all moved ends by itself, and the session is over: start the
+/// Asks the agent that serves TARGET, once all of the disk is home: it waits for a save, or another move, that is under way; then QEMU uses the target without
+/// Lifeboot, and the guest does not notice. An agent whose disks were all moved ends by itself, and the session is over: start the
 /// machine from TARGET from now on. Whatever goes wrong, the machine goes on where it was.
 #[derive(Debug, clap::Args)]
 #[command(after_help = "\

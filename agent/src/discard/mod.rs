@@ -280,8 +280,8 @@ impl Args {
         path: &Path,
     ) -> anyhow::Result<()> {
         let is_handed_over = record.is_some_and(|record| record.handed_over);
-        if let Some(record) = record.filter(|record| !record.handed_over) {
-            crate::boot::check_no_machine(&record.snapshot, path)?;
+        if record.is_some_and(|record| !record.handed_over) {
+            crate::boot::check_no_machine(path)?;
         }
         let is_whole = is_handed_over || status.is_some_and(|status| status.phase == Phase::Complete);
         if in_use::is_locked(path) && (self.remove_target || !is_whole) {

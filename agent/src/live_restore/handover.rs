@@ -8,10 +8,11 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::Context as _;
+use parking_lot::MutexGuard;
 use serde::{Deserialize, Serialize};
 
 use super::record::SessionRecord;
-use super::service::Service;
+use super::service::{ServedDisk, Service};
 use super::state_dir::StateDir;
 use crate::cli::Failure;
 use crate::live::Phase;
@@ -19,6 +20,8 @@ use crate::pivot::{self, Drive, Home, Moved, Qmp, QmpError, Trouble, Whereabouts
 
 /// How long it waits before it asks again a QEMU that did not say where its drive is.
 const PAUSE: Duration = Duration::from_secs(1);
+/// How often whoever waits for another move looks whether it still is to wait.
+const LOOK_INTERVAL: Duration = Duration::from_millis(200);
 
 /// A disk that was handed over.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -47,7 +50,7 @@ impl fmt::Display for HandedOver {
 }
 
 /// Moves the machine's drive from this disk's export onto its target. It blocks, for as long as QEMU needs, and while the
-/// disk is being saved: `tell` is told then what it waits for.
+/// disk is being saved, or moved for somebody else: `tell` is told then what it waits for.
 ///
 /// # Errors
 /// Where the drive is on the export as before: what failed, and what to do. Where QEMU does not say where it is and the agent
@@ -59,7 +62,7 @@ pub(crate) fn hand_over(
     tell: &dyn Fn(&str),
 ) -> anyhow::Result<HandedOver> {
     let served = &service.disks()[disk];
-    let _turn = served.handover.turn.lock();
+    let _turn = take_turn(service, served, tell)?;
     if let Some(done) = served.handed_over() {
         return Ok(done.clone());
     }
@@ -129,6 +132,26 @@ pub(crate) fn hand_over(
             )
         })?;
         std::thread::sleep(PAUSE);
+    }
+}
+
+/// Waits for a move of the same disk that is under way; `tell` is told so.
+fn take_turn<'a>(
+    service: &Service,
+    served: &'a ServedDisk,
+    tell: &dyn Fn(&str),
+) -> anyhow::Result<MutexGuard<'a, ()>> {
+    let turn = &served.handover.turn;
+    if let Some(ours) = turn.try_lock() {
+        return Ok(ours);
+    }
+    let target = served.record.target.display();
+    tell(&format!("a machine is being moved onto {target} already: this waits until that has ended"));
+    loop {
+        if let Some(ours) = turn.try_lock_for(LOOK_INTERVAL) {
+            return Ok(ours);
+        }
+        service.check_ending()?;
     }
 }
 

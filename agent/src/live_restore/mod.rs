@@ -73,7 +73,7 @@ pub use handover::HandedOver;
 pub(crate) use handover::ask_without_agent;
 pub use identity::TargetIdentity;
 pub(crate) use narrate::qemu_arguments;
-pub(crate) use order::{Order, first_path};
+pub(crate) use order::{Order, paths};
 pub use record::SessionRecord;
 #[cfg(test)]
 pub(crate) use record::tests::record as a_record;
@@ -81,6 +81,7 @@ pub(crate) use rest::{Rest, check_identity, lock_target};
 pub(crate) use serve::{Ended, Until, Watcher, start};
 pub(crate) use service::{ServedDisk, Service};
 pub(crate) use stamp::changed_since_parked;
+pub(crate) use state_dir::replace;
 pub use state_dir::{DEFAULT_STATE_ROOT, StateDir, absolute};
 pub use stopped::stopped_status;
 pub(crate) use wanted::base_of;

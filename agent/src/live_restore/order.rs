@@ -224,15 +224,15 @@ fn disks_of(
     }
 }
 
-/// The path of the first of these targets.
+/// The paths of these targets, of which there is one at least.
 ///
 /// # Errors
-/// As [`Order::assign`], of this target alone.
-pub(crate) fn first_path(targets: &[PathBuf]) -> anyhow::Result<&Path> {
+/// As [`Order::assign`], of the targets alone.
+pub(crate) fn paths(targets: &[PathBuf]) -> anyhow::Result<Vec<&Path>> {
     match targets {
         [] => Err(UsageError::new("no target was named").into()),
-        [one] => Ok(one),
-        [first, ..] => Ok(split(first)?.1),
+        [one] => Ok(vec![one]),
+        several => several.iter().map(|target| Ok(split(target)?.1)).collect(),
     }
 }
 

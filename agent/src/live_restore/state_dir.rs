@@ -213,7 +213,7 @@ impl StateDir {
 }
 
 /// Replaces the file at `path` by `value` as JSON, as [`StateDir::replace`] does.
-pub(super) fn replace(path: &Path, value: &impl Serialize) -> io::Result<()> {
+pub(crate) fn replace(path: &Path, value: &impl Serialize) -> io::Result<()> {
     let temporary = temporary(path);
     let mut text = serde_json::to_vec_pretty(value).map_err(io::Error::other)?;
     text.push(b'\n');
