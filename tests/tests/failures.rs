@@ -5,7 +5,9 @@
 #![allow(clippy::unwrap_used, reason = "what a test calls may panic as the test may")]
 
 use std::fs;
+use std::io::{Read, Write};
 use std::os::unix::fs::FileExt;
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
@@ -140,19 +142,37 @@ fn what_the_repository_has_wrong_or_lacks_comes_from_its_copy() {
     disk::ensure_same(&captured.disk, &plain).unwrap();
 }
 
+/// A number that the agent tells Prometheus of its only copy.
+fn metric(socket: &Path, name: &str) -> u64 {
+    let mut stream = UnixStream::connect(socket).unwrap();
+    stream.write_all(b"GET /metrics HTTP/1.1\r\n\r\n").unwrap();
+    let mut answer = String::new();
+    stream.read_to_string(&mut answer).unwrap();
+    let samples: Vec<&str> =
+        answer.lines().filter(|line| line.starts_with(&format!("{name}{{repository="))).collect();
+    assert_eq!(samples.len(), 1, "{answer}");
+    samples[0].rsplit_once(' ').unwrap().1.parse().unwrap()
+}
+
 #[test]
 fn a_copy_stands_in_for_a_repository_that_goes_away() {
     let captured = Captured::new("stand-in", DISK_BYTES, 43).unwrap();
     let copy_of_it = captured.work.file("copy");
     copy(captured.repository.path(), &copy_of_it);
-    let fallback = ["--no-background", "--fallback", copy_of_it.to_str().unwrap()];
+    let metrics = captured.work.socket("metrics");
+    let address = format!("unix:{}", metrics.display());
+    let fallback = ["--no-background", "--fallback", copy_of_it.to_str().unwrap(), "--metrics", &address];
     let live = captured.start(&fallback).unwrap();
     live.export().qemu_io(&["read 0 1M"]).unwrap();
+    assert_eq!(metric(&metrics, "lifeboot_agent_fallback_chunks_total"), 0);
     let elsewhere = captured.work.file("elsewhere");
     take_away(captured.repository.path(), &elsewhere);
     live.export().ensure_same(&captured.disk).unwrap();
     let said = status(&captured.target).unwrap();
     assert!(from_copies(&said) > 0 && said["waiting"].is_null() && said["damaged_bytes"] == 0, "{said}");
+    assert_eq!(metric(&metrics, "lifeboot_agent_fallback_chunks_total"), from_copies(&said));
+    assert_eq!(metric(&metrics, "lifeboot_agent_fallback_bytes_total"), said["fallbacks"][0]["bytes"]);
+    assert_eq!(metric(&metrics, "lifeboot_agent_fallback_errors_total"), 0);
 
     // It can even be gone on with.
     let live = live.kill_and_restart().unwrap();

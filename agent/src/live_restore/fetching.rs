@@ -55,6 +55,11 @@ impl Fetching {
         self.pool.store().fallbacks().used()
     }
 
+    /// What each copy of the repository gave and did not give, for all disks.
+    pub(super) fn use_of_each_fallback(&self) -> impl Iterator<Item = FallbackUse> {
+        self.pool.store().fallbacks().use_of_each()
+    }
+
     /// What was fetched for this disk.
     pub(crate) fn stats(&self) -> FetchStats {
         self.pool.store().fetched(self.disk)

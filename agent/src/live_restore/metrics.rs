@@ -6,7 +6,9 @@
 use std::fmt::{Display, Write as _};
 use std::time::Duration;
 
+use super::fetching::Fetching;
 use super::service::{ServedDisk, Service};
+use crate::source::FallbackUse;
 use crate::status::{Phase, Status};
 
 /// The upper bounds of the buckets of misses' times.
@@ -101,12 +103,49 @@ pub(super) fn render(service: &Service) -> String {
         }
     }
     histogram(&mut text, service.disks().iter().zip(&statuses));
+    // The disks share what fetches.
+    let fetching = service.disks().iter().find_map(|disk| disk.fetching.as_ref());
+    let copies: Vec<FallbackUse> = fetching.into_iter().flat_map(Fetching::use_of_each_fallback).collect();
+    fallbacks(&mut text, &copies);
     head(&mut text, "lifeboot_agent_connections", "gauge", "Connections to the agent.");
     sample(&mut text, "lifeboot_agent_connections", "", service.monitor.stats().connections);
     let help = "Bytes a second that the background of all disks together may take; 0 is no limit.";
     head(&mut text, "lifeboot_agent_limit_bytes_per_second", "gauge", help);
     sample(&mut text, "lifeboot_agent_limit_bytes_per_second", "", service.limit());
     text
+}
+
+type FallbackValue = fn(&FallbackUse) -> u64;
+
+/// Name, help, and the value. All are counters, and those of an agent, not of a disk.
+const FALLBACK_METRICS: [(&str, &str, FallbackValue); 3] = [
+    ("lifeboot_agent_fallback_chunks_total", "Chunks that came from a copy of the repository.", |copy| {
+        copy.chunks
+    }),
+    (
+        "lifeboot_agent_fallback_bytes_total",
+        "Decoded bytes that came from a copy of the repository.",
+        |copy| copy.bytes,
+    ),
+    (
+        "lifeboot_agent_fallback_errors_total",
+        "How often a copy of the repository was asked for a chunk that it could not give.",
+        |copy| copy.errors,
+    ),
+];
+
+/// From zero on for each copy that was named; nothing where none was.
+fn fallbacks(text: &mut String, copies: &[FallbackUse]) {
+    if copies.is_empty() {
+        return;
+    }
+    for (name, help, value) in FALLBACK_METRICS {
+        head(text, name, "counter", help);
+        for copy in copies {
+            let labels = format!("repository=\"{}\"", escaped(&copy.repository.to_string_lossy()));
+            sample(text, name, &labels, value(copy));
+        }
+    }
 }
 
 fn histogram<'a>(text: &mut String, disks: impl Iterator<Item = (&'a ServedDisk, &'a Status)>) {

@@ -18,6 +18,8 @@ pub struct FallbackUse {
     pub chunks: u64,
     /// Their plain bytes.
     pub bytes: u64,
+    /// How often it was asked for a chunk that it could not give.
+    pub errors: u64,
 }
 
 /// The copies that were named, in their order. Cheap to clone.
@@ -30,6 +32,7 @@ pub(super) struct CopyOfIt {
     pub(super) reader: ChunkReader,
     chunks: AtomicU64,
     bytes: AtomicU64,
+    errors: AtomicU64,
     told: AtomicBool,
 }
 
@@ -111,7 +114,10 @@ impl Fallbacks {
                     copy.note(out.len(), why);
                     return Ok(());
                 }
-                Err(error) => failed.push(error),
+                Err(error) => {
+                    copy.note_error();
+                    failed.push(error);
+                }
             }
         }
         Err(failed)
@@ -120,20 +126,30 @@ impl Fallbacks {
     /// What each copy gave until now; those that gave nothing are left out.
     #[must_use]
     pub fn used(&self) -> Vec<FallbackUse> {
-        let used = self.0.iter().map(|copy| FallbackUse {
+        self.use_of_each().filter(|used| used.chunks > 0).collect()
+    }
+
+    /// What each copy gave until now, and did not give.
+    pub fn use_of_each(&self) -> impl Iterator<Item = FallbackUse> {
+        self.0.iter().map(|copy| FallbackUse {
             repository: copy.repository.path(),
             chunks: copy.chunks.load(Ordering::Relaxed),
             bytes: copy.bytes.load(Ordering::Relaxed),
-        });
-        used.filter(|used| used.chunks > 0).collect()
+            errors: copy.errors.load(Ordering::Relaxed),
+        })
     }
 }
 
 impl CopyOfIt {
     pub(super) fn new(repository: Repository) -> Self {
         let reader = repository.reader();
-        let (chunks, bytes, told) = (AtomicU64::new(0), AtomicU64::new(0), AtomicBool::new(false));
-        Self { repository, reader, chunks, bytes, told }
+        let (chunks, bytes, errors) = Default::default();
+        Self { repository, reader, chunks, bytes, errors, told: AtomicBool::new(false) }
+    }
+
+    /// It was asked for a chunk, and could not give it.
+    pub(super) fn note_error(&self) {
+        self.errors.fetch_add(1, Ordering::Relaxed);
     }
 
     /// It gave a chunk of so many bytes. Said once: the numbers say the rest.

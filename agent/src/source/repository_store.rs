@@ -97,7 +97,8 @@ impl RepositoryStore {
     fn place_in_a_copy(&self, key: Key) -> Option<ChunkPlace> {
         let map = self.map(key);
         self.fallbacks.copies().iter().enumerate().find_map(|(copy, of)| {
-            let (id, location) = find(&of.repository, &map.through(&of.repository), key.chunk).ok()??;
+            let found = find(&of.repository, &map.through(&of.repository), key.chunk);
+            let (id, location) = found.inspect_err(|_| of.note_error()).ok()??;
             Some(ChunkPlace { disk: key.disk, id, location, copy: Some(copy) })
         })
     }
@@ -380,6 +381,8 @@ mod tests {
         spoil(&pack);
         std::fs::remove_file(&of_copy).unwrap();
         assert_eq!(read(&store, 1), Err(SourceErrorKind::Missing), "it may be put back");
+        let used = store.fallbacks().use_of_each().next().unwrap();
+        assert_eq!((used.chunks, used.errors > 0), (0, true), "{used:?}");
         std::fs::copy(&whole, &of_copy).unwrap();
         assert_eq!(read(&store, 1), Ok(()));
         spoil(&of_copy);
