@@ -167,6 +167,15 @@ impl FileSystem {
         run(Command::new("xfs_io").args(["-x", "-c", "shutdown"]).arg(&self.path)).map(|_| ())
     }
 
+    /// Nothing changes on it until this is dropped: whoever would write waits, and whoever reads goes on.
+    ///
+    /// # Errors
+    /// The kernel refuses.
+    pub fn freeze(&self) -> Result<Frozen> {
+        run(Command::new("fsfreeze").arg("--freeze").arg(&self.path))?;
+        Ok(Frozen(self.path.clone()))
+    }
+
     /// Writes back all that is dirty.
     ///
     /// # Errors
@@ -186,6 +195,16 @@ impl FileSystem {
 
     fn mount(&self) -> Result<()> {
         run(Command::new("mount").arg(self.device.path()).arg(&self.path)).map(|_| ())
+    }
+}
+
+/// A file system that is frozen.
+#[derive(Debug)]
+pub struct Frozen(PathBuf);
+
+impl Drop for Frozen {
+    fn drop(&mut self) {
+        let _ = run_any(Command::new("fsfreeze").arg("--unfreeze").arg(&self.0));
     }
 }
 

@@ -6,16 +6,17 @@ use std::io::{BufRead as _, BufReader, Write as _};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::time::Duration;
 
 use e2e::captured::Captured;
 use e2e::disk;
-use e2e::lifeboot::{LiveRestore, lifeboot, status};
+use e2e::failing::FileSystem;
+use e2e::lifeboot::{LiveRestore, Repository, lifeboot, status};
 use e2e::process::{Process, run, run_any, run_json};
+use e2e::work_dir::WorkDir;
 use serde_json::Value;
 
 const DISK_BYTES: u64 = 12 << 20;
-/// As much noise takes far longer to save than anything that is done meanwhile.
-const SLOW_BYTES: u64 = 80 << 20;
 
 /// Ends with this code, and says all of `words` on stderr.
 #[track_caller]
@@ -34,17 +35,27 @@ fn save(captured: &Captured, further: &[&str]) -> Command {
     command
 }
 
-/// One whose chunks take long to compress.
-fn begin_slow_save(captured: &Captured) -> Process {
-    let mut saving = Process::spawn(&save(captured, &["--json", "--level", "22"])).unwrap();
-    saving.wait_for("its progress", |line| line.contains("\"bytes_done\"").then_some(())).unwrap();
-    saving
+/// One that has begun, and that something holds. Of two that are asked for at once only one begins.
+fn begin_held_save(captured: &Captured) -> Process {
+    let [mut held, mut refused] = [(), ()].map(|()| Process::spawn(&save(captured, &["-q"])).unwrap());
+    while refused.is_running() {
+        if !held.is_running() {
+            std::mem::swap(&mut held, &mut refused);
+        }
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    assert_eq!(refused.wait().unwrap().code(), Some(1));
+    let said = refused.lines().join("\n");
+    for words in ["is being saved already", "ask again when that has ended"] {
+        assert!(said.contains(words), "{said}");
+    }
+    held
 }
 
 /// Writes noise over the whole disk, and returns what the disk is then.
 fn write_noise(captured: &Captured, live: &LiveRestore) -> PathBuf {
     let noise = captured.work.file("noise.raw");
-    let bytes = disk::Noise::new(77).bytes(SLOW_BYTES as usize);
+    let bytes = disk::Noise::new(77).bytes(DISK_BYTES as usize);
     fs::write(&noise, bytes).unwrap();
     let script = format!(
         "d = open('{}', 'rb').read()\nfor at in range(0, len(d), 1 << 20):\n    h.pwrite(d[at:at + (1 << 20)], at)\nh.flush()",
@@ -81,24 +92,44 @@ impl Stub {
     }
 }
 
+/// A disk that was captured into a repository on a file system of its own.
+fn captured_elsewhere(name: &str, seed: u64) -> (Captured, FileSystem) {
+    let work = WorkDir::new(name).unwrap();
+    let disk = work.file("disk.raw");
+    disk::make(&disk, DISK_BYTES, seed).unwrap();
+    let file_system = FileSystem::make("ext4", &work.file("image"), work.file("elsewhere")).unwrap();
+    let repository = Repository::init(file_system.path().join("repository")).unwrap();
+    repository.capture("vm", &disk).unwrap();
+    let (target, socket) = (work.file("target.raw"), work.socket("live"));
+    (Captured { work, repository, disk, target, socket }, file_system)
+}
+
 #[test]
 fn a_move_home_waits_for_a_save_and_a_save_during_a_move_is_refused() {
-    let captured = Captured::new("guards-move", SLOW_BYTES, 41).unwrap();
+    let (captured, file_system) = captured_elsewhere("guards-move", 41);
     let mut live = captured.start(&[]).unwrap();
     live.wait_complete().unwrap();
     let noise = write_noise(&captured, &live);
-    let mut saving = begin_slow_save(&captured);
+    let frozen = file_system.freeze().unwrap();
+    let mut saving = begin_held_save(&captured);
 
     let socket = captured.work.socket("qmp");
     let listener = UnixListener::bind(&socket).unwrap();
-    let mut pivot = lifeboot(["pivot"]).unwrap();
-    let mut pivot = Process::spawn(pivot.arg(&captured.target).arg("--qmp").arg(&socket)).unwrap();
+    let ask_to_move = || {
+        let mut pivot = lifeboot(["pivot"]).unwrap();
+        Process::spawn(pivot.arg(&captured.target).arg("--qmp").arg(&socket)).unwrap()
+    };
+    let mut pivot = ask_to_move();
     let mut monitor = Stub::accept(&listener);
     pivot.wait_for_text("is being saved: the machine is moved when that has ended").unwrap();
+    let mut other_pivot = ask_to_move();
+    other_pivot.wait_for_text("already: this waits until that has ended").unwrap();
     // The save goes on; no other begins.
     ends(&mut save(&captured, &[]), 1, &["is just being moved onto", "lifeboot capture"]);
     // A guest that goes on writing meanwhile is none of the snapshot's business.
     live.export().qemu_io(&["write -P 0x55 0 1M"]).unwrap();
+    assert!(saving.is_running() && pivot.is_running() && other_pivot.is_running());
+    drop(frozen);
     saving.wait_success().unwrap();
     // Only now the monitor is asked for anything.
     assert_eq!(monitor.asked()["execute"], "query-block");
@@ -107,6 +138,9 @@ fn a_move_home_waits_for_a_save_and_a_save_during_a_move_is_refused() {
     ends(backup.arg(&captured.target), 1, &["is just being moved onto"]);
     drop(monitor);
     assert_eq!(pivot.wait().unwrap().code(), Some(1));
+    // Now it is the other's turn.
+    drop(Stub::accept(&listener));
+    assert_eq!(other_pivot.wait().unwrap().code(), Some(1));
     assert_eq!(status(&captured.target).unwrap()["handed_over"], false);
 
     // It was not moved: what it is now can be saved.
@@ -124,24 +158,32 @@ fn a_move_home_waits_for_a_save_and_a_save_during_a_move_is_refused() {
 
 #[test]
 fn a_save_that_is_interrupted_ends_at_once_and_another_one_says_what_to_do() {
-    let captured = Captured::new("guards-save", SLOW_BYTES, 42).unwrap();
-    let live = captured.start(&[]).unwrap();
-    write_noise(&captured, &live);
-    let mut saving = begin_slow_save(&captured);
-    ends(&mut save(&captured, &[]), 1, &["is being saved already", "ask again when that has ended"]);
+    let captured = Captured::new("guards-save", DISK_BYTES, 42).unwrap();
+    // The rest of what the guest wrote to would take hours.
+    let live = captured.start(&["--no-background", "--source-rate", "50"]).unwrap();
+    live.export().qemu_io(&["write -P 0x55 8M 4k"]).unwrap();
+    let mut saving = begin_held_save(&captured);
+    let output = run_any(&mut save(&captured, &["--json", "--dry-run"])).unwrap();
+    assert!(output.status.success(), "{output:?}");
     saving.signal(rustix::process::Signal::INT).unwrap();
     assert_eq!(saving.wait().unwrap().code(), Some(130));
-    // The agent gives up by itself, and long before that save would have ended: nothing of it is stored.
+    // The agent gives up by itself, which lets others begin.
     loop {
-        let output = run_any(&mut save(&captured, &["--json", "--dry-run"])).unwrap();
-        assert!(output.status.success(), "{output:?}");
-        let output = run_any(&mut save(&captured, &["-q"])).unwrap();
-        if output.status.success() {
+        let mut saving = Process::spawn(&save(&captured, &["--json"])).unwrap();
+        if saving.wait_for("its progress", |line| line.contains("\"bytes_done\"").then_some(())).is_ok() {
+            saving.signal(rustix::process::Signal::INT).unwrap();
+        }
+        let code = saving.wait().unwrap().code();
+        if code == Some(130) {
             break;
         }
-        let said = String::from_utf8_lossy(&output.stderr).into_owned();
-        assert!(said.contains("is being saved already"), "{said}");
+        let said = saving.lines().join("\n");
+        assert!(code == Some(1) && said.contains("is being saved already"), "{code:?}: {said}");
     }
+    // What is parked is saved without it.
+    let (_, parked) = live.park().unwrap();
+    assert!(parked.success(), "{parked}");
+    run(&mut save(&captured, &["-q"])).unwrap();
     let list = run_json(&mut captured.repository.verb("snapshots", &["--json"]).unwrap()).unwrap();
     assert_eq!(list.as_array().unwrap().len(), 2, "{list}");
 }
