@@ -41,7 +41,9 @@ impl Client {
             match progress {
                 Progress::Waiting => {}
                 Progress::Ready(connected) => break connected,
-                Progress::Told(_) | Progress::Listed(_) => bail!("the server answered what was not asked"),
+                Progress::StartTls | Progress::Told(_) | Progress::Listed(_) => {
+                    bail!("the server answered what was not asked");
+                }
             }
         };
         Ok(Self {

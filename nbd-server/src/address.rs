@@ -44,18 +44,25 @@ impl ListenAddress {
     /// The URI of the export of this name at this address, for nbdinfo, nbdcopy, qemu-img and others.
     #[must_use]
     pub fn uri(&self, export: &str) -> String {
+        self.uri_over(export, false)
+    }
+
+    /// The same, with TLS or without.
+    #[must_use]
+    pub fn uri_over(&self, export: &str, tls: bool) -> String {
         let export = Escaped(export.as_bytes());
+        let scheme = if tls { "nbds" } else { "nbd" };
         match self {
             Self::Unix(path) => {
                 let path = Escaped(path.as_os_str().as_encoded_bytes());
-                format!("nbd+unix:///{export}?socket={path}")
+                format!("{scheme}+unix:///{export}?socket={path}")
             }
-            Self::Tcp { host, port } if host.contains(':') => format!("nbd://[{host}]:{port}/{export}"),
-            Self::Tcp { host, port } => format!("nbd://{host}:{port}/{export}"),
+            Self::Tcp { host, port } if host.contains(':') => format!("{scheme}://[{host}]:{port}/{export}"),
+            Self::Tcp { host, port } => format!("{scheme}://{host}:{port}/{export}"),
             Self::Vsock { cid, port } => {
-                format!("nbd+vsock://{}:{port}/{export}", cid.unwrap_or(VSOCK_HOST))
+                format!("{scheme}+vsock://{}:{port}/{export}", cid.unwrap_or(VSOCK_HOST))
             }
-            Self::Systemd => "nbd://".to_owned(),
+            Self::Systemd => format!("{scheme}://"),
         }
     }
 }
@@ -223,5 +230,7 @@ mod tests {
         assert_eq!(tcp.uri(""), "nbd://[::1]:99/");
         let vsock: ListenAddress = "vsock:any:7".parse().unwrap();
         assert_eq!(vsock.uri("a"), "nbd+vsock://2:7/a");
+        assert_eq!(tcp.uri_over("", true), "nbds://[::1]:99/");
+        assert!(unix.uri_over("x", true).starts_with("nbds+unix:///x?"));
     }
 }

@@ -2,7 +2,9 @@
 
 use std::time::Duration;
 
-use crate::{Access, LateRequests, Limits, ListenAddress, Network, ServerOptions, is_activated};
+use crate::{
+    Access, LateRequests, Limits, ListenAddress, Network, ServerOptions, TlsArgs, TlsServer, is_activated,
+};
 
 /// Where to listen, for whom, and what clients may cost.
 #[derive(Clone, Debug, clap::Args)]
@@ -44,6 +46,11 @@ pub struct ListenArgs {
     /// waits for that memory it is 30 s. A QEMU whose process is stopped for longer needs reconnect-delay
     #[arg(long, value_name = "TIME", default_value = "1h", value_parser = parse_time)]
     pub stall_timeout: Duration,
+
+    /// Whether and with what clients are served over TLS.
+    // Last: its heading is over all that follows.
+    #[command(flatten)]
+    pub tls: TlsArgs,
 }
 
 impl ListenArgs {
@@ -71,9 +78,12 @@ impl ListenArgs {
         self.listen.iter().all(|address| *address == ListenAddress::Systemd)
     }
 
-    /// What a server is told of all this.
-    #[must_use]
-    pub fn options(&self, late_requests: LateRequests) -> ServerOptions {
+    /// What a server is told of all this. The files of TLS are read.
+    ///
+    /// # Errors
+    /// As [`TlsArgs::load`].
+    pub fn options(&self, late_requests: LateRequests) -> crate::Result<ServerOptions> {
+        let tls = self.tls.load()?;
         let limits = Limits {
             handshake_timeout: self.handshake_timeout,
             connections: self.max_connections as usize,
@@ -85,9 +95,9 @@ impl ListenArgs {
             socket_mode: self.socket_mode,
             networks: self.allow.clone(),
             insecure: self.insecure,
-            tls_is_required: false,
+            tls_is_required: tls.as_ref().is_some_and(TlsServer::is_required),
         };
-        ServerOptions { limits, access, late_requests }
+        Ok(ServerOptions { limits, access, late_requests, tls })
     }
 }
 
@@ -128,7 +138,7 @@ mod tests {
 
     #[test]
     fn without_options_the_limits_are_the_librarys() {
-        let options = parse(&["-l", "unix:/s"]).unwrap().options(LateRequests::Refuse);
+        let options = parse(&["-l", "unix:/s"]).unwrap().options(LateRequests::Refuse).unwrap();
         let (ours, theirs) = (format!("{options:?}"), format!("{:?}", ServerOptions::default()));
         assert_eq!(ours, theirs);
     }
@@ -146,7 +156,7 @@ mod tests {
             "--handshake-timeout=2s",
             "--stall-timeout=1m",
         ]);
-        let ServerOptions { limits, access, .. } = options.unwrap().options(LateRequests::Leave);
+        let ServerOptions { limits, access, .. } = options.unwrap().options(LateRequests::Leave).unwrap();
         assert_eq!((access.socket_mode, access.insecure, access.networks.len()), (0o660, true, 2));
         assert_eq!((limits.connections, limits.half_open), (7, 3));
         assert_eq!((limits.handshake_timeout.as_secs(), limits.stall_timeout.as_secs()), (2, 60));

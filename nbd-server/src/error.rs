@@ -20,6 +20,10 @@ pub enum ErrorKind {
     NotPermitted,
     /// Exports without names of their own, of the same name, or of names that the protocol cannot carry.
     InvalidExport,
+    /// Certificates or keys that cannot be used.
+    InvalidCredentials,
+    /// A server that a client talks to refused, or is not what it must be.
+    Peer,
     /// A thread of the server ended by a panic.
     Panicked,
     /// Anything else that the operating system reported.

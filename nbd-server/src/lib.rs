@@ -5,6 +5,8 @@
 //! another thread. [`ServerHandle`] ends it: nothing more is accepted, what is in flight is finished, and
 //! every thread is joined.
 //!
+//! [`client`] is the other side, for whoever asks a server a few things.
+//!
 //! What a peer can make the server do is bounded by [`Limits`]; what the bytes mean is the `proto` crate's.
 
 mod accept;
@@ -12,6 +14,7 @@ mod access;
 mod address;
 pub mod args;
 mod budget;
+pub mod client;
 mod connection;
 mod directory;
 mod error;
@@ -25,6 +28,7 @@ mod shard;
 mod slots;
 mod socket;
 pub mod stdio;
+mod tls;
 
 pub use access::{Access, Network};
 pub use address::ListenAddress;
@@ -34,3 +38,4 @@ pub use listen::{Listener, StdListener, is_activated};
 pub use options::{LateRequests, Limits, ServerOptions};
 pub use server::{Monitor, Server, ServerHandle, Stats};
 pub use shard::{ShardContext, ShardTask};
+pub use tls::{Credentials, TlsArgs, TlsMode, TlsServer};

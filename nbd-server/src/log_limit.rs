@@ -10,24 +10,38 @@ const INTERVAL: Duration = Duration::from_secs(10);
 /// One kind of line.
 #[derive(Debug, Default)]
 pub(crate) struct LogLimit {
+    /// How many lines more than one the interval has.
+    further: u64,
     state: Mutex<State>,
 }
 
 #[derive(Debug, Default)]
 struct State {
     last: Option<Instant>,
+    /// Lines since then.
+    logged: u64,
     left_out: u64,
 }
 
 impl LogLimit {
+    /// One that lets so many lines through in the interval.
+    pub(crate) fn of_lines(lines: u64) -> Self {
+        Self { further: lines.saturating_sub(1), state: Mutex::default() }
+    }
+
     /// Whether this one may be logged: then how many were left out since the last.
     pub(crate) fn admit(&self, now: Instant) -> Option<u64> {
         let mut state = self.state.lock();
         if state.last.is_some_and(|last| now.duration_since(last) < INTERVAL) {
-            state.left_out += 1;
-            return None;
+            if state.logged > self.further {
+                state.left_out += 1;
+                return None;
+            }
+        } else {
+            state.last = Some(now);
+            state.logged = 0;
         }
-        state.last = Some(now);
+        state.logged += 1;
         Some(std::mem::take(&mut state.left_out))
     }
 }
@@ -61,5 +75,10 @@ mod tests {
         }
         assert_eq!(limit.admit(begun + INTERVAL), Some(9_999));
         assert_eq!(limit.admit(begun + 3 * INTERVAL), Some(0));
+        let limit = LogLimit::of_lines(3);
+        let admitted: Vec<_> =
+            (0..5).map(|second| limit.admit(begun + Duration::from_secs(second))).collect();
+        assert_eq!(admitted, [Some(0), Some(0), Some(0), None, None]);
+        assert_eq!(limit.admit(begun + INTERVAL), Some(2));
     }
 }

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use proto::wire::MAX_PAYLOAD_BYTES;
 
-use crate::Access;
+use crate::{Access, TlsServer};
 
 /// What peers may cost. Every limit holds from the start; there is no way to have none.
 #[derive(Clone, Debug)]
@@ -69,4 +69,6 @@ pub struct ServerOptions {
     pub access: Access,
     /// What becomes of requests that come when the server is ending.
     pub late_requests: LateRequests,
+    /// TLS, on or required; off where there is none.
+    pub tls: Option<TlsServer>,
 }

@@ -1,4 +1,4 @@
-//! A connection's socket, unix or TCP: on the event loop of its shard, read and written without blocking.
+//! A connection's socket, unix or TCP, with TLS on it or without: on the event loop of its shard, read and written without blocking.
 
 use std::io::{self, IoSlice};
 use std::os::fd::{AsFd, BorrowedFd};
@@ -8,6 +8,8 @@ use std::task::{Context, Poll, ready};
 use rustix::net::{SendAncillaryBuffer, SendFlags, sendmsg, sockopt};
 use tokio::io::{AsyncRead, Interest, ReadBuf};
 use tokio::net::{TcpStream, UnixStream};
+
+use crate::tls::TlsSocket;
 
 /// Room for replies in the kernel: with it `sendfile` need not wait for the peer between its pieces.
 const SEND_BUFFER_BYTES: usize = 2 << 20;
@@ -24,6 +26,7 @@ pub(crate) enum Accepted {
 pub(crate) enum Socket {
     Unix(UnixStream),
     Tcp(TcpStream),
+    Tls(Box<TlsSocket>),
 }
 
 impl Socket {
@@ -53,6 +56,7 @@ impl Socket {
             let received = ready!(match self {
                 Self::Unix(stream) => Pin::new(stream).poll_read(cx, &mut buf),
                 Self::Tcp(stream) => Pin::new(stream).poll_read(cx, &mut buf),
+                Self::Tls(socket) => return socket.poll_read(cx, buf.initialize_unfilled()),
             });
             match received {
                 Ok(()) => return Poll::Ready(Ok(buf.filled().len())),
@@ -67,11 +71,36 @@ impl Socket {
         match self {
             Self::Unix(stream) => stream.poll_write_ready(cx),
             Self::Tcp(stream) => stream.poll_write_ready(cx),
+            Self::Tls(socket) => socket.poll_writable(cx),
+        }
+    }
+
+    /// Whether a file's bytes may be sent by [`Socket::try_send_file`]: not where they must be encrypted.
+    pub(crate) const fn sends_files(&self) -> bool {
+        !matches!(self, Self::Tls(_))
+    }
+
+    /// Whether all that was taken by [`Socket::try_send`] is on its way: under TLS some of it may be encrypted and wait.
+    pub(crate) fn is_flushed(&self) -> bool {
+        match self {
+            Self::Unix(_) | Self::Tcp(_) => true,
+            Self::Tls(socket) => socket.is_flushed(),
+        }
+    }
+
+    /// Sends what waits of that; [`Socket::is_flushed`] says whether all of it went.
+    pub(crate) fn try_flush(&mut self) -> io::Result<()> {
+        match self {
+            Self::Unix(_) | Self::Tcp(_) => Ok(()),
+            Self::Tls(socket) => socket.try_flush().map(|_| ()),
         }
     }
 
     /// Sends what fits of `slices`; `more` says that more follows at once. `WouldBlock` where nothing fits.
-    pub(crate) fn try_send(&self, slices: &[IoSlice<'_>], more: bool) -> io::Result<usize> {
+    pub(crate) fn try_send(&mut self, slices: &[IoSlice<'_>], more: bool) -> io::Result<usize> {
+        if let Self::Tls(socket) = self {
+            return socket.try_send(slices);
+        }
         let flags = if more { SendFlags::NOSIGNAL | SendFlags::MORE } else { SendFlags::NOSIGNAL };
         self.try_write(|fd| {
             // One slice is by far the most common, and the plain call is cheaper.
@@ -95,6 +124,9 @@ impl Socket {
         match self {
             Self::Unix(stream) => stream.try_io(Interest::WRITABLE, || write(stream.as_fd())),
             Self::Tcp(stream) => stream.try_io(Interest::WRITABLE, || write(stream.as_fd())),
+            Self::Tls(_) => {
+                unreachable!("what goes through TLS is encrypted first: no plain byte is sent beside it")
+            }
         }
     }
 }
@@ -104,6 +136,7 @@ impl AsFd for Socket {
         match self {
             Self::Unix(stream) => stream.as_fd(),
             Self::Tcp(stream) => stream.as_fd(),
+            Self::Tls(socket) => socket.as_fd(),
         }
     }
 }

@@ -1,8 +1,9 @@
 //! Ctrl-C and its kin, as a flag that long loops ask for.
 
+use std::fmt;
 use std::io;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
+use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
 use tokio::signal::unix::{SignalKind, signal};
@@ -51,6 +52,31 @@ pub struct Interrupt {
     wishes: Arc<AtomicU8>,
     /// Somebody sees to each of them: none ends the program at once.
     is_seen_to: Arc<AtomicBool>,
+    /// What SIGHUP does in place of ending the program.
+    on_hangup: Arc<OnceLock<OnHangup>>,
+}
+
+struct OnHangup {
+    /// Where SIGHUP came of a terminal that is gone, it is a wish to end all the same.
+    had_terminal: bool,
+    call: Box<dyn Fn() + Send + Sync>,
+}
+
+impl fmt::Debug for OnHangup {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("OnHangup").field("had_terminal", &self.had_terminal).finish_non_exhaustive()
+    }
+}
+
+impl OnHangup {
+    fn is_meant(&self) -> bool {
+        !self.had_terminal || has_terminal()
+    }
+}
+
+/// Whether the program has a terminal that it belongs to, and that is still there.
+fn has_terminal() -> bool {
+    std::fs::File::open("/dev/tty").is_ok()
 }
 
 impl Interrupt {
@@ -80,6 +106,12 @@ impl Interrupt {
                         _ = terminate.recv() => libc::SIGTERM,
                         _ = hangup.recv() => libc::SIGHUP,
                     };
+                    if number == libc::SIGHUP
+                        && let Some(hook) = watched.on_hangup.get().filter(|hook| hook.is_meant())
+                    {
+                        (hook.call)();
+                        continue;
+                    }
                     let now = Instant::now();
                     if last.is_some_and(|last| !is_another(last, now)) {
                         continue;
@@ -94,6 +126,12 @@ impl Interrupt {
             });
         })?;
         Ok(interrupt)
+    }
+
+    /// From now on SIGHUP calls this, which must be short, in place of ending the program; unless it came because the program's
+    /// terminal is gone. Only the first call has an effect.
+    pub(crate) fn on_hangup(&self, call: impl Fn() + Send + Sync + 'static) {
+        let _ = self.on_hangup.set(OnHangup { had_terminal: has_terminal(), call: Box::new(call) });
     }
 
     /// Has whoever asks this one end, as a signal would.

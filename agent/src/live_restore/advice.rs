@@ -1,15 +1,27 @@
 //! What to do next: the QEMU arguments for an export; what to look after where something may be lost.
 
-use nbd_server::ListenAddress;
+use std::path::Path;
+
+use nbd_server::{Credentials, ListenAddress};
 
 use crate::live::Resumed;
 
 /// How long QEMU waits for an agent that is started again, in seconds.
 const RECONNECT_SECONDS: u32 = 300;
 
+/// What QEMU calls its credentials for us.
+const TLS_OBJECT: &str = "lifeboot-tls";
+/// Whose pre-shared key QEMU has, if not said otherwise.
+const QEMU_PSK_NAME: &str = "qemu";
+
 /// QEMU's arguments for a drive on each of these exports. A raw node stands above each NBD node, so that the
-/// drive can be moved onto the target later without the guest's noticing.
-pub(super) fn qemu_arguments(address: &ListenAddress, exports: &[&str]) -> Vec<String> {
+/// drive can be moved onto the target later without the guest's noticing. With TLS QEMU's credentials are taken to lie where the
+/// server's do.
+pub(super) fn qemu_arguments(
+    address: &ListenAddress,
+    exports: &[&str],
+    tls: Option<&Credentials>,
+) -> Vec<String> {
     let server = match address {
         ListenAddress::Unix(path) => {
             format!("server.type=unix,server.path={}", escaped(&path.display().to_string()))
@@ -25,12 +37,23 @@ pub(super) fn qemu_arguments(address: &ListenAddress, exports: &[&str]) -> Vec<S
         ListenAddress::Systemd => return Vec::new(),
     };
     let mut arguments = Vec::new();
+    if let Some(credentials) = tls {
+        arguments.extend(["-object".to_owned(), tls_object(credentials)]);
+    }
+    let tls = match (tls, address) {
+        (None, _) => String::new(),
+        // A socket has no name that could stand in a certificate, and QEMU wants one.
+        (Some(Credentials::Certificates { .. }), ListenAddress::Unix(_) | ListenAddress::Vsock { .. }) => {
+            format!(",tls-creds={TLS_OBJECT},tls-hostname=localhost")
+        }
+        (Some(_), _) => format!(",tls-creds={TLS_OBJECT}"),
+    };
     for (index, export) in exports.iter().enumerate() {
         let node = node_name(index, exports.len());
         arguments.extend([
             "-blockdev".to_owned(),
             format!(
-                "driver=nbd,node-name={node}-nbd,{server},export={},reconnect-delay={RECONNECT_SECONDS},discard=unmap",
+                "driver=nbd,node-name={node}-nbd,{server}{tls},export={},reconnect-delay={RECONNECT_SECONDS},discard=unmap",
                 escaped(export)
             ),
             "-blockdev".to_owned(),
@@ -40,6 +63,23 @@ pub(super) fn qemu_arguments(address: &ListenAddress, exports: &[&str]) -> Vec<S
         ]);
     }
     arguments
+}
+
+fn tls_object(credentials: &Credentials) -> String {
+    let absolute = |path: &Path| {
+        let path = std::path::absolute(path).unwrap_or_else(|_| path.to_owned());
+        escaped(&path.display().to_string())
+    };
+    match credentials {
+        Credentials::Certificates { dir, .. } => {
+            format!("tls-creds-x509,id={TLS_OBJECT},endpoint=client,dir={}", absolute(dir))
+        }
+        // QEMU looks for a file `keys.psk` in a directory.
+        Credentials::PreShared { file } => {
+            let dir = absolute(file.parent().unwrap_or(Path::new(".")));
+            format!("tls-creds-psk,id={TLS_OBJECT},endpoint=client,username={QEMU_PSK_NAME},dir={dir}")
+        }
+    }
 }
 
 /// What the raw node of a drive is called, of so many: a disk's own name may be none that QEMU takes.
@@ -90,16 +130,35 @@ mod tests {
     #[test]
     fn paths_with_commas_and_spaces_survive_qemu_and_the_shell() {
         let address = ListenAddress::Unix("/run/a,b c.sock".into());
-        let line = shell_line(&qemu_arguments(&address, &["disk0"]));
+        let line = shell_line(&qemu_arguments(&address, &["disk0"], None));
         assert!(line.contains("server.path=/run/a,,b c.sock,export=disk0,reconnect-delay="), "{line}");
         assert!(line.starts_with("-blockdev 'driver=nbd,"), "{line}");
         assert!(line.ends_with("-device virtio-blk-pci,drive=lifeboot"), "{line}");
     }
 
     #[test]
+    fn with_tls_qemu_gets_its_credentials_and_uses_them_for_each_drive() {
+        let address = ListenAddress::Unix("/run/a.sock".into());
+        let dir = "/etc/pki/a,b".into();
+        let certificates = Credentials::Certificates { dir, verify_peer: true, allowed: Vec::new() };
+        let arguments = qemu_arguments(&address, &["root", "data"], Some(&certificates));
+        assert_eq!(
+            arguments[..2],
+            ["-object", "tls-creds-x509,id=lifeboot-tls,endpoint=client,dir=/etc/pki/a,,b"]
+        );
+        let drives = arguments
+            .iter()
+            .filter(|argument| argument.contains(",tls-creds=lifeboot-tls,tls-hostname=localhost,"));
+        assert_eq!(drives.count(), 2);
+        let keys = Credentials::PreShared { file: "/etc/nbd/keys.psk".into() };
+        let arguments = qemu_arguments(&address, &["root"], Some(&keys));
+        assert_eq!(arguments[1], "tls-creds-psk,id=lifeboot-tls,endpoint=client,username=qemu,dir=/etc/nbd");
+    }
+
+    #[test]
     fn each_of_several_drives_has_nodes_of_its_own() {
         let address = ListenAddress::Unix("/run/a.sock".into());
-        let arguments = qemu_arguments(&address, &["root", "data"]);
+        let arguments = qemu_arguments(&address, &["root", "data"], None);
         assert_eq!(arguments.len(), 12);
         assert!(arguments[1].contains("node-name=lifeboot0-nbd,") && arguments[1].contains("export=root,"));
         assert!(arguments[7].contains("node-name=lifeboot1-nbd,") && arguments[7].contains("export=data,"));

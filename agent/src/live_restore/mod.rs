@@ -273,7 +273,10 @@ impl Verb for Args {
         }
         let addresses = listen.addresses().map_err(UsageError::new)?;
         // A guest's client reconnects and asks again: it must not hear of our end.
-        let server = listen.options(LateRequests::Leave);
+        let server = listen.options(LateRequests::Leave)?;
+        if let Some(tls) = server.tls.clone() {
+            interrupt.on_hangup(move || tls.reload_and_say());
+        }
         let mut order = session.order(snapshot, targets, addresses, server, !no_background)?;
         order.takes_over = take_over;
         order.may_be_succeeded = true;

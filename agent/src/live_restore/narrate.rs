@@ -306,7 +306,9 @@ pub(crate) fn qemu_arguments(service: &Service) -> Vec<String> {
     let names: Vec<String> = service.disks().iter().map(|disk| disk.record.export()).collect();
     let names: Vec<&str> = names.iter().map(String::as_str).collect();
     let first: Option<&ListenAddress> = service.disks().first().and_then(|disk| disk.addresses.first());
-    first.map(|address| advice::qemu_arguments(address, &names)).unwrap_or_default()
+    // A server that does not insist on TLS takes QEMU as it takes anybody.
+    let tls = service.tls.as_ref().filter(|tls| tls.is_required()).map(nbd_server::TlsServer::credentials);
+    first.map(|address| advice::qemu_arguments(address, &names, tls)).unwrap_or_default()
 }
 
 /// Before what is said of one disk of several.

@@ -204,6 +204,7 @@ fn serve(
             .and_then(|repository| trace_keeper(repository, &record, disk.session(), resumed.is_some()));
         let mut served = ServedDisk::new(record, wanted.state, disk, fetching, handle.addresses(), resumed);
         served.trace = trace.map(Arc::new);
+        served.is_secure = order.server.access.tls_is_required;
         served
     });
     let served: Vec<ServedDisk> = served.collect();
@@ -215,6 +216,7 @@ fn serve(
     let mut service = Service::new(interrupt, engine, handle.monitor(), served, order.options.limit);
     service.listeners = handle.listeners().iter().map(Arc::downgrade).collect();
     service.may_be_succeeded = order.may_be_succeeded;
+    service.tls = order.server.tls.clone();
     service.metrics_url = bound.metrics.as_ref().map(Scraped::url);
     let service = Arc::new(service);
     Ok(Running {

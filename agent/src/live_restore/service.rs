@@ -4,7 +4,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock, Weak};
 
 use block::Engine;
-use nbd_server::{ListenAddress, Listener, Monitor};
+use nbd_server::{ListenAddress, Listener, Monitor, TlsServer};
 
 use super::fetching::Fetching;
 use super::handover::HandedOver;
@@ -25,6 +25,8 @@ pub(crate) struct Service {
     pub(crate) engine: Engine,
     /// Sees the connections of its server.
     pub(crate) monitor: Monitor,
+    /// TLS of whoever connects to its disks.
+    pub(super) tls: Option<TlsServer>,
     /// Where its metrics are to be had.
     pub(super) metrics_url: Option<String>,
     pub(super) interrupt: Interrupt,
@@ -51,6 +53,8 @@ pub(crate) struct ServedDisk {
     pub(crate) fetching: Option<Fetching>,
     /// Where it is served.
     pub(crate) addresses: Vec<ListenAddress>,
+    /// Whether clients must use TLS there.
+    pub(super) is_secure: bool,
     /// How its session was found; `None` where it is new.
     pub(crate) resumed: Option<Resumed>,
     /// Keeps what guests read while they start, where that is wanted and there is a repository.
@@ -94,6 +98,7 @@ impl Service {
         let service = Self {
             engine,
             monitor,
+            tls: None,
             metrics_url: None,
             interrupt: interrupt.clone(),
             disks,
@@ -237,6 +242,7 @@ impl ServedDisk {
             disk,
             fetching,
             addresses: addresses.to_vec(),
+            is_secure: false,
             resumed,
             trace: None,
             rates: Rates::default(),
@@ -264,7 +270,7 @@ impl ServedDisk {
 
     /// Where it is served.
     pub(crate) fn uris(&self) -> Vec<String> {
-        self.addresses.iter().map(|address| address.uri(&self.record.export())).collect()
+        self.addresses.iter().map(|address| address.uri_over(&self.record.export(), self.is_secure)).collect()
     }
 
     /// What became of it, once the machine was moved onto the target.

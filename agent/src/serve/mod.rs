@@ -80,6 +80,11 @@ impl Verb for Args {
             scratch::check(dir)?;
         }
         let interrupt = context.interrupt()?;
+        let options = self.listen.options(LateRequests::Refuse)?;
+        if let Some(tls) = options.tls.clone() {
+            interrupt.on_hangup(move || tls.reload_and_say());
+        }
+        let secure = options.access.tls_is_required;
         let engine = Engine::choose(self.io_engine)?;
         let wanted = exports::wanted(&repository, &self.snapshots)?;
         let store = RepositoryStore::new(repository.clone());
@@ -91,10 +96,10 @@ impl Verb for Args {
         let sizes: Vec<(String, u64)> =
             exports.iter().map(|export| (export.export.name.clone(), export.size)).collect();
         let exports = exports.into_iter().map(|export| export.export).collect();
-        let server = Server::bind(&addresses, exports, self.listen.options(LateRequests::Refuse))?;
+        let server = Server::bind(&addresses, exports, options)?;
         let shards = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
         let handle = server.run(shards, engine)?;
-        say_ready(context, &handle, &sizes)?;
+        say_ready(context, &handle, &sizes, secure)?;
         let mut looked_at = Instant::now();
         while !interrupt.is_raised() {
             std::thread::sleep(TICK);
@@ -111,14 +116,19 @@ impl Verb for Args {
     }
 }
 
-fn say_ready(context: &Context, handle: &ServerHandle, exports: &[(String, u64)]) -> anyhow::Result<()> {
+fn say_ready(
+    context: &Context,
+    handle: &ServerHandle,
+    exports: &[(String, u64)],
+    secure: bool,
+) -> anyhow::Result<()> {
     let output = context.output();
     let lines: Vec<ExportLine> = exports
         .iter()
         .map(|(name, size)| ExportLine {
             name: name.clone(),
             size: *size,
-            uris: handle.addresses().iter().map(|address| address.uri(name)).collect(),
+            uris: handle.addresses().iter().map(|address| address.uri_over(name, secure)).collect(),
         })
         .collect();
     output.event(&Ready { event: "ready", exports: &lines })?;

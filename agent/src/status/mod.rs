@@ -5,13 +5,11 @@ mod remote;
 mod report;
 mod watch;
 
-use std::net::TcpStream;
-use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::Context as _;
-use nbd_server::ListenAddress;
+use nbd_server::client::NbdUri;
 
 use crate::cli::{Context, Failure, Outcome, Verb};
 use crate::live_restore::{self, SessionRecord, StateDir};
@@ -32,19 +30,23 @@ const PATIENCE: Duration = Duration::from_secs(10);
 Examples:
   lifeboot status /var/lib/vm/web01.raw
   lifeboot status --watch /var/lib/vm/web01.raw
-  lifeboot status --listen tcp:10.0.0.5:10809")]
+  lifeboot status --listen tcp:10.0.0.5:10809
+  lifeboot status --listen 'nbds://backup.example/?tls-certificates=/etc/pki/nbd'")]
 pub struct Args {
     /// The target of the live-restore
     #[arg(value_name = "TARGET", required_unless_present = "listen", conflicts_with = "listen")]
     target: Option<PathBuf>,
 
-    /// The address where it is served: unix:PATH or tcp:HOST:PORT
+    /// Where it is served: unix:PATH, tcp:HOST:PORT, or an NBD URI: nbd://HOST:PORT/EXPORT, nbd+unix:///EXPORT?socket=PATH. With
+    /// nbds: or nbds+unix: TLS is used, or nothing is; tls-certificates=DIR names the directory of ca-cert.pem and, where the
+    /// server wants one, of client-cert.pem and client-key.pem; tls-hostname=NAME what its certificate must be for;
+    /// tls-psk-file=FILE and tls-username=NAME a pre-shared key
     #[arg(short, long, value_name = "ADDRESS")]
-    listen: Option<ListenAddress>,
+    listen: Option<NbdUri>,
 
-    /// The export to ask about, with --listen; the only or first one if none is named
-    #[arg(long, value_name = "NAME", default_value = "", hide_default_value = true, requires = "listen")]
-    export: String,
+    /// The export to ask about, with --listen; the only or first one if neither this nor a URI names one
+    #[arg(long, value_name = "NAME", requires = "listen")]
+    export: Option<String>,
 
     /// Show it again each second, with each disk as a strip of what is home, until Ctrl-C: all disks of the agent,
     /// and on when it has ended or comes back. Not on a terminal a line for each disk; with --json a document on a line
@@ -59,7 +61,10 @@ pub struct Args {
 impl Verb for Args {
     fn run(self, context: &Context) -> anyhow::Result<Outcome> {
         match (&self.listen, &self.target) {
-            (Some(address), _) => show_remote(context, address, &self.export),
+            (Some(uri), _) => {
+                let export = self.export.clone().unwrap_or_else(|| uri.export.clone());
+                show_remote(context, &NbdUri { export, ..uri.clone() })
+            }
             (None, Some(target)) if self.watch => watch::watch(context, target, self.state.as_deref()),
             (None, Some(target)) => show_session(context, target, self.state.as_deref()),
             (None, None) => unreachable!("clap requires one of them"),
@@ -188,26 +193,8 @@ fn table(status: &Status) -> Table {
     table
 }
 
-fn show_remote(context: &Context, address: &ListenAddress, export: &str) -> anyhow::Result<Outcome> {
-    let cannot = || format!("cannot connect to {address}");
-    let status = match address {
-        ListenAddress::Unix(path) => {
-            let mut stream = UnixStream::connect(path).with_context(cannot)?;
-            stream.set_read_timeout(Some(PATIENCE))?;
-            stream.set_write_timeout(Some(PATIENCE))?;
-            remote::ask(&mut stream, export)
-        }
-        ListenAddress::Tcp { host, port } => {
-            let mut stream = TcpStream::connect((host.as_str(), *port)).with_context(cannot)?;
-            stream.set_read_timeout(Some(PATIENCE))?;
-            stream.set_write_timeout(Some(PATIENCE))?;
-            remote::ask(&mut stream, export)
-        }
-        ListenAddress::Vsock { .. } | ListenAddress::Systemd => {
-            anyhow::bail!("{address} cannot be asked from here: name unix:PATH or tcp:HOST:PORT")
-        }
-    }
-    .with_context(|| format!("cannot ask the server at {address}"))?;
+fn show_remote(context: &Context, uri: &NbdUri) -> anyhow::Result<Outcome> {
+    let status = remote::ask(uri, PATIENCE)?;
     let output = context.output();
     output.document(&status)?;
     let mut table = Table::new(&[("LIVE-RESTORE", Align::Left), ("", Align::Left)]);

@@ -94,6 +94,7 @@ pub fn client_handshake(data: &[u8]) {
             assert!(bytes.ends_with(&outcome.rest), "what is left is the end of what was sent");
             match progress {
                 Progress::Waiting => assert!(outcome.rest.len() < 20 + MAX_OPTION_BYTES),
+                Progress::StartTls => unreachable!("this client asks for no TLS"),
                 Progress::Ready(connected) => {
                     assert!(matches!(wish.goal, Goal::Go(_)));
                     check_connected(connected, &wish);

@@ -30,7 +30,7 @@ fn conversation(choice: u8) -> (Vec<u8>, Vec<u8>) {
         match server.step(&Exports) {
             Step::Waiting if said.is_empty() => return (from_client, from_server),
             Step::Waiting | Step::Answered => {}
-            Step::Transmission(_) | Step::Closed(_) => {
+            Step::StartTls | Step::Transmission(_) | Step::Closed(_) => {
                 from_server.extend_from_slice(&server.take_output());
                 return (from_client, from_server);
             }

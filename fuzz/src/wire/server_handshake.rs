@@ -53,6 +53,7 @@ fn shake<'a>(pieces: impl Iterator<Item = &'a [u8]>) -> Outcome {
             match step {
                 Step::Answered => continue,
                 Step::Waiting => assert!(answer.is_empty(), "something was said while waiting"),
+                Step::StartTls => unreachable!("this server has no TLS"),
                 Step::Transmission(agreed) => end = End::Transmission(*agreed),
                 Step::Closed(ending) => {
                     end = End::Closed(ending);

@@ -26,8 +26,9 @@ use crate::socket::Socket;
 pub(crate) async fn serve(socket: Socket, mut ticket: Ticket, shard: Rc<ShardState>, control: Rc<Control>) {
     let timeout = shard.options.limits.handshake_timeout;
     // A handshake has no device operation in flight, so it may be dropped at any point.
+    let negotiating = negotiate::negotiate(socket, &shard.devices, shard.options.tls.as_ref());
     let negotiated = tokio::select! {
-        negotiated = tokio::time::timeout(timeout, negotiate::negotiate(socket, &shard.devices)) => negotiated,
+        negotiated = tokio::time::timeout(timeout, negotiating) => negotiated,
         () = control.stopping() => {
             tracing::debug!("the server is ending: a handshake is cut short");
             return;

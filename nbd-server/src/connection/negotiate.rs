@@ -10,6 +10,7 @@ use proto::server::{Agreed, Ending, Handshake, Step};
 
 use crate::directory::{ConnectionDirectory, OpenDevices};
 use crate::socket::Socket;
+use crate::tls::{TlsFailure, TlsMode, TlsServer};
 
 const READ_BYTES: usize = 4096;
 
@@ -31,16 +32,38 @@ pub(crate) enum Failed {
     Io(#[from] io::Error),
     #[error("the client went away")]
     Gone,
+    #[error("TLS came to nothing: {0}")]
+    Tls(#[from] TlsFailure),
 }
 
 /// Shakes hands. May be dropped at any point.
-pub(crate) async fn negotiate(mut socket: Socket, devices: &Rc<OpenDevices>) -> Result<Negotiated, Failed> {
-    let directory = ConnectionDirectory::new(Rc::clone(devices));
-    let mut handshake = Handshake::new();
+pub(crate) async fn negotiate(
+    socket: Socket,
+    devices: &Rc<OpenDevices>,
+    tls: Option<&TlsServer>,
+) -> Result<Negotiated, Failed> {
+    let mut handshake = Handshake::with_tls(tls.map_or(TlsMode::Off, TlsServer::mode));
+    let result = talk(socket, devices, tls, &mut handshake).await;
+    if let Some(tls) = tls.filter(|_| handshake.missed_tls()) {
+        tls.say_missed();
+    }
+    let (agreed, socket, directory) = result?;
+    let device = directory.into_device(agreed.export).ok_or(Failed::Gone)?;
+    let device = device.for_client().unwrap_or(device);
+    Ok(Negotiated { socket, agreed: *agreed, device, rest: handshake.into_rest() })
+}
+
+async fn talk(
+    mut socket: Socket,
+    devices: &Rc<OpenDevices>,
+    tls: Option<&TlsServer>,
+    handshake: &mut Handshake,
+) -> Result<(Box<Agreed>, Socket, ConnectionDirectory), Failed> {
+    let mut directory = ConnectionDirectory::new(Rc::clone(devices));
     let mut buf = [0; READ_BYTES];
     loop {
         let step = handshake.step(&directory);
-        send(&socket, handshake.take_output()).await?;
+        send(&mut socket, handshake.take_output()).await?;
         match step {
             Step::Answered => {}
             Step::Waiting => match poll_fn(|cx| socket.poll_read(cx, &mut buf)).await? {
@@ -48,17 +71,25 @@ pub(crate) async fn negotiate(mut socket: Socket, devices: &Rc<OpenDevices>) -> 
                 len => handshake.receive(&buf[..len]),
             },
             Step::Closed(ending) => return Err(ending.into()),
-            Step::Transmission(agreed) => {
-                let device = directory.into_device(agreed.export).ok_or(Failed::Gone)?;
-                let device = device.for_client().unwrap_or(device);
-                return Ok(Negotiated { socket, agreed: *agreed, device, rest: handshake.into_rest() });
+            Step::StartTls => {
+                // What a client saw without TLS is closed again: with TLS it may be another client.
+                directory = ConnectionDirectory::new(Rc::clone(devices));
+                let tls = tls.expect("STARTTLS is granted where there is TLS");
+                socket = tls.accept(socket).await?;
+                handshake.secured();
             }
+            Step::Transmission(agreed) => return Ok((agreed, socket, directory)),
         }
     }
 }
 
-async fn send(socket: &Socket, mut bytes: BytesMut) -> io::Result<()> {
-    while !bytes.is_empty() {
+async fn send(socket: &mut Socket, mut bytes: BytesMut) -> io::Result<()> {
+    while !bytes.is_empty() || !socket.is_flushed() {
+        if bytes.is_empty() {
+            poll_fn(|cx| socket.poll_writable(cx)).await?;
+            socket.try_flush()?;
+            continue;
+        }
         match socket.try_send(&[IoSlice::new(&bytes)], false) {
             Ok(sent) => bytes.advance(sent),
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => {

@@ -165,7 +165,7 @@ impl Outbox {
     }
 
     /// Sends as much as the socket takes; how much it was. The queue is empty unless it takes no more.
-    pub(super) fn send(&mut self, socket: &Socket) -> io::Result<usize> {
+    pub(super) fn send(&mut self, socket: &mut Socket) -> io::Result<usize> {
         let mut total = 0;
         while !self.is_empty() {
             match self.send_some(socket) {
@@ -181,7 +181,7 @@ impl Outbox {
         Ok(total)
     }
 
-    fn send_some(&mut self, socket: &Socket) -> io::Result<usize> {
+    fn send_some(&mut self, socket: &mut Socket) -> io::Result<usize> {
         if let Some(Segment::File { head, file, offset, len }) = self.segments.front()
             && head.bytes().is_empty()
         {

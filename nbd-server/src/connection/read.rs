@@ -29,6 +29,8 @@ const _: () = assert!(INLINE_BYTES as usize + 64 <= Batch::MAX_RUN);
 /// What a connection reads from.
 pub(super) struct Reads {
     pub(super) device: Rc<dyn BlockDevice>,
+    /// Whether the socket takes bytes from files: under TLS they must be read to be encrypted.
+    sends_files: bool,
     data: RefCell<KnownData>,
 }
 
@@ -43,8 +45,8 @@ pub(super) enum Plan {
 }
 
 impl Reads {
-    pub(super) fn new(device: Rc<dyn BlockDevice>) -> Self {
-        Self { device, data: RefCell::default() }
+    pub(super) fn new(device: Rc<dyn BlockDevice>, sends_files: bool) -> Self {
+        Self { device, sends_files, data: RefCell::default() }
     }
 
     /// Answers from memory if that takes no waiting.
@@ -87,6 +89,9 @@ impl Reads {
 
     /// Queues `range` to be sent from the device's file, if it is in memory there. `last` where the reply ends with it.
     fn send_resident(&self, header: &RequestHeader, range: ByteRange, shared: &Shared, last: bool) -> bool {
+        if !self.sends_files {
+            return false;
+        }
         let Some((file, offset)) = self.device.resident(range) else { return false };
         let mut outbox = shared.outbox.borrow_mut();
         let Ok(file) = outbox.own_file(file) else { return false };

@@ -125,6 +125,7 @@ struct Transmission {
 pub(super) async fn transmit(negotiated: Negotiated, shard: Rc<ShardState>, control: Rc<Control>) -> End {
     let Negotiated { socket, agreed, device, rest } = negotiated;
     socket.enlarge_send_buffer();
+    let sends_files = socket.sends_files();
     tracing::debug!(export = %Cut(&agreed.info.name), replies = ?agreed.replies, contexts = agreed.contexts.len(), "a client transmits");
     let admission = Admission {
         size: agreed.info.size,
@@ -141,7 +142,7 @@ pub(super) async fn transmit(negotiated: Negotiated, shard: Rc<ShardState>, cont
         intake: Intake::new(&rest),
         state: State::Header,
         admission,
-        reads: Rc::new(Reads::new(device)),
+        reads: Rc::new(Reads::new(device, sends_files)),
         contexts: agreed.contexts.into(),
         shared,
         shard,
@@ -202,7 +203,7 @@ impl Transmission {
                 self.cut(End::Socket(error));
                 false
             });
-            let idle = self.shared.tasks() == 0 && self.shared.outbox.borrow().is_empty();
+            let idle = self.shared.tasks() == 0 && self.is_sent();
             if self.end.is_some() {
                 match self.end.take_if(|_| idle) {
                     Some(end) => return Poll::Ready(end),
@@ -240,6 +241,11 @@ impl Transmission {
         let _ = rustix::net::shutdown(&self.socket, rustix::net::Shutdown::Both);
     }
 
+    /// Whether every reply that was made is on its way.
+    fn is_sent(&self) -> bool {
+        self.shared.outbox.borrow().is_empty() && self.socket.is_flushed()
+    }
+
     fn is_full(&self) -> bool {
         let limits = &self.shard.options.limits;
         self.shared.in_flight() >= limits.requests_in_flight.max(1) || self.shared.outbox.borrow().is_full()
@@ -271,10 +277,11 @@ impl Transmission {
     fn send(&mut self, cx: &mut Context<'_>) -> io::Result<bool> {
         let mut any = false;
         loop {
-            let sent = self.shared.outbox.borrow_mut().send(&self.socket)?;
+            let sent = self.shared.outbox.borrow_mut().send(&mut self.socket)?;
+            self.socket.try_flush()?;
             any |= sent > 0;
             self.stall.moved(sent);
-            if self.shared.outbox.borrow().is_empty() {
+            if self.is_sent() {
                 return Ok(any);
             }
             match self.socket.poll_writable(cx) {

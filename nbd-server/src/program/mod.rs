@@ -11,8 +11,8 @@ use anyhow::{Context, Result};
 use block::{Engine, FileDisk, FileOptions};
 use nbd_server::handover::{Arrival, Departure, MeetingPoint};
 use nbd_server::stdio::Stdio;
-use nbd_server::{Export, LateRequests, ListenAddress, Server, ServerHandle, ServerOptions};
-use tokio::signal::unix::{SignalKind, signal};
+use nbd_server::{Export, LateRequests, ListenAddress, Server, ServerHandle, ServerOptions, TlsServer};
+use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::oneshot;
 
 pub(crate) use arguments::Arguments;
@@ -34,19 +34,20 @@ pub(crate) fn serve(arguments: &Arguments) -> Result<()> {
     };
     // Where somebody may take over, clients are to come again rather than to hear of our end.
     let late = if arguments.handover.is_some() { LateRequests::Leave } else { LateRequests::Refuse };
-    let options = arguments.listen.options(late);
+    let options = arguments.listen.options(late)?;
+    let tls = options.tls.clone();
     if arguments.stdio {
         let (connection, output) = Stdio::take()?.into_parts();
         let server = Server::of_connection(connection, vec![export], options)?;
-        let served = run(arguments, server, engine, None);
+        let served = run(arguments, server, engine, None, tls);
         output.finish();
         return served;
     }
     match &arguments.handover {
-        None => run(arguments, Server::bind(&addresses, vec![export], options)?, engine, None),
+        None => run(arguments, Server::bind(&addresses, vec![export], options)?, engine, None, tls),
         Some(path) => {
             let (server, point) = succeed(path, &identity, &addresses, export, options)?;
-            run(arguments, server, engine, Some((point, identity)))
+            run(arguments, server, engine, Some((point, identity)), tls)
         }
     }
 }
@@ -88,6 +89,7 @@ fn run(
     server: Server,
     engine: Engine,
     meeting: Option<(MeetingPoint, String)>,
+    tls: Option<TlsServer>,
 ) -> Result<()> {
     let shards = match arguments.shards {
         0 => thread::available_parallelism().map_or(1, usize::from),
@@ -98,6 +100,8 @@ fn run(
     runtime.block_on(async {
         let mut terminate = signal(SignalKind::terminate()).context("cannot wait for SIGTERM")?;
         let mut interrupt = signal(SignalKind::interrupt()).context("cannot wait for SIGINT")?;
+        let hangup = tls.is_some().then(|| signal(SignalKind::hangup()));
+        let hangup = hangup.transpose().context("cannot wait for SIGHUP")?;
         let handle = server.run(shards, engine)?;
         let (departs, departed) = oneshot::channel::<Departure>();
         if let Some((point, identity)) = &meeting {
@@ -109,8 +113,9 @@ fn run(
         // Whoever gave us the socket knows where it is, and its stdout may be ours.
         if !arguments.stdio && !arguments.listen.is_given() {
             // Without a reader of these lines it is served all the same.
+            let secure = tls.as_ref().is_some_and(TlsServer::is_required);
             for address in handle.addresses() {
-                println!("{}", address.uri(&arguments.name));
+                println!("{}", address.uri_over(&arguments.name, secure));
             }
         }
         let mut departure = None;
@@ -118,6 +123,7 @@ fn run(
             _ = terminate.recv() => {}
             _ = interrupt.recv() => {}
             () = ended(&handle) => {}
+            () = reload(tls.as_ref(), hangup) => {}
             Ok(successor) = departed => departure = Some(successor),
         }
         handle.shutdown();
@@ -129,6 +135,14 @@ fn run(
         drop(departure);
         Ok(())
     })
+}
+
+/// Reads what TLS rests on anew, as often as a SIGHUP asks for it. Without TLS it never ends, and SIGHUP ends the process.
+async fn reload(tls: Option<&TlsServer>, hangup: Option<Signal>) {
+    let (Some(tls), Some(mut hangup)) = (tls, hangup) else { return std::future::pending().await };
+    while hangup.recv().await.is_some() {
+        tls.reload_and_say();
+    }
 }
 
 async fn ended(handle: &ServerHandle) {

@@ -36,6 +36,11 @@ pub enum HandshakeError {
         /// What it said about it, cut short.
         text: String,
     },
+    /// More bytes came with the reply to STARTTLS: whoever sent them, TLS does not vouch for them.
+    #[error(
+        "plain bytes followed the server's reply to STARTTLS: somebody may sit between us and the server"
+    )]
+    PlainAfterStartTls,
     /// GO or INFO succeeded and told no size.
     #[error("the server told no size of the export")]
     NoSize,

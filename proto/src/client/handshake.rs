@@ -35,6 +35,8 @@ pub struct Connected {
 pub enum Progress {
     /// More bytes are needed; the output may have some to send.
     Waiting,
+    /// TLS begins, once the output is sent. [`Handshake::secured`] goes on when it has.
+    StartTls,
     /// Transmission begins ([`Goal::Go`]).
     Ready(Box<Connected>),
     /// The export was told of ([`Goal::Info`]); the output says goodbye.
@@ -47,6 +49,7 @@ pub enum Progress {
 enum State {
     Greeting,
     Option(OptionKind),
+    AwaitingTls,
     Over,
 }
 
@@ -54,6 +57,7 @@ enum State {
 #[derive(Debug)]
 pub struct Handshake {
     wish: Wish,
+    wants_tls: bool,
     state: State,
     replies: ReplyStyle,
     told: Told,
@@ -63,11 +67,22 @@ pub struct Handshake {
 }
 
 impl Handshake {
-    /// A handshake that waits for the server's greeting.
+    /// A handshake without TLS that waits for the server's greeting.
     #[must_use]
     pub fn new(wish: Wish) -> Self {
+        Self::begin(wish, false)
+    }
+
+    /// The same with TLS, or not at all: STARTTLS is the first option, and a server that refuses it is refused.
+    #[must_use]
+    pub fn with_tls(wish: Wish) -> Self {
+        Self::begin(wish, true)
+    }
+
+    fn begin(wish: Wish, wants_tls: bool) -> Self {
         Self {
             wish,
+            wants_tls,
             state: State::Greeting,
             replies: ReplyStyle::Simple,
             told: Told::default(),
@@ -80,6 +95,12 @@ impl Handshake {
     /// What is to be sent.
     pub fn take_output(&mut self) -> BytesMut {
         self.output.split()
+    }
+
+    /// TLS has begun: asks what was wished for, through it.
+    pub fn secured(&mut self) {
+        assert_eq!(self.state, State::AwaitingTls, "TLS begins after Progress::StartTls alone");
+        self.ask_for_replies(self.wish.replies);
     }
 
     /// What the server sent after the handshake.
@@ -98,6 +119,11 @@ impl Handshake {
             let step = match self.state {
                 State::Greeting => self.take_greeting()?,
                 State::Option(kind) => self.take_reply(kind)?,
+                // Nothing plain is to come before TLS.
+                State::AwaitingTls if !self.input.is_empty() => {
+                    return Err(HandshakeError::PlainAfterStartTls);
+                }
+                State::AwaitingTls => Some(Progress::StartTls),
                 State::Over => Some(Progress::Waiting),
             };
             if let Some(progress) = step {
@@ -126,7 +152,11 @@ impl Handshake {
         let no_zeroes = offered.contains(HandshakeFlags::NO_ZEROES);
         let flags = ClientFlags::FIXED_NEWSTYLE.with_if(no_zeroes, ClientFlags::NO_ZEROES);
         self.output.put_u32(flags.bits());
-        self.ask_for_replies(self.wish.replies);
+        if self.wants_tls {
+            self.send(OptionKind::StartTls);
+        } else {
+            self.ask_for_replies(self.wish.replies);
+        }
         Ok(None)
     }
 
@@ -300,6 +330,10 @@ impl Handshake {
 
     fn acknowledged(&mut self, kind: OptionKind) -> Result<Option<Progress>, HandshakeError> {
         match kind {
+            OptionKind::StartTls => {
+                self.state = State::AwaitingTls;
+                Ok(None)
+            }
             OptionKind::StructuredReply | OptionKind::ExtendedHeaders => {
                 let extended = kind == OptionKind::ExtendedHeaders;
                 self.replies = if extended { ReplyStyle::Extended } else { ReplyStyle::Structured };

@@ -7,7 +7,8 @@
 use bytes::{Buf, BufMut, BytesMut};
 
 use super::options::{BadQueries, ContextRequest, InfoRequest};
-use super::{Directory, ExportId, Refusal};
+use super::tls::{self, StartTls, Tls};
+use super::{Directory, ExportId, Refusal, TlsMode};
 use crate::wire::{
     CLIENT_OPTION_MAGIC, ClientFlags, ContextId, ContextQuery, ExportInfo, HandshakeFlags, InfoKind,
     MAX_CONTEXTS, MAX_OPTION_BYTES, MAX_OPTIONS, MetaContext, NBD_MAGIC, OPTION_REPLY_MAGIC, OptionKind,
@@ -57,6 +58,12 @@ pub enum Ending {
     /// A client that does not speak the fixed newstyle sent an option other than EXPORT_NAME.
     #[error("the client sent an option that its flags rule out")]
     NotFixedNewstyle,
+    /// EXPORT_NAME came without TLS, and has no reply that could ask for it.
+    #[error("the client asked for an export without TLS, which is required")]
+    TlsRequired,
+    /// More bytes came with STARTTLS: whoever sent them, TLS does not vouch for them.
+    #[error("plain bytes followed STARTTLS")]
+    PlainAfterStartTls,
 }
 
 /// What came of a step.
@@ -66,6 +73,8 @@ pub enum Step {
     Waiting,
     /// An option was answered; there may be another in what was received.
     Answered,
+    /// TLS begins once the output is sent. What comes of it goes on with [`Handshake::secured`].
+    StartTls,
     /// Transmission begins once the output is sent. What was received beyond is [`Handshake::into_rest`].
     Transmission(Box<Agreed>),
     /// The connection ends once the output is sent.
@@ -76,10 +85,11 @@ pub enum Step {
 enum State {
     AwaitingFlags,
     AwaitingOption,
+    AwaitingTls,
     Over(Option<Ending>),
 }
 
-/// All that options can agree on: what STARTTLS, when it comes, must forget.
+/// All that options can agree on: what STARTTLS forgets.
 #[derive(Debug, Default)]
 struct Negotiated {
     replies: ReplyStyle,
@@ -96,6 +106,7 @@ pub struct Handshake {
     client: ClientFlags,
     options_seen: u32,
     negotiated: Negotiated,
+    tls: Tls,
     input: BytesMut,
     output: BytesMut,
 }
@@ -107,9 +118,15 @@ impl Default for Handshake {
 }
 
 impl Handshake {
-    /// A handshake whose greeting is waiting to be sent.
+    /// A handshake without TLS whose greeting is waiting to be sent.
     #[must_use]
     pub fn new() -> Self {
+        Self::with_tls(TlsMode::Off)
+    }
+
+    /// A handshake of a server with TLS or without.
+    #[must_use]
+    pub fn with_tls(mode: TlsMode) -> Self {
         let mut output = BytesMut::with_capacity(256);
         output.put_u64(NBD_MAGIC);
         output.put_u64(CLIENT_OPTION_MAGIC);
@@ -119,9 +136,27 @@ impl Handshake {
             client: ClientFlags::NONE,
             options_seen: 0,
             negotiated: Negotiated::default(),
+            tls: Tls::new(mode),
             input: BytesMut::new(),
             output,
         }
+    }
+
+    /// TLS has begun: what is received from now on came through it.
+    pub fn secured(&mut self) {
+        assert_eq!(self.state, State::AwaitingTls, "TLS begins after Step::StartTls alone");
+        // What came before it was not vouched for.
+        self.state = match self.input.is_empty() {
+            true => State::AwaitingOption,
+            false => State::Over(Some(Ending::PlainAfterStartTls)),
+        };
+        self.tls.begin();
+    }
+
+    /// Whether the client was refused something for want of TLS, and has not begun it since.
+    #[must_use]
+    pub const fn missed_tls(&self) -> bool {
+        self.tls.was_missed()
     }
 
     /// Takes what the client sent.
@@ -145,6 +180,7 @@ impl Handshake {
         match self.state {
             State::AwaitingFlags => self.take_flags(),
             State::AwaitingOption => self.take_option(directory),
+            State::AwaitingTls => Step::StartTls,
             State::Over(ending) => Step::Closed(ending.unwrap_or(Ending::Aborted)),
         }
     }
@@ -196,6 +232,13 @@ impl Handshake {
     }
 
     fn answer(&mut self, kind: OptionKind, data: &[u8], directory: &dyn Directory) -> Step {
+        if self.tls.must_come_first(kind) {
+            if kind == OptionKind::ExportName {
+                return self.close(Ending::TlsRequired);
+            }
+            self.refuse(kind, OptionReplyKind::ErrTlsRequired, tls::REQUIRED);
+            return Step::Answered;
+        }
         match kind {
             OptionKind::ExportName => return self.export_name(data, directory),
             OptionKind::Abort => {
@@ -207,7 +250,7 @@ impl Handshake {
             OptionKind::StructuredReply => self.agree_on(kind, ReplyStyle::Structured, data),
             OptionKind::ExtendedHeaders => self.agree_on(kind, ReplyStyle::Extended, data),
             OptionKind::ListMetaContext | OptionKind::SetMetaContext => self.contexts(kind, data, directory),
-            OptionKind::StartTls => self.refuse(kind, OptionReplyKind::ErrPolicy, "TLS is not configured"),
+            OptionKind::StartTls => return self.start_tls(data),
             OptionKind::Unknown(_) => {
                 self.refuse(kind, OptionReplyKind::ErrUnsupported, "the option is not supported");
             }
@@ -226,6 +269,22 @@ impl Handshake {
         }
         self.negotiated.replies = style;
         self.reply(kind, OptionReplyKind::Ack, &[]);
+    }
+
+    fn start_tls(&mut self, data: &[u8]) -> Step {
+        let kind = OptionKind::StartTls;
+        match self.tls.start(data) {
+            StartTls::Absent => self.refuse(kind, OptionReplyKind::ErrPolicy, "TLS is not configured"),
+            StartTls::Invalid(why) => self.refuse(kind, OptionReplyKind::ErrInvalid, why),
+            StartTls::Begin if !self.input.is_empty() => return self.close(Ending::PlainAfterStartTls),
+            StartTls::Begin => {
+                self.negotiated = Negotiated::default();
+                self.reply(kind, OptionReplyKind::Ack, &[]);
+                self.state = State::AwaitingTls;
+                return Step::StartTls;
+            }
+        }
+        Step::Answered
     }
 
     /// The old way to begin: size (8), flags (2), zeroes; and no way to refuse but to close.

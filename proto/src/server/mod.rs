@@ -9,9 +9,11 @@ mod encode;
 mod handshake;
 mod options;
 mod status;
+mod tls;
 
 pub use admission::{Admission, Command, Verdict};
 pub use directory::{Directory, ExportId, Listing, Refusal};
 pub use encode::{Head, ReplyEncoder};
 pub use handshake::{Agreed, Ending, Handshake, Step};
 pub use status::StatusBuilder;
+pub use tls::TlsMode;

@@ -107,7 +107,7 @@ impl Server {
                 match step {
                     Step::Waiting => return,
                     Step::Answered => {}
-                    Step::Closed(_) => {
+                    Step::StartTls | Step::Closed(_) => {
                         self.closed = true;
                         return;
                     }
