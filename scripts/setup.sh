@@ -11,6 +11,7 @@ readonly TOOLS=(
     qemu-system-x86_64=qemu-system-x86
     qemu-img=qemu-utils qemu-io=qemu-utils qemu-nbd=qemu-utils
     nbdkit=nbdkit nbdinfo=libnbd-bin nbdcopy=libnbd-bin nbdfuse=libnbd-bin nbd-server=nbd-server
+    gnutls-cli=gnutls-bin psktool=gnutls-bin pkg-config=pkg-config
     fio=fio
     debootstrap=debootstrap mkfs.ext4=e2fsprogs debugfs=e2fsprogs mkfs.xfs=xfsprogs xfs_io=xfsprogs
     losetup=mount setpriv=util-linux
@@ -22,6 +23,8 @@ missing_packages() {
     for entry in "${TOOLS[@]}"; do
         command -v "${entry%%=*}" >/dev/null || echo "${entry#*=}"
     done
+    # OpenSSL's headers, for TLS with pre-shared keys.
+    pkg-config --exists openssl 2>/dev/null || printf '%s\n' libssl-dev
     # Debian's own Python: another one that comes first in the path would not find libnbd.
     /usr/bin/python3 -c 'import nbd' 2>/dev/null || printf '%s\n' python3 python3-libnbd
 }

@@ -9,6 +9,7 @@ set -uo pipefail
 . "$(dirname "$0")/lib.sh"
 cd "$project_dir" || exit 1
 
+readonly FEATURES=(--features psk)
 readonly STEPS=(scripts fmt clippy docs build guest test doctest fuzz)
 
 step_scripts() {
@@ -19,20 +20,26 @@ step_scripts() {
     shellcheck --external-sources "${scripts[@]}"
 }
 step_fmt() { cargo fmt --all --check; }
-step_clippy() { cargo clippy --locked --workspace --all-targets -- -D warnings; }
+# As it is built by default, and as it is tested: with pre-shared keys, which need OpenSSL.
+step_clippy() {
+    cargo clippy --locked --workspace --all-targets -- -D warnings &&
+        cargo clippy --locked --workspace --all-targets "${FEATURES[@]}" -- -D warnings
+}
 step_docs() { RUSTDOCFLAGS="-D warnings" cargo doc --locked --workspace --no-deps; }
 # The end-to-end tests run the binaries of other packages, which `cargo test` does not build.
-step_build() { cargo build --locked --workspace --bins && cargo test --locked --workspace --no-run; }
+step_build() {
+    cargo build --locked --workspace --bins "${FEATURES[@]}" && cargo test --locked --workspace --no-run "${FEATURES[@]}"
+}
 step_guest() { scripts/guest.sh; }
 step_test() {
     rm -rf "$target_dir/e2e"
     if cargo nextest --version >/dev/null 2>&1; then
-        cargo nextest run --locked --workspace --no-fail-fast
+        cargo nextest run --locked --workspace --no-fail-fast "${FEATURES[@]}"
     else
-        cargo test --locked --workspace --no-fail-fast --lib --bins --tests -- --test-threads=2
+        cargo test --locked --workspace --no-fail-fast "${FEATURES[@]}" --lib --bins --tests -- --test-threads=2
     fi
 }
-step_doctest() { cargo test --locked --workspace --doc; }
+step_doctest() { cargo test --locked --workspace --doc "${FEATURES[@]}"; }
 # The fuzz targets, briefly. Outside the workspace, so they are formatted and linted by themselves.
 step_fuzz() {
     local fuzz=(--manifest-path fuzz/Cargo.toml) into=(--target-dir "$target_dir")
