@@ -127,8 +127,13 @@ impl Operations {
         }
     }
 
+    /// Whether none is in flight here.
+    pub(crate) fn is_idle(&self) -> bool {
+        self.here.get() == 0
+    }
+
     async fn none(&self) {
-        while self.here.get() > 0 {
+        while !self.is_idle() {
             self.ended.notified().await;
         }
     }

@@ -10,6 +10,7 @@
 
 use std::collections::VecDeque;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
@@ -30,6 +31,8 @@ pub(crate) struct Slots {
 struct Shared {
     places: Mutex<Places>,
     freed: Notify,
+    /// Connections that have their handshake behind them.
+    transmitting: AtomicUsize,
 }
 
 #[derive(Debug, Default)]
@@ -109,6 +112,12 @@ pub(crate) struct Slot {
 }
 
 impl Slot {
+    /// Counts the connection as one that transmits.
+    pub(crate) fn transmitting(&self) -> Transmitting {
+        self.shared.transmitting.fetch_add(1, Ordering::Relaxed);
+        Transmitting(Arc::clone(&self.shared))
+    }
+
     /// The handshake is over. `false` where its place was given away a moment before: then the connection must end.
     #[must_use]
     pub(crate) fn opened(&mut self) -> bool {
@@ -148,6 +157,23 @@ impl Drop for Slot {
         }
         // One waits at most, and a wake-up that nobody waits for is kept for it.
         self.shared.freed.notify_one();
+    }
+}
+
+/// A connection that transmits, as long as this lives.
+#[derive(Debug)]
+pub(crate) struct Transmitting(Arc<Shared>);
+
+impl Transmitting {
+    /// How many there are on the whole server.
+    pub(crate) fn count(&self) -> usize {
+        self.0.transmitting.load(Ordering::Relaxed)
+    }
+}
+
+impl Drop for Transmitting {
+    fn drop(&mut self) {
+        self.0.transmitting.fetch_sub(1, Ordering::Relaxed);
     }
 }
 

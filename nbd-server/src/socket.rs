@@ -5,7 +5,7 @@ use std::os::fd::{AsFd, BorrowedFd};
 use std::pin::Pin;
 use std::task::{Context, Poll, ready};
 
-use rustix::net::{SendAncillaryBuffer, SendFlags, sendmsg, sockopt};
+use rustix::net::{RecvFlags, SendAncillaryBuffer, SendFlags, sendmsg, sockopt};
 use tokio::io::{AsyncRead, Interest, ReadBuf};
 use tokio::net::{TcpStream, UnixStream};
 
@@ -64,6 +64,21 @@ impl Socket {
                 Err(error) => return Poll::Ready(Err(error)),
             }
         }
+    }
+
+    /// Whether the peer's bytes are as it meant them.
+    pub(crate) const fn is_plain(&self) -> bool {
+        !matches!(self, Self::Tls(_))
+    }
+
+    /// Receives what is there, if anything is, without a word to the event loop: that may say later that there is
+    /// something, when there is not. For plain sockets alone.
+    pub(crate) fn try_receive(&self, buf: &mut [u8]) -> Option<usize> {
+        if !self.is_plain() {
+            return None;
+        }
+        // The peer's end and errors are found by `poll_read`.
+        rustix::net::recv(self, buf, RecvFlags::DONTWAIT).ok().map(|(len, _)| len).filter(|len| *len > 0)
     }
 
     /// Waits until something can be written.

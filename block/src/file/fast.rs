@@ -13,8 +13,8 @@ use rustix::io::{Errno, ReadWriteFlags};
 use super::Inner;
 use crate::{Attempt, ByteRange, Result};
 
-/// The most bytes written inline.
-const INLINE_WRITE_MAX: usize = 64 << 10;
+/// The most bytes written inline: what a socket brings at a time.
+const INLINE_WRITE_MAX: usize = 512 << 10;
 /// A page of the cache.
 const PAGE: u64 = 4096;
 /// An inline write that took longer than this was made to wait, or its thread had to give way meanwhile.

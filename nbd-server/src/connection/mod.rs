@@ -9,6 +9,7 @@ mod outbox;
 mod perform;
 mod read;
 mod request;
+mod spin;
 mod stall;
 mod status;
 mod steps;
@@ -55,7 +56,7 @@ pub(crate) async fn serve(socket: Socket, mut ticket: Ticket, shard: Rc<ShardSta
         give_way(&shard);
         return;
     }
-    let end = transmit::transmit(negotiated, shard, control).await;
+    let end = transmit::transmit(negotiated, ticket.slot.transmitting(), shard, control).await;
     tracing::debug!(%end, "a connection ended");
 }
 

@@ -6,9 +6,11 @@ use std::future::{Future, poll_fn};
 use std::io;
 use std::pin::Pin;
 use std::rc::Rc;
+use std::sync::LazyLock;
 use std::task::{Context, Poll};
+use std::thread;
 
-use block::{AlignedBuf, Attempt};
+use block::{AlignedBuf, Attempt, BLOCK_SIZE};
 use proto::server::{Admission, Command, ReplyEncoder, Verdict};
 use proto::wire::{Cut, Errno, NotARequest, RequestHeader, SelectedContext};
 
@@ -18,16 +20,23 @@ use super::negotiate::Negotiated;
 use super::perform;
 use super::read::{Plan, Reads};
 use super::request::{Request, Shared};
+use super::spin::Spin;
 use super::stall::Stall;
 use super::status;
 use crate::LateRequests;
 use crate::budget::Allowance;
 use crate::server::Phase;
 use crate::shard::ShardState;
+use crate::slots::Transmitting;
 use crate::socket::Socket;
 
 /// How much is received after a long payload, which goes straight into its buffer: the next header, and little of what follows.
 const SHORT_RECEIVE_BYTES: usize = 4 << 10;
+
+/// The least that is written of a payload before all of it is there: no more calls than receiving takes.
+const WRITTEN_AHEAD_BYTES: usize = 128 << 10;
+/// Processors of this machine.
+static PROCESSORS: LazyLock<usize> = LazyLock::new(|| thread::available_parallelism().map_or(1, usize::from));
 
 /// Why a connection ended.
 #[derive(Debug)]
@@ -67,9 +76,18 @@ enum State {
         allowance: Pin<Box<dyn Future<Output = Allowance>>>,
     },
     /// The payload of a WRITE.
-    Payload { request: Request, fua: bool, buf: AlignedBuf, filled: usize },
+    Payload { request: Request, fua: bool, buf: AlignedBuf, filled: usize, written: Written },
     /// The payload of a request that was refused.
     Skip { header: RequestHeader, left: usize, errno: Errno },
+}
+
+/// How much of a payload is written before all of it is there.
+#[derive(Clone, Copy)]
+enum Written {
+    /// So many bytes, and more as they come.
+    SoFar(usize),
+    /// It is written as a whole when it is there.
+    AsAWhole,
 }
 
 /// What a request with memory does.
@@ -115,6 +133,10 @@ struct Transmission {
     shard: Rc<ShardState>,
     control: Rc<Control>,
     receive_limit: usize,
+    transmitting: Transmitting,
+    spin: Spin,
+    /// The client had nothing more to say when the request that is being taken was waited for: it has one in flight.
+    waited: bool,
     /// The phase in which this task is listed to be told of the next.
     listed_in: Option<Phase>,
     end: Option<End>,
@@ -122,7 +144,12 @@ struct Transmission {
 }
 
 /// Serves requests until the connection ends. Every task that it began has ended when it returns.
-pub(super) async fn transmit(negotiated: Negotiated, shard: Rc<ShardState>, control: Rc<Control>) -> End {
+pub(super) async fn transmit(
+    negotiated: Negotiated,
+    transmitting: Transmitting,
+    shard: Rc<ShardState>,
+    control: Rc<Control>,
+) -> End {
     let Negotiated { socket, agreed, device, rest } = negotiated;
     socket.enlarge_send_buffer();
     let sends_files = socket.sends_files();
@@ -148,6 +175,9 @@ pub(super) async fn transmit(negotiated: Negotiated, shard: Rc<ShardState>, cont
         shard,
         control,
         receive_limit: usize::MAX,
+        transmitting,
+        spin: Spin::default(),
+        waited: false,
         listed_in: None,
         end: None,
         stall: Stall::default(),
@@ -216,12 +246,37 @@ impl Transmission {
                     Poll::Ready(Ok(_)) => {}
                     Poll::Ready(Err(error)) => self.cut(End::Socket(error)),
                     Poll::Pending if idle && self.control.is_stopping() => self.finish(End::Stopping),
+                    Poll::Pending if self.wait_awake(idle) => {}
                     Poll::Pending => return Poll::Pending,
                 },
                 // What was sent just now may have made room.
                 _ if sent => {}
                 _ => return Poll::Pending,
             }
+        }
+    }
+
+    /// Whether there is a processor for each connection, and one for its client.
+    fn has_room(&self) -> bool {
+        2 * self.transmitting.count() <= *PROCESSORS
+    }
+
+    /// Waits for the next request for a moment without letting the thread sleep; whether it came.
+    fn wait_awake(&mut self, idle: bool) -> bool {
+        if !matches!(self.state, State::Header) {
+            return false;
+        }
+        self.waited = true;
+        if !(idle && self.socket.is_plain() && self.has_room() && self.shard.operations.is_idle()) {
+            return false;
+        }
+        let room = self.intake.room(self.receive_limit);
+        match self.spin.wait(|| self.socket.try_receive(room)) {
+            Some(len) => {
+                self.intake.received(len);
+                true
+            }
+            None => false,
         }
     }
 
@@ -326,11 +381,16 @@ impl Transmission {
                         }
                     }
                 }
-                State::Payload { request, fua, mut buf, mut filled } => {
+                State::Payload { request, fua, mut buf, mut filled, written } => {
                     filled += self.intake.move_into(&mut buf[filled..]);
+                    let written = self.write_ahead(&request.header, &buf, filled, written);
                     if filled < buf.len() {
-                        self.state = State::Payload { request, fua, buf, filled };
+                        self.state = State::Payload { request, fua, buf, filled, written };
                         return Taken::NeedsBytes;
+                    }
+                    if matches!(written, Written::SoFar(written) if written == buf.len()) {
+                        request.finish(Ok(()));
+                        continue;
                     }
                     let device = Rc::clone(&self.reads.device);
                     tokio::task::spawn_local(perform::write(device, request, buf, fua));
@@ -377,6 +437,26 @@ impl Transmission {
             Verdict::TooLong => return Some(Taken::Ended(End::PayloadTooLong)),
         }
         None
+    }
+
+    /// Writes what is there of a payload while the client still sends the rest, in pieces of whole blocks. Where the device
+    /// cannot at once, all of it is written when it is there: whatever is wrong is met again then, and told.
+    ///
+    /// A client that dies half-way leaves a part of a write that it was never told is done.
+    fn write_ahead(&self, header: &RequestHeader, buf: &[u8], filled: usize, written: Written) -> Written {
+        let Written::SoFar(start) = written else { return written };
+        let end = if filled == buf.len() {
+            filled
+        } else {
+            filled.saturating_sub(((header.offset + filled as u64) % BLOCK_SIZE) as usize)
+        };
+        if end < start + WRITTEN_AHEAD_BYTES && end < buf.len() {
+            return written;
+        }
+        match self.reads.device.try_write(header.offset + start as u64, &buf[start..end]) {
+            Ok(Attempt::Done) => Written::SoFar(end),
+            Ok(Attempt::WouldWait | Attempt::Zeroes) | Err(_) => Written::AsAWhole,
+        }
     }
 
     /// A WRITE whose payload fits beside its header: the device takes it from there, if it can at once.
@@ -459,6 +539,8 @@ impl Transmission {
     }
 
     fn begin(&mut self, header: RequestHeader, then: Then, allowance: Option<(u32, Allowance)>) {
+        // Who has more in flight, or company, is served faster by writing beside the receiving.
+        let is_alone = std::mem::take(&mut self.waited) && self.shared.in_flight() == 0 && self.has_room();
         let request = Request::begin(header, &self.shared, allowance);
         let reads = Rc::clone(&self.reads);
         match then {
@@ -470,7 +552,8 @@ impl Transmission {
             }
             Then::Receive { fua } => {
                 let buf = perform::buffer(header.len as usize);
-                self.state = State::Payload { request, fua, buf, filled: 0 };
+                let written = if is_alone && !fua { Written::SoFar(0) } else { Written::AsAWhole };
+                self.state = State::Payload { request, fua, buf, filled: 0, written };
             }
             Then::Control { command } => {
                 let (device, control) = (Rc::clone(&reads.device), Rc::clone(&self.control));
