@@ -6,7 +6,7 @@ mod common;
 use std::io::{Read, Write};
 use std::net::Shutdown;
 use std::os::unix::net::{UnixListener, UnixStream};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::thread;
 use std::time::Duration;
 
@@ -354,6 +354,7 @@ fn new_connections_use_what_was_read_anew_and_a_reading_that_fails_changes_nothi
 #[cfg(feature = "psk")]
 mod psk {
     use std::os::unix::fs::PermissionsExt as _;
+    use std::path::PathBuf;
 
     use super::*;
 

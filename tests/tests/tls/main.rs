@@ -38,7 +38,7 @@ impl Served {
         arguments.extend(["--listen".into(), "tcp:127.0.0.1:0".into()]);
         let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
         let mut process = serve_raw(&disk, &socket, &arguments).unwrap();
-        let port = process.wait_for("its TCP port", |line| port_of(line)).unwrap();
+        let port = process.wait_for("its TCP port", port_of).unwrap();
         Self { process, socket, port, disk, work }
     }
 
