@@ -31,7 +31,7 @@ Examples:
   lifeboot status /var/lib/vm/web01.raw
   lifeboot status --watch /var/lib/vm/web01.raw
   lifeboot status --listen tcp:10.0.0.5:10809
-  lifeboot status --listen 'nbds://backup.example/?tls-certificates=/etc/pki/nbd'")]
+  lifeboot status --listen 'nbds://host/?tls-certificates=/etc/pki/nbd'")]
 pub struct Args {
     /// The target of the live-restore
     #[arg(value_name = "TARGET", required_unless_present = "listen", conflicts_with = "listen")]
