@@ -61,6 +61,14 @@ pub(crate) fn run_to_any_end(command: &mut Command) -> Result<Finished> {
     })
 }
 
+/// The command as an argument of another one: `strace -c COMMAND`.
+pub(crate) fn below(prefix: &[String], command: Command) -> Command {
+    let Some((program, arguments)) = prefix.split_first() else { return command };
+    let mut whole = Command::new(program);
+    whole.args(arguments).arg(command.get_program()).args(command.get_args());
+    whole
+}
+
 /// The command as one would type it.
 pub(crate) fn line(command: &Command) -> String {
     let words = std::iter::once(command.get_program()).chain(command.get_args());
@@ -190,6 +198,12 @@ impl Server {
     /// Ends it at once (SIGKILL) and waits until it has.
     pub(crate) fn kill(self) -> Result<Finished> {
         self.signal(rustix::process::Signal::KILL)?;
+        self.finish(Instant::now())
+    }
+
+    /// Interrupts it (SIGINT) and waits until it has ended.
+    pub(crate) fn interrupt(self) -> Result<Finished> {
+        self.signal(rustix::process::Signal::INT)?;
         self.finish(Instant::now())
     }
 

@@ -38,6 +38,8 @@ struct Cli {
 enum Workload {
     /// Serve a raw file over NBD under fio
     Serve(workload::serve::Options),
+    /// What an operation costs a server: system calls and instructions
+    Costs(workload::costs::Options),
     /// Capture a disk into a repository
     Capture(workload::capture::Options),
     /// Boot from a slow source, by replaying what a guest asked for
@@ -72,6 +74,7 @@ fn run(cli: &Cli) -> Result<()> {
     let common = &cli.common;
     let report = match &cli.workload {
         Workload::Serve(options) => workload::serve::run(common, options)?,
+        Workload::Costs(options) => workload::costs::run(common, options)?,
         Workload::Capture(options) => workload::capture::run(common, options)?,
         Workload::Boot(options) => workload::boot::run(common, options)?,
         Workload::Kill(options) => workload::kill::run(common, options)?,

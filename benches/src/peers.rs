@@ -99,8 +99,8 @@ pub(crate) struct NbdServer {
 }
 
 impl NbdServer {
-    /// Starts it with a configuration in `dir`; returns it with the command that was run.
-    pub(crate) fn start(file: &Path, at: &Endpoint, dir: &Path) -> Result<(Self, String)> {
+    /// Starts it, below `prefix`, with a configuration in `dir`; returns it with the command that was run.
+    pub(crate) fn start(file: &Path, at: &Endpoint, dir: &Path, prefix: &[String]) -> Result<(Self, String)> {
         let (config, pid_file) = (dir.join("nbd-server.conf"), dir.join("nbd-server.pid"));
         let mut generic = match at {
             Endpoint::Unix(socket) => format!("\tunixsock = {}\n", socket.display()),
@@ -123,6 +123,7 @@ impl NbdServer {
         std::fs::write(&config, text).with_context(|| format!("cannot write {}", config.display()))?;
         let mut command = Command::new("nbd-server");
         command.arg("-C").arg(&config).arg("-p").arg(&pid_file);
+        let mut command = child::below(prefix, command);
         child::run(&mut command)?;
         let server = Self { pid_file };
         for _ in 0..2000 {
@@ -156,11 +157,34 @@ impl Drop for NbdServer {
 }
 
 /// Anything that serves a disk until it is dropped.
-pub(crate) trait Serving {}
+pub(crate) trait Serving {
+    /// The process that clients connect to.
+    fn pid(&self) -> Option<u32>;
 
-impl Serving for Server {}
+    /// Asks it to end, and waits until it has.
+    fn end(self: Box<Self>) -> Result<()>;
+}
 
-impl Serving for NbdServer {}
+impl Serving for Server {
+    fn pid(&self) -> Option<u32> {
+        Some(Self::pid(self))
+    }
+
+    fn end(self: Box<Self>) -> Result<()> {
+        self.terminate().map(drop)
+    }
+}
+
+impl Serving for NbdServer {
+    fn pid(&self) -> Option<u32> {
+        Self::pid(self).map(|pid| pid.as_raw_nonzero().get().unsigned_abs())
+    }
+
+    fn end(self: Box<Self>) -> Result<()> {
+        drop(self);
+        Ok(())
+    }
+}
 
 #[cfg(test)]
 mod tests {

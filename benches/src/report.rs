@@ -22,6 +22,8 @@ pub(crate) enum Unit {
     Bytes,
     /// Something counted.
     Count,
+    /// Something counted for each operation.
+    PerOperation,
 }
 
 impl Unit {
@@ -38,6 +40,8 @@ impl Unit {
             Self::Bytes if value >= 1e7 => format!("{:.1} MB", value / 1e6),
             Self::Bytes => format!("{:.1} kB", value / 1e3),
             Self::Count => format!("{value:.0}"),
+            Self::PerOperation if value >= 100.0 => format!("{value:.0}"),
+            Self::PerOperation => format!("{value:.2}"),
         }
     }
 }

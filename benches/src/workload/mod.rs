@@ -3,6 +3,7 @@
 pub(crate) mod boot;
 pub(crate) mod capture;
 pub(crate) mod chunk_size;
+pub(crate) mod costs;
 pub(crate) mod figures;
 pub(crate) mod guests;
 pub(crate) mod kill;

@@ -6,7 +6,7 @@ use crate::fio::Job;
 
 /// How the server reads and writes the file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Cache {
+pub(crate) enum Cache {
     /// Through the page cache, and the file is in it.
     Page,
     /// Through the page cache, which has nothing of the file when a turn begins.

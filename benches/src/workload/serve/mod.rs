@@ -2,7 +2,7 @@
 
 mod cells;
 mod certificates;
-mod servers;
+pub(crate) mod servers;
 mod verdict;
 
 use std::path::Path;
@@ -13,7 +13,7 @@ use anyhow::{Context, Result};
 use clap::Args;
 
 use self::cells::{Cache, Cell, Transport, Work};
-use self::servers::EVERYONE;
+use self::servers::Start;
 use super::{Common, settle};
 use crate::child;
 use crate::contest::{Contender, Sample};
@@ -73,7 +73,7 @@ pub(crate) fn run(common: &Common, options: &Options) -> Result<Report> {
     child::require("fio")?;
     let cells = options.chosen()?;
     let mut report = common.report("serve");
-    let present = present(common, options, &mut report)?;
+    let present = present(common, &options.only, &mut report)?;
     if cells.iter().any(|cell| cell.cache == Cache::Direct) {
         report.notes.push(
             "direct: O_DIRECT on the file; nbdkit's file plugin and nbd-server have no such mode".into(),
@@ -98,7 +98,11 @@ pub(crate) fn run(common: &Common, options: &Options) -> Result<Report> {
                 forget(&file)?;
             }
             let at = servers::endpoint(cell.transport, scratch.path())?;
-            let (serving, line) = servers::start(common, options, *who, cell.cache, &file, &at)?;
+            let (serving, line) = servers::start(
+                common,
+                *who,
+                Start { cache: cell.cache, file: &file, at: &at, ours_arg: &options.ours_arg, prefix: &[] },
+            )?;
             part.ran(who.name(), line);
             let sample = measure(options, cell, &at)?;
             drop(serving);
@@ -117,10 +121,10 @@ pub(crate) fn run(common: &Common, options: &Options) -> Result<Report> {
 }
 
 /// Those who take part; the report names who cannot.
-fn present(common: &Common, options: &Options, report: &mut Report) -> Result<Vec<Who>> {
+pub(crate) fn present(common: &Common, only: &[String], report: &mut Report) -> Result<Vec<Who>> {
     let mut present = Vec::new();
-    for who in EVERYONE {
-        if !options.only.is_empty() && !options.only.iter().any(|name| who.name().contains(name.as_str())) {
+    for who in servers::EVERYONE {
+        if !only.is_empty() && !only.iter().any(|name| who.name().contains(name.as_str())) {
             continue;
         }
         if who.side() == Side::Ours {
@@ -190,7 +194,7 @@ fn forget(file: &Path) -> Result<()> {
 }
 
 /// Makes the file that is served, of bytes that do not compress and are no holes.
-fn fill(file: &Path, size: u64) -> Result<()> {
+pub(crate) fn fill(file: &Path, size: u64) -> Result<()> {
     use std::io::Write;
     let mut out = std::io::BufWriter::with_capacity(1 << 20, std::fs::File::create(file)?);
     let mut state = 0x9e37_79b9_7f4a_7c15_u64;

@@ -5,8 +5,8 @@ use std::process::Command;
 
 use anyhow::Result;
 
-use super::Options;
-use super::cells::{Cache, Cell, Transport};
+pub(crate) use super::cells::Cache;
+use super::cells::{Cell, Transport};
 use crate::child::{self, Server};
 use crate::contest::Contender;
 use crate::endpoint::Endpoint;
@@ -25,7 +25,7 @@ pub(crate) enum Who {
 }
 
 /// All of them, ours first.
-pub(super) const EVERYONE: [Who; 5] =
+pub(crate) const EVERYONE: [Who; 5] =
     [Who::Ours, Who::Nbdkit, Who::QemuThreads, Who::QemuUring, Who::NbdServer];
 
 impl Contender for Who {
@@ -46,7 +46,7 @@ impl Contender for Who {
 
 impl Who {
     /// The program that it is.
-    pub(super) fn program(self) -> &'static str {
+    pub(crate) fn program(self) -> &'static str {
         match self {
             Self::Ours => "lifeboot-nbd",
             Self::Nbdkit => "nbdkit",
@@ -70,18 +70,24 @@ pub(super) fn endpoint(transport: Transport, dir: &Path) -> Result<Endpoint> {
     }
 }
 
-/// Starts a server of `file`; returns it with the command that was run.
-pub(super) fn start(
-    common: &Common,
-    options: &Options,
-    who: Who,
-    cache: Cache,
-    file: &Path,
-    at: &Endpoint,
-) -> Result<(Box<dyn Serving>, String)> {
+/// How a server of `file` is to be started.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Start<'a> {
+    pub(crate) cache: Cache,
+    pub(crate) file: &'a Path,
+    pub(crate) at: &'a Endpoint,
+    /// More arguments for ours.
+    pub(crate) ours_arg: &'a [String],
+    /// What runs the server: nothing, or a program that looks at it.
+    pub(crate) prefix: &'a [String],
+}
+
+/// Starts a server; returns it with the command that was run.
+pub(crate) fn start(common: &Common, who: Who, start: Start<'_>) -> Result<(Box<dyn Serving>, String)> {
+    let Start { cache, file, at, ours_arg, prefix } = start;
     let is_direct = cache == Cache::Direct;
     let qemu_cache = if is_direct { "none" } else { "writeback" };
-    let mut command = match who {
+    let command = match who {
         Who::Ours => {
             let mut command = Command::new(common.programs.path(who.program())?);
             command.arg(file).arg("--name").arg(EXPORT);
@@ -93,7 +99,7 @@ pub(super) fn start(
             if let Some(dir) = at.tls() {
                 command.arg("--tls=required").arg(format!("--tls-creds={}", dir.display()));
             }
-            command.args(&options.ours_arg);
+            command.args(ours_arg);
             command
         }
         Who::Nbdkit => peers::nbdkit_file(file, at),
@@ -101,10 +107,11 @@ pub(super) fn start(
         Who::QemuUring => peers::qemu_nbd(file, at, qemu_cache, "io_uring"),
         Who::NbdServer => {
             let dir = file.parent().unwrap_or(Path::new("."));
-            let (server, line) = NbdServer::start(file, at, dir)?;
+            let (server, line) = NbdServer::start(file, at, dir, prefix)?;
             return Ok((Box::new(server), line));
         }
     };
+    let mut command = child::below(prefix, command);
     let line = child::line(&command);
     Ok((Box::new(Server::listening(&mut command, at.clone())?), line))
 }
