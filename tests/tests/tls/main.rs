@@ -250,13 +250,8 @@ fn a_client_that_may_not_come_is_refused_and_the_log_says_which_and_why() {
 
     let stranger = Credentials::make(&served.work.file("stranger"), "stranger", "somebody");
     stranger.trust(&credentials);
-    fails(Command::new("qemu-img").args([
-        "info",
-        "--object",
-        &x509(stranger.dir()),
-        "--image-opts",
-        &served.qemu(),
-    ]));
+    let [_, uri] = served.uris(&certificates(stranger.dir()));
+    fails(Command::new("nbdinfo").arg(uri));
     // GnuTLS does not show a certificate of an authority that the server does not name.
     let line = served.process.wait_for_text("showed no certificate").unwrap();
     assert!(line.contains("ca-cert.pem"), "{line}");
