@@ -217,6 +217,46 @@ fn chunks_that_overlap_or_leave_the_request_end_it() {
 }
 
 #[test]
+fn data_of_a_read_that_wraps_is_not_believed_and_its_failure_is() {
+    let wraps = RequestHeader { offset: u64::MAX - 23, ..request(CommandKind::Read, 100) };
+    let waiting = |style| {
+        let mut replies = Replies::new(style, Vec::new());
+        replies.expect(&wraps).expect("nothing else is in flight");
+        replies
+    };
+    let simple = |error: u32, len: usize| {
+        let mut out = BytesMut::new();
+        out.put_u32(SIMPLE_REPLY_MAGIC);
+        out.put_u32(error);
+        out.put_u64(COOKIE.0);
+        out.put_bytes(7, len);
+        out
+    };
+    let wrong = Some(ReplyError::WrongRange(COOKIE));
+    // Before the data is there, too.
+    for len in [0, 100] {
+        assert_eq!(verdict(waiting(ReplyStyle::Simple), &[simple(0, len)]), wrong, "{len}");
+    }
+    assert_eq!(verdict(waiting(ReplyStyle::Simple), &[simple(22, 0)]), None);
+    for len in [24, 100] {
+        let bytes = data(wraps.offset, len);
+        assert_eq!(
+            verdict(waiting(ReplyStyle::Structured), &[chunk(0, 1, COOKIE.0, &bytes)]),
+            wrong,
+            "{len}"
+        );
+        let torn = [extended_at(wraps.offset, 1, &bytes)];
+        assert_eq!(verdict(waiting(ReplyStyle::Extended), &torn), wrong, "{len}");
+    }
+    let mut hole = BytesMut::from(&wraps.offset.to_be_bytes()[..]);
+    hole.put_u32(100);
+    assert_eq!(verdict(waiting(ReplyStyle::Structured), &[chunk(0, 2, COOKIE.0, &hole)]), wrong);
+    // The bytes before the end of all numbers are as good as any.
+    let bytes = data(wraps.offset, 23);
+    assert_eq!(verdict(waiting(ReplyStyle::Structured), &[chunk(0, 1, COOKIE.0, &bytes)]), None);
+}
+
+#[test]
 fn a_read_that_ends_early_is_never_taken_for_whole() {
     let read = || waiting_for(CommandKind::Read, 100);
     let incomplete = Some(ReplyError::Incomplete(COOKIE));

@@ -163,6 +163,8 @@ impl Replies {
             return Err(ReplyError::WrongKind(cookie));
         }
         let payload = if is_read && error == 0 { request.len } else { 0 };
+        // As for chunks: of a READ that wraps only its failure is believed.
+        request.offset.checked_add(payload).ok_or(ReplyError::WrongRange(cookie))?;
         if ((input.len() - SIMPLE_REPLY_BYTES) as u64) < payload {
             return Ok(false);
         }
