@@ -197,8 +197,7 @@ impl Transmission {
             if let Poll::Ready(end) = self.advance(cx) {
                 return Poll::Ready(end);
             }
-            let is_waiting =
-                matches!(self.state, State::Payload { .. }) || !self.shared.outbox.borrow().is_empty();
+            let is_waiting = matches!(self.state, State::Payload { .. }) || !self.is_sent();
             if !is_waiting {
                 self.stall.end();
                 return Poll::Pending;
@@ -296,9 +295,11 @@ impl Transmission {
         let _ = rustix::net::shutdown(&self.socket, rustix::net::Shutdown::Both);
     }
 
-    /// Whether every reply that was made is on its way.
+    /// Whether every reply that was made is on its way, or for nobody: what TLS has encrypted of it stays where the
+    /// connection was cut.
     fn is_sent(&self) -> bool {
-        self.shared.outbox.borrow().is_empty() && self.socket.is_flushed()
+        let outbox = self.shared.outbox.borrow();
+        outbox.is_closed() || (outbox.is_empty() && self.socket.is_flushed())
     }
 
     fn is_full(&self) -> bool {

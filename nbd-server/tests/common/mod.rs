@@ -2,6 +2,7 @@
 #![allow(dead_code, unused_imports, reason = "each test uses a part of it")]
 
 mod client;
+mod conversation;
 mod credentials;
 mod disk;
 mod vast;
@@ -11,6 +12,9 @@ use std::sync::Arc;
 
 use block::{Engine, IoEngine};
 pub(crate) use client::{Client, assert_closed, begin_hand_made, option, wish};
+pub(crate) use conversation::{
+    connect_patiently, conversation, descriptors, leave, more_descriptors, other_endings, talk,
+};
 pub(crate) use credentials::{Authority, Dir, Flaw};
 pub(crate) use disk::MemoryDisk;
 use nbd_server::{Export, ListenAddress, Server, ServerHandle, ServerOptions, Stats};
