@@ -50,6 +50,8 @@ enum Workload {
     Machine(workload::boot::machine::Options),
     /// Guests and the background beside each other
     Guests(workload::guests::Options),
+    /// Serve one client beside hostile ones
+    Hostile(workload::hostile::Options),
     /// Kill a live-restore of 1 TiB under random writes, and start it again
     Tebibyte(workload::tebibyte::Options),
     /// What each chunk size costs
@@ -80,6 +82,7 @@ fn run(cli: &Cli) -> Result<()> {
         Workload::Kill(options) => workload::kill::run(common, options)?,
         Workload::Machine(options) => workload::boot::machine::run(common, options)?,
         Workload::Guests(options) => workload::guests::run(common, options)?,
+        Workload::Hostile(options) => workload::hostile::run(common, options)?,
         Workload::Tebibyte(options) => workload::tebibyte::run(common, options)?,
         Workload::ChunkSize(options) => workload::chunk_size::run(common, options)?,
         Workload::Figures(options) => workload::figures::run(common, options)?,

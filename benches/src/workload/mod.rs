@@ -6,6 +6,7 @@ pub(crate) mod chunk_size;
 pub(crate) mod costs;
 pub(crate) mod figures;
 pub(crate) mod guests;
+pub(crate) mod hostile;
 pub(crate) mod kill;
 pub(crate) mod restore;
 pub(crate) mod serve;
