@@ -10,7 +10,8 @@ readonly TOOLS=(
     cc=build-essential
     qemu-system-x86_64=qemu-system-x86
     qemu-img=qemu-utils qemu-io=qemu-utils qemu-nbd=qemu-utils
-    nbdkit=nbdkit nbdinfo=libnbd-bin nbdcopy=libnbd-bin nbdfuse=libnbd-bin nbd-server=nbd-server
+    qemu-storage-daemon=qemu-system-common
+    nbdkit=nbdkit nbdinfo=libnbd-bin nbdcopy=libnbd-bin nbdfuse=libnbd-bin nbd-server=nbd-server nbd-client=nbd-client
     gnutls-cli=gnutls-bin psktool=gnutls-bin pkg-config=pkg-config
     fio=fio
     debootstrap=debootstrap mkfs.ext4=e2fsprogs debugfs=e2fsprogs mkfs.xfs=xfsprogs xfs_io=xfsprogs

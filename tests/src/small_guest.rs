@@ -34,11 +34,30 @@ echo o >/proc/sysrq-trigger
 sleep 100
 ";
 
+/// What makes a network card appear, and the kernel's own NBD client, after [`MODULES`].
+const NBD_MODULES: &[&str] =
+    &["../net/core/failover.ko", "net/net_failover.ko", "net/virtio_net.ko", "block/nbd.ko"];
+/// What NBD disks of the kernel's own client are set up and looked at with.
+const NBD_PROGRAMS: &[&str] =
+    &["nbd-client", "ip", "mkfs.ext4", "fsck.ext4", "umount", "cmp", "dd", "blockdev", "cp"];
+
 /// Makes the initial file system at `path`.
 ///
 /// # Errors
 /// A program of the host's is missing, or the Debian guest is not what it was.
 pub fn make_initrd(image: &GuestImage, path: &Path) -> Result<()> {
+    make(image, path, PROGRAMS, MODULES)
+}
+
+/// The same with a network card and the kernel's NBD client.
+///
+/// # Errors
+/// As for [`make_initrd`].
+pub fn make_nbd_initrd(image: &GuestImage, path: &Path) -> Result<()> {
+    make(image, path, &[PROGRAMS, NBD_PROGRAMS].concat(), &[MODULES, NBD_MODULES].concat())
+}
+
+fn make(image: &GuestImage, path: &Path, programs: &[&str], modules: &[&str]) -> Result<()> {
     let disk = image.disk();
     let versions = list_directory(&disk, "/lib/modules")?;
     let version = versions.first().context("the guest has no kernel modules")?;
@@ -51,8 +70,12 @@ pub fn make_initrd(image: &GuestImage, path: &Path) -> Result<()> {
     fs::write(&kmod, read_file(&disk, "/usr/bin/kmod")?)?;
     run(Command::new("chmod").arg("755").arg(&kmod))?;
     let mut files = vec![("usr/bin/insmod".to_owned(), kmod)];
-    for program in PROGRAMS {
-        let found = run(Command::new("sh").args(["-c", "command -v \"$0\"", program]))?;
+    for program in programs {
+        // Debian's system directories are not always in the path.
+        let find = "PATH=$PATH:/usr/sbin:/sbin; command -v \"$0\"";
+        let found = run(Command::new("sh").args(["-c", find, program])).with_context(|| {
+            format!("{program} is missing: run scripts/setup.sh as root, which installs it")
+        })?;
         files.push((format!("usr/bin/{program}"), PathBuf::from(found.trim())));
     }
     let mut libraries = BTreeSet::new();
@@ -62,10 +85,10 @@ pub fn make_initrd(image: &GuestImage, path: &Path) -> Result<()> {
     for (name, file) in files.into_iter().chain(libraries) {
         archive.file(&name, &fs::read(&file).with_context(|| format!("cannot read {}", file.display()))?);
     }
-    for (number, module) in MODULES.iter().enumerate() {
+    for (number, module) in modules.iter().enumerate() {
         let content = read_file(&disk, &format!("/lib/modules/{version}/kernel/drivers/{module}"))?;
         ensure!(!content.is_empty(), "the guest's kernel has no module {module}");
-        archive.file(&format!("modules/{number}.ko"), &content);
+        archive.file(&format!("modules/{number:02}.ko"), &content);
     }
     archive.file("agent", &fs::read(programs::project_dir().join("scripts/guest/agent"))?);
     archive.file("init", INIT.as_bytes());
