@@ -344,7 +344,7 @@ mod tests {
         );
         assert_eq!(repository.remove_lease(SESSION).unwrap(), 1);
         assert_eq!(repository.remove_lease(SESSION).unwrap(), 0);
-        assert_eq!(repository.leases(at(600)).unwrap().live, [lease(OTHER)]);
+        assert_eq!(repository.leases(at(600)).unwrap().live, [elsewhere]);
         assert!(std::fs::read_dir(dir.path().join("r/tmp")).unwrap().next().is_none());
     }
 

@@ -78,9 +78,11 @@ fn a_client_that_negotiates_tls_again_costs_its_own_connection() {
     let priority = "--priority=NORMAL:-VERS-ALL:+VERS-TLS1.2";
     let (mut client, relay) = gnutls(&served, &ca, &[priority, "--rehandshake"]);
     client.wait_for_text("Handshake was completed").unwrap();
-    client.wait_for_text("ReHandshake has failed").unwrap();
     client.wait().unwrap();
     relay.thread.join().unwrap();
+    // It hears that there is none, and says so in one way or the other.
+    let said = client.lines().join("\n");
+    assert!(said.contains("ReHandshake has failed") || said.contains("TLS warning alert"), "{said}");
     still_serves(&served, &certificates(credentials.dir()));
 }
 
