@@ -13,6 +13,8 @@ use rustix::process::{Pid, PidfdFlags, Signal, kill_process, pidfd_open};
 
 /// How long anything that a test waits for may take. It orders nothing: who waits so long has failed.
 pub const PATIENCE: Duration = Duration::from_secs(600);
+/// How long the last words of a child that ended are waited for.
+const LAST_WORDS: Duration = Duration::from_secs(5);
 
 /// How many lines of a child's output an error shows.
 const LINES_SHOWN: usize = 30;
@@ -143,6 +145,19 @@ impl Process {
     /// It still runs after [`PATIENCE`].
     pub fn wait(&mut self) -> Result<ExitStatus> {
         self.stdin = None;
+        let status = self.wait_for_end()?;
+        // Its last words may still be on their way; a child of its own may hold them open for ever.
+        let deadline = Instant::now() + LAST_WORDS;
+        let mut state = self.output.lock();
+        while state.open_streams > 0
+            && let Some(left) = deadline.checked_duration_since(Instant::now())
+        {
+            state = self.output.changed.wait_timeout(state, left).unwrap_or_else(PoisonError::into_inner).0;
+        }
+        Ok(status)
+    }
+
+    fn wait_for_end(&mut self) -> Result<ExitStatus> {
         if let Some(status) = self.child.try_wait()? {
             return Ok(status);
         }

@@ -169,8 +169,9 @@ fn table(status: &Status) -> Table {
         row(
             "misses",
             format!(
-                "{}; p50 {:.1} ms, p99 {:.1} ms",
+                "{}, {} waiting; p50 {:.1} ms, p99 {:.1} ms",
                 status.misses.count,
+                status.misses.waiting,
                 milliseconds(status.misses.p50_us),
                 milliseconds(status.misses.p99_us)
             ),

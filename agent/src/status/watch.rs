@@ -176,7 +176,8 @@ fn block(seen: &Seen) -> Vec<String> {
         state_of(status)
     )];
     lines.extend(strip.clone());
-    lines.push(format!("  {}; written by the guest: {}", home(status), human_size(status.guest_bytes)));
+    lines.push(format!("  {}", home(status)));
+    lines.push(format!("  written by the guest: {}", human_size(status.guest_bytes)));
     if status.pid.is_some() {
         let limit = status.limit.filter(|limit| *limit > 0);
         let limit = limit.map(|limit| format!("; limit {}/s", human_size(limit))).unwrap_or_default();
