@@ -107,7 +107,7 @@ impl TlsServer {
     /// Reads the files. With `required` clients without TLS are served nothing.
     ///
     /// # Errors
-    /// [`ErrorKind::InvalidCredentials`], saying which file and why: it cannot be read, a certificate has expired, a key is
+    /// [`crate::ErrorKind::InvalidCredentials`], saying which file and why: it cannot be read, a certificate has expired, a key is
     /// another's, others may read the pre-shared keys.
     pub fn load(credentials: Credentials, required: bool) -> Result<Self> {
         let refused = Arc::new(LogLimit::of_lines(LINES_IN_A_WHILE));
