@@ -4,7 +4,7 @@
 
 mod common;
 
-use std::io::{Read, Write};
+use std::io::{ErrorKind, Read, Write};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::sync::Arc;
@@ -71,7 +71,14 @@ impl Limited {
             if !tls.is_handshaking() {
                 return Some(tls);
             }
-            assert_ne!(tls.read_tls(&mut self.socket).unwrap(), 0, "the server closed");
+            let received = loop {
+                match tls.read_tls(&mut self.socket) {
+                    // A ring of this process may interrupt any thread of it.
+                    Err(error) if error.kind() == ErrorKind::Interrupted => {}
+                    received => break received.unwrap(),
+                }
+            };
+            assert_ne!(received, 0, "the server closed");
             tls.process_new_packets().unwrap();
         }
         None
