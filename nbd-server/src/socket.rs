@@ -66,7 +66,8 @@ impl Socket {
         }
     }
 
-    /// Whether the peer's bytes are as it meant them.
+    /// Whether bytes pass as they are, so that they may be received by [`Socket::try_receive`] and sent from a file by
+    /// [`Socket::try_send_file`]: not where they are encrypted.
     pub(crate) const fn is_plain(&self) -> bool {
         !matches!(self, Self::Tls(_))
     }
@@ -88,11 +89,6 @@ impl Socket {
             Self::Tcp(stream) => stream.poll_write_ready(cx),
             Self::Tls(socket) => socket.poll_writable(cx),
         }
-    }
-
-    /// Whether a file's bytes may be sent by [`Socket::try_send_file`]: not where they must be encrypted.
-    pub(crate) const fn sends_files(&self) -> bool {
-        !matches!(self, Self::Tls(_))
     }
 
     /// Whether all that was taken by [`Socket::try_send`] is on its way: under TLS some of it may be encrypted and wait.

@@ -1,8 +1,10 @@
 //! One connection, from the greeting to the last reply: first [`negotiate`], then [`transmit`].
 //! The one takes the socket by value and the other gets it, so nothing can be transmitted before GO.
 
+mod ahead;
 mod batch;
 mod control;
+mod end;
 mod intake;
 mod negotiate;
 mod outbox;

@@ -1,7 +1,6 @@
 //! Transmission: one task reads requests, answers what it can at once, and sends every reply; what may
 //! wait for the device runs in tasks of its own, which this one outlives.
 
-use std::fmt;
 use std::future::{Future, poll_fn};
 use std::io;
 use std::pin::Pin;
@@ -10,11 +9,13 @@ use std::sync::LazyLock;
 use std::task::{Context, Poll};
 use std::thread;
 
-use block::{AlignedBuf, Attempt, BLOCK_SIZE};
+use block::{AlignedBuf, Attempt};
 use proto::server::{Admission, Command, ReplyEncoder, Verdict};
 use proto::wire::{Cut, Errno, NotARequest, RequestHeader, SelectedContext};
 
+use super::ahead::Written;
 use super::control::Control;
+use super::end::End;
 use super::intake::Intake;
 use super::negotiate::Negotiated;
 use super::perform;
@@ -32,37 +33,8 @@ use crate::socket::Socket;
 
 /// How much is received after a long payload, which goes straight into its buffer: the next header, and little of what follows.
 const SHORT_RECEIVE_BYTES: usize = 4 << 10;
-
-/// The least that is written of a payload before all of it is there: no more calls than receiving takes.
-const WRITTEN_AHEAD_BYTES: usize = 128 << 10;
 /// Processors of this machine.
 static PROCESSORS: LazyLock<usize> = LazyLock::new(|| thread::available_parallelism().map_or(1, usize::from));
-
-/// Why a connection ended.
-#[derive(Debug)]
-pub(super) enum End {
-    Disconnected,
-    PeerClosed,
-    NotARequest,
-    PayloadTooLong,
-    Stalled,
-    Stopping,
-    Socket(io::Error),
-}
-
-impl fmt::Display for End {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::Disconnected => f.write_str("the client said goodbye"),
-            Self::PeerClosed => f.write_str("the client closed the connection"),
-            Self::NotARequest => f.write_str("the client sent something that is not a request"),
-            Self::PayloadTooLong => f.write_str("the client announced a payload that is too long"),
-            Self::Stalled => f.write_str("the client took no replies, or sent no payload, for too long"),
-            Self::Stopping => f.write_str("the server is ending"),
-            Self::Socket(error) => write!(f, "the socket failed: {error}"),
-        }
-    }
-}
 
 /// What the bytes that come next are.
 enum State {
@@ -79,15 +51,6 @@ enum State {
     Payload { request: Request, fua: bool, buf: AlignedBuf, filled: usize, written: Written },
     /// The payload of a request that was refused.
     Skip { header: RequestHeader, left: usize, errno: Errno },
-}
-
-/// How much of a payload is written before all of it is there.
-#[derive(Clone, Copy)]
-enum Written {
-    /// So many bytes, and more as they come.
-    SoFar(usize),
-    /// It is written as a whole when it is there.
-    AsAWhole,
 }
 
 /// What a request with memory does.
@@ -152,7 +115,7 @@ pub(super) async fn transmit(
 ) -> End {
     let Negotiated { socket, agreed, device, rest } = negotiated;
     socket.enlarge_send_buffer();
-    let sends_files = socket.sends_files();
+    let sends_files = socket.is_plain();
     tracing::debug!(export = %Cut(&agreed.info.name), replies = ?agreed.replies, contexts = agreed.contexts.len(), "a client transmits");
     let admission = Admission {
         size: agreed.info.size,
@@ -384,12 +347,12 @@ impl Transmission {
                 }
                 State::Payload { request, fua, mut buf, mut filled, written } => {
                     filled += self.intake.move_into(&mut buf[filled..]);
-                    let written = self.write_ahead(&request.header, &buf, filled, written);
+                    let written = written.go_on(&*self.reads.device, request.header.offset, &buf, filled);
                     if filled < buf.len() {
                         self.state = State::Payload { request, fua, buf, filled, written };
                         return Taken::NeedsBytes;
                     }
-                    if matches!(written, Written::SoFar(written) if written == buf.len()) {
+                    if written.is_all_of(&buf) {
                         request.finish(Ok(()));
                         continue;
                     }
@@ -438,26 +401,6 @@ impl Transmission {
             Verdict::TooLong => return Some(Taken::Ended(End::PayloadTooLong)),
         }
         None
-    }
-
-    /// Writes what is there of a payload while the client still sends the rest, in pieces of whole blocks. Where the device
-    /// cannot at once, all of it is written when it is there: whatever is wrong is met again then, and told.
-    ///
-    /// A client that dies half-way leaves a part of a write that it was never told is done.
-    fn write_ahead(&self, header: &RequestHeader, buf: &[u8], filled: usize, written: Written) -> Written {
-        let Written::SoFar(start) = written else { return written };
-        let end = if filled == buf.len() {
-            filled
-        } else {
-            filled.saturating_sub(((header.offset + filled as u64) % BLOCK_SIZE) as usize)
-        };
-        if end < start + WRITTEN_AHEAD_BYTES && end < buf.len() {
-            return written;
-        }
-        match self.reads.device.try_write(header.offset + start as u64, &buf[start..end]) {
-            Ok(Attempt::Done) => Written::SoFar(end),
-            Ok(Attempt::WouldWait | Attempt::Zeroes) | Err(_) => Written::AsAWhole,
-        }
     }
 
     /// A WRITE whose payload fits beside its header: the device takes it from there, if it can at once.
@@ -540,8 +483,7 @@ impl Transmission {
     }
 
     fn begin(&mut self, header: RequestHeader, then: Then, allowance: Option<(u32, Allowance)>) {
-        // Who has more in flight, or company, is served faster by writing beside the receiving.
-        let is_alone = std::mem::take(&mut self.waited) && self.shared.in_flight() == 0 && self.has_room();
+        let waited = std::mem::take(&mut self.waited);
         let request = Request::begin(header, &self.shared, allowance);
         let reads = Rc::clone(&self.reads);
         match then {
@@ -553,6 +495,8 @@ impl Transmission {
             }
             Then::Receive { fua } => {
                 let buf = perform::buffer(header.len as usize);
+                // Who has more in flight, or company, is served faster by writing beside the receiving.
+                let is_alone = waited && self.shared.in_flight() == 1 && self.has_room();
                 let written = if is_alone && !fua { Written::SoFar(0) } else { Written::AsAWhole };
                 self.state = State::Payload { request, fua, buf, filled: 0, written };
             }
