@@ -161,6 +161,12 @@ impl Server {
         Ok(())
     }
 
+    /// Waits until it has written `text` to stderr.
+    pub(crate) fn wait_for_text(&mut self, text: &str, what: &str) -> Result<()> {
+        let stderr = self.stderr.try_clone()?;
+        self.wait_for(|| read_so_far(&stderr).is_ok_and(|said| said.contains(text)), what)
+    }
+
     /// Its process id.
     pub(crate) fn pid(&self) -> u32 {
         self.child.as_ref().expect("the child is taken by those who take the server").id()

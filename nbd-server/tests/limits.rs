@@ -72,16 +72,20 @@ fn who_says_nothing_keeps_nobody_out() {
     served.end();
 }
 
-#[test]
-fn who_sends_no_payload_loses_its_memory_to_those_who_wait() {
+/// A server with memory for one request, and little patience with who holds it.
+fn served_one_at_a_time() -> Served {
     let limits = Limits {
         memory_bytes: 16 << 20,
         request_bytes: 16 << 20,
         patience_when_wanted: Duration::from_millis(50),
         ..Limits::default()
     };
-    let served =
-        Served::new(MemoryDisk::new(16 << 20).slow(), ServerOptions { limits, ..ServerOptions::default() });
+    Served::new(MemoryDisk::new(16 << 20).slow(), ServerOptions { limits, ..ServerOptions::default() })
+}
+
+#[test]
+fn who_sends_no_payload_loses_its_memory_to_those_who_wait() {
+    let served = served_one_at_a_time();
     let mut stalled = served.simple_client();
     let header = stalled.header(CommandKind::Write, CommandFlags::NONE, 0, 16 << 20);
     stalled.socket.write_all(&stalled.encode(&header)).unwrap();
@@ -259,14 +263,7 @@ fn memory_in_flight_never_exceeds_the_budget_and_everybody_is_served_in_turn() {
 
 #[test]
 fn who_takes_no_replies_loses_its_memory_to_those_who_wait() {
-    let limits = Limits {
-        memory_bytes: 16 << 20,
-        request_bytes: 16 << 20,
-        patience_when_wanted: Duration::from_millis(50),
-        ..Limits::default()
-    };
-    let served =
-        Served::new(MemoryDisk::new(16 << 20).slow(), ServerOptions { limits, ..ServerOptions::default() });
+    let served = served_one_at_a_time();
     let mut stalled = served.simple_client();
     stalled.send(CommandKind::Read, CommandFlags::NONE, 0, 16 << 20, &[]);
     served.wait_for(|stats| stats.memory_bytes == 16 << 20 && stats.operations == 0);

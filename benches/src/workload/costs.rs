@@ -3,7 +3,6 @@
 
 use std::path::Path;
 use std::process::Command;
-use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use clap::Args;
@@ -43,6 +42,15 @@ const JOBS: [Job; 6] = [
     Job { pattern: "randwrite", block_size: 64 << 10, depth: 32, connections: 1 },
 ];
 
+/// What is counted: so many operations of a job on a file that is served there.
+#[derive(Clone, Copy)]
+struct Run<'a> {
+    job: Job,
+    operations: u32,
+    file: &'a Path,
+    at: &'a Endpoint,
+}
+
 /// Runs the workload: once, since counts hardly vary.
 pub(crate) fn run(common: &Common, options: &Options) -> Result<Report> {
     for program in ["fio", "strace", "valgrind"] {
@@ -57,13 +65,14 @@ pub(crate) fn run(common: &Common, options: &Options) -> Result<Report> {
     fill(&file, FILE_BYTES)?;
     let at = Endpoint::Unix(scratch.path().join("bench.sock"));
     for job in JOBS {
+        let run = |operations| Run { job, operations, file: &file, at: &at };
         for who in &present {
-            let calls = system_calls(common, *who, job, options.operations, &file, &at)?;
+            let calls = system_calls(common, *who, run(options.operations))?;
             record(&mut report, &format!("{}: system calls", job.name()), *who, calls);
         }
         // The processes that nbd-server forks for its connections leave callgrind no total.
         for who in present.iter().filter(|who| **who != Who::NbdServer) {
-            let count = |operations| instructions(common, *who, job, operations, &file, &at);
+            let count = |operations| instructions(common, *who, run(operations));
             let (few, many) = (options.operations / SHORTER / 5, options.operations / SHORTER);
             // The difference is without starting, negotiating and ending.
             let counted = count(many)?.saturating_sub(count(few)?) as f64 / f64::from(many - few);
@@ -85,14 +94,8 @@ fn record(report: &mut Report, title: &str, who: Who, value: f64) {
 }
 
 /// System calls of an operation, with strace attached to the server while fio works.
-fn system_calls(
-    common: &Common,
-    who: Who,
-    job: Job,
-    operations: u32,
-    file: &Path,
-    at: &Endpoint,
-) -> Result<f64> {
+fn system_calls(common: &Common, who: Who, run: Run<'_>) -> Result<f64> {
+    let Run { job, operations, file, at } = run;
     let start = Start { cache: Cache::Page, file, at, ours_arg: &[], prefix: &[] };
     let (serving, _) = servers::start(common, who, start)?;
     let pid = serving.pid().context("the server has no process")?;
@@ -100,14 +103,7 @@ fn system_calls(
     let mut strace = Command::new("strace");
     strace.args(["-f", "-c", "-U", "calls,name", "-o"]).arg(&summary).arg("-p").arg(pid.to_string());
     let mut strace = Server::start(&mut strace)?;
-    let is_attached = |said: String| said.contains(" attached");
-    for _ in 0..1000 {
-        if is_attached(strace.stderr()?) {
-            break;
-        }
-        std::thread::sleep(Duration::from_millis(5));
-    }
-    ensure!(is_attached(strace.stderr()?), "strace does not attach: {}", strace.stderr()?);
+    strace.wait_for_text(" attached", "attach")?;
     child::run(&mut work(job, operations, at))?;
     strace.interrupt()?;
     drop(serving);
@@ -124,14 +120,8 @@ fn total_calls(summary: &str) -> Result<u64> {
 }
 
 /// Instructions that the server executes for a whole run.
-fn instructions(
-    common: &Common,
-    who: Who,
-    job: Job,
-    operations: u32,
-    file: &Path,
-    at: &Endpoint,
-) -> Result<u64> {
+fn instructions(common: &Common, who: Who, run: Run<'_>) -> Result<u64> {
+    let Run { job, operations, file, at } = run;
     let dir = file.parent().context("a file is in a directory")?;
     let counts = dir.join("callgrind");
     super::remove(&counts)?;
