@@ -24,6 +24,8 @@ pub enum ErrorKind {
     InvalidCredentials,
     /// A server that a client talks to refused, or is not what it must be.
     Peer,
+    /// A server that a client talks to refused one request. The next one may go well.
+    Refused,
     /// A thread of the server ended by a panic.
     Panicked,
     /// Anything else that the operating system reported.
