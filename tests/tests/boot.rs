@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use e2e::disk;
 use e2e::guest::{self, GuestImage};
-use e2e::lifeboot::{Repository, status};
+use e2e::lifeboot::{Repository, lifeboot, status};
 use e2e::machine::{Machine, arguments};
 use e2e::process::run_any;
 use e2e::small_guest::make_initrd;
@@ -144,6 +144,16 @@ fn a_machine_that_powers_off_early_leaves_a_session_that_the_same_command_goes_o
     let again = backup.boot(&argument, &["--shutdown-timeout", "1s"], &qemu);
     let mut machine = Machine::run_qemu(&again, backup.work.path()).unwrap();
     wait_event(&mut machine, "handed_over");
+    // Nothing of ours keeps the disk any more: its session is given up while the machine runs from it.
+    let said = loop {
+        let output = run_any(lifeboot(["discard", "--yes"]).unwrap().arg(&data)).unwrap();
+        if output.status.success() {
+            break String::from_utf8_lossy(&output.stdout).into_owned();
+        }
+        let refused = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert!(refused.contains("is served by the agent"), "only until it has let go: {refused}");
+    };
+    assert!(said.contains("nothing is lost"), "{said}");
     // The guest has no ACPI button's listener: it is told to quit.
     machine.process().signal(rustix::process::Signal::TERM).unwrap();
     machine.process().wait_success().unwrap();

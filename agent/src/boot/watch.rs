@@ -82,7 +82,9 @@ impl<'a> BootWatcher<'a> {
 
     /// Stays until QEMU has ended, and says how it did.
     pub(super) fn outlive(mut self, ended: &Ended) -> anyhow::Result<Outcome> {
+        // The machine is its target's only user from now on: what keeps others away goes with these.
         self.carrier = None;
+        self.service = None;
         let status = loop {
             if let Some(status) = self.machine.ended() {
                 break status;
