@@ -110,6 +110,15 @@ struct Arguments {
 }
 
 impl Arguments {
+    /// The same with `--take-over`.
+    fn taking_over(&self) -> Self {
+        let mut arguments = self.clone();
+        if !arguments.further.iter().any(|argument| argument == "--take-over") {
+            arguments.further.push("--take-over".to_owned());
+        }
+        arguments
+    }
+
     fn command(&self) -> Result<Command> {
         let mut command = self.repository.verb("live-restore", &["--json", &self.snapshot])?;
         command.arg(&self.target).arg("--listen").arg(unix(&self.socket)).args(&self.further);
@@ -224,14 +233,21 @@ impl LiveRestore {
     /// # Errors
     /// One of them ended badly, or the new one does not become ready.
     pub fn take_over(mut self) -> Result<Self> {
-        let mut arguments = self.arguments.clone();
-        if !arguments.further.iter().any(|argument| argument == "--take-over") {
-            arguments.further.push("--take-over".to_owned());
-        }
-        let heir = Self::launch(arguments)?;
+        let heir = Self::launch(self.arguments.taking_over())?;
         self.process.wait_success()?;
         let said = self.process.lines().iter().any(|line| event(line, "taken_over").is_some());
         anyhow::ensure!(said, "the old agent did not say that it handed over");
+        Ok(heir)
+    }
+
+    /// The same command with `--take-over`, while this one parks: returns when the new one is ready.
+    ///
+    /// # Errors
+    /// As [`Self::take_over`].
+    pub fn take_over_while_it_parks(mut self) -> Result<Self> {
+        self.process.signal(rustix::process::Signal::TERM)?;
+        let heir = Self::launch(self.arguments.taking_over())?;
+        self.process.wait_success()?;
         Ok(heir)
     }
 

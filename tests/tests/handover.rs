@@ -105,6 +105,25 @@ fn who_cannot_take_over_leaves_the_agent_as_it_was() {
 }
 
 #[test]
+fn an_agent_that_parks_already_is_waited_for() {
+    let captured = Captured::new("parking", 16 * MIB, 85).unwrap();
+    // A miss is in flight, so that it takes a while to end.
+    let mut live = captured.start(&["--no-background", "--source-delay", "700ms"]).unwrap();
+    live.export().qemu_io(&["write -P 0x66 1M 64k"]).unwrap();
+    for _ in 0..3 {
+        let mut reader = Process::spawn(
+            Command::new("qemu-io").args(["-r", "-f", "raw", "-c", "read 8M 64k"]).arg(live.export().uri()),
+        )
+        .unwrap();
+        live = live.take_over_while_it_parks().unwrap();
+        reader.kill().unwrap();
+    }
+    live.export().qemu_io(&["read -P 0x66 1M 64k"]).unwrap();
+    let (_, parked) = live.park().unwrap();
+    assert!(parked.success());
+}
+
+#[test]
 fn without_an_agent_there_is_nothing_to_take_over() {
     let captured = Captured::new("no-agent", 16 * MIB, 83).unwrap();
     let live = captured.start(&["--take-over"]).unwrap();

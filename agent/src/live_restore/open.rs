@@ -29,6 +29,7 @@ use super::made::Made;
 use super::parts::{Parts, make_journal, new_id, open_journal, parse_id};
 use super::pointer;
 use super::record::SessionRecord;
+use super::rest::locked_record;
 use super::state_dir::{JOURNAL, StateDir};
 use super::stopped::{stopped_status, unusable_journal};
 use super::take_over;
@@ -166,7 +167,7 @@ impl Found<'_> {
                     Some(parts) => parts,
                     None => Parts::without_repository(self.wish, record)?,
                 };
-                self.resume((**record).clone(), parts, interrupt)
+                self.resume(record, parts, interrupt)
             }
             Restored::New(snapshot, disk) => {
                 let parts = Parts::new(self.wish, snapshot.name().group(), disk)?;
@@ -189,12 +190,7 @@ impl Found<'_> {
         }
     }
 
-    fn resume(
-        &self,
-        mut record: SessionRecord,
-        parts: Parts,
-        interrupt: &Interrupt,
-    ) -> anyhow::Result<Opened> {
+    fn resume(&self, found: &SessionRecord, parts: Parts, interrupt: &Interrupt) -> anyhow::Result<Opened> {
         let Self { wish, state, path, .. } = self;
         if !path.exists() {
             let dir = state.path().display();
@@ -204,11 +200,16 @@ impl Found<'_> {
             )
             .into());
         }
+        let target = target::reopen(path, state.path(), wish.engine, interrupt)?;
+        // Until now somebody else may have served it, moved a machine onto it, or given it up.
+        let mut record = locked_record(state, found)?;
+        if !wish.is_settled {
+            record.check_not_handed_over(state.path())?;
+        }
         if !state.file(JOURNAL).exists() {
             let what = format!("the journal {} is missing", state.file(JOURNAL).display());
             return Err(unusable_journal(state, what).into());
         }
-        let target = target::reopen(path, state.path(), wish.engine, interrupt)?;
         let identity = identity_of(&target)?;
         if !wish.moved && !identity.is_same(&record.identity) {
             return Err(self.another_target(&record, &identity));

@@ -53,7 +53,7 @@ impl Rest {
     ) -> anyhow::Result<Self> {
         let target = lock_target(state, path, engine, interrupt)?;
         // Before, an agent may have gone on with the session, or handed it over.
-        let record = &locked_record(state, record, path)?;
+        let record = &locked_record_at_rest(state, record, path)?;
         if !moved {
             check_identity(state, record, &target)?;
         }
@@ -105,7 +105,10 @@ impl Rest {
 }
 
 /// The record as it is now that the target is locked, of the session that was found before.
-fn locked_record(state: &StateDir, found: &SessionRecord, path: &Path) -> anyhow::Result<SessionRecord> {
+///
+/// # Errors
+/// Where it is not there any more.
+pub(super) fn locked_record(state: &StateDir, found: &SessionRecord) -> anyhow::Result<SessionRecord> {
     let now = state.record()?.filter(SessionRecord::was_begun);
     let now = now.filter(|now| now.session == found.session).ok_or_else(|| {
         Failure::new(
@@ -113,6 +116,16 @@ fn locked_record(state: &StateDir, found: &SessionRecord, path: &Path) -> anyhow
             "run the same command again",
         )
     })?;
+    Ok(now)
+}
+
+/// The same for a session that is to be read: a machine that runs from the target writes there past it.
+fn locked_record_at_rest(
+    state: &StateDir,
+    found: &SessionRecord,
+    path: &Path,
+) -> anyhow::Result<SessionRecord> {
+    let now = locked_record(state, found)?;
     if now.handed_over {
         let path = path.display();
         return Err(Failure::new(

@@ -49,13 +49,13 @@ const LEAST_FILLS: usize = 8;
 
 /// A service that runs: guests may connect.
 pub(crate) struct Running {
+    /// Keep others from the targets. They go before the targets' locks, which a successor waits for.
+    _claims: Vec<Claim>,
     service: Arc<Service>,
     handle: Option<ServerHandle>,
     metrics: Option<Scraped>,
     /// Keeps the snapshots that are needed; nothing does without the repository.
     _leases: Option<LeaseKeeper>,
-    /// Keep others from the targets.
-    _claims: Vec<Claim>,
 }
 
 /// How a service ended.
@@ -121,6 +121,7 @@ pub(crate) fn start(
     match take_over(order, &wanted)? {
         None => {
             if order.takes_over {
+                super::take_over::wait_for_parked(&wanted, order.engine, interrupt)?;
                 claims = claim_all(&wanted)?;
             }
             server = Server::bind(&order.listen, nbd_exports, order.server.clone())?;

@@ -14,9 +14,10 @@ use std::io;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::sync::{Arc, Weak};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
+use block::Engine;
 use nbd_server::{Listener, ServerOptions, handover};
 use repository::DiskEntry;
 
@@ -24,13 +25,16 @@ use super::control::{self, Reply, Request, TakeOver};
 use super::open::Wish;
 use super::order::Wanted;
 use super::service::Service;
-use crate::cli::{Failure, UsageError};
+use crate::cli::{Failure, Interrupt, UsageError};
 use crate::source::zero_chunks;
 
 /// How long the other end may take to say a thing that it knows.
 const PATIENCE: Duration = Duration::from_secs(10);
 /// How long a successor may look at what it was sent.
 const PATIENCE_BEFORE_GO: Duration = Duration::from_secs(60);
+/// How long an agent that is about to end may take for it, and how often it is looked whether it has.
+const PATIENCE_WITH_PARKING: Duration = Duration::from_secs(30);
+const LOOK_INTERVAL: Duration = Duration::from_millis(20);
 const GO: &str = "go";
 
 /// Who takes the agent's place: it sees the end of this process as that of the connection.
@@ -58,7 +62,33 @@ pub(super) fn check_repository(wish: &Wish<'_>, disk: &DiskEntry) -> anyhow::Res
     Ok(())
 }
 
-/// Asks the agent that serves these disks for its place; `None` where there is none.
+/// Waits for an agent that is about to end, and gives its place to nobody any more, until it has parked these disks.
+///
+/// # Errors
+/// Where it does not end in time; where another agent serves one of them by now.
+pub(super) fn wait_for_parked(
+    wanted: &[Wanted],
+    engine: Engine,
+    interrupt: &Interrupt,
+) -> anyhow::Result<()> {
+    let begun = Instant::now();
+    for Wanted { target, state, .. } in wanted {
+        if !target.exists() || state.record()?.is_none() {
+            continue;
+        }
+        // Let go at once: whoever opens the session takes it. An agent that is about to end may still answer.
+        while let Err(error) = super::lock_target(state, target, engine, interrupt) {
+            interrupt.check()?;
+            if begun.elapsed() >= PATIENCE_WITH_PARKING {
+                return Err(error);
+            }
+            std::thread::sleep(LOOK_INTERVAL);
+        }
+    }
+    Ok(())
+}
+
+/// Asks the agent that serves these disks for its place; `None` where there is none, or it is about to end.
 ///
 /// # Errors
 /// Where it does not give it, and goes on; where it serves elsewhere than was asked for.
@@ -81,8 +111,13 @@ pub(super) fn ask(
     stream.set_read_timeout(Some(PATIENCE))?;
     stream.set_write_timeout(Some(PATIENCE))?;
     let request = serde_json::to_string(&Request::TakeOver { sessions })?;
-    handover::send_line(&stream, &request, &[]).with_context(no_answer)?;
-    let (line, sockets) = handover::receive_line(&stream).with_context(no_answer)?;
+    let sent = handover::send_line(&stream, &request, &[]);
+    let (line, sockets) = match sent.and_then(|()| handover::receive_line(&stream)) {
+        // It is about to end, or just did.
+        Ok((line, _)) if line.is_empty() => return Ok(None),
+        Err(error) if control::is_gone(&error) => return Ok(None),
+        answered => answered.with_context(no_answer)?,
+    };
     let reply: Reply = serde_json::from_str(&line).with_context(no_answer)?;
     let given: TakeOver = match reply {
         Reply::Done { result } => serde_json::from_value(result).with_context(no_answer)?,
@@ -131,6 +166,10 @@ pub(super) fn answer(stream: UnixStream, service: Arc<Service>, sessions: Vec<St
 fn converse(stream: UnixStream, service: &Arc<Service>, sessions: &[String]) -> anyhow::Result<()> {
     stream.set_nonblocking(false)?;
     stream.set_write_timeout(Some(PATIENCE))?;
+    if service.check_ending().is_err() {
+        // A successor takes this for the end that it is, and waits for it.
+        return Ok(());
+    }
     let sockets = match look(service, sessions) {
         Ok(sockets) => sockets,
         Err(error) => {
@@ -162,7 +201,6 @@ fn converse(stream: UnixStream, service: &Arc<Service>, sessions: &[String]) -> 
 
 /// Whether this agent's place may be taken for these sessions; then the sockets that its clients come to.
 fn look(service: &Service, sessions: &[String]) -> anyhow::Result<Vec<Arc<Listener>>> {
-    service.check_ending()?;
     let mut ours: Vec<&str> = service.disks().iter().map(|disk| disk.record.session.as_str()).collect();
     let mut theirs: Vec<&str> = sessions.iter().map(String::as_str).collect();
     ours.sort_unstable();

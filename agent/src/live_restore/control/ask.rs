@@ -94,7 +94,7 @@ pub(in crate::live_restore) fn connect(dir: &Path) -> anyhow::Result<Option<Unix
 }
 
 /// Whether an error says that no agent is there, or is there any more.
-fn is_gone(error: &io::Error) -> bool {
+pub(in crate::live_restore) fn is_gone(error: &io::Error) -> bool {
     use io::ErrorKind::{BrokenPipe, ConnectionRefused, ConnectionReset, NotADirectory, NotFound};
     matches!(error.kind(), NotFound | ConnectionRefused | NotADirectory | BrokenPipe | ConnectionReset)
 }

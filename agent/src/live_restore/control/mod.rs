@@ -34,8 +34,8 @@ mod handlers;
 mod listen;
 mod request;
 
-pub(super) use ask::connect;
 pub use ask::{ask, ask_status, ask_telling};
+pub(super) use ask::{connect, is_gone};
 pub(crate) use listen::Asked;
 pub(super) use listen::{Control, Tasks, patiently};
 pub(super) use request::TakeOver;
