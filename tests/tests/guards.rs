@@ -191,18 +191,31 @@ fn a_save_that_is_interrupted_ends_at_once_and_another_one_says_what_to_do() {
 #[test]
 fn a_report_that_cannot_be_written_names_the_snapshot_that_was_made() {
     let captured = Captured::new("guards-full", DISK_BYTES, 43).unwrap();
-    let _live = captured.start(&[]).unwrap();
-    let mut command = save(&captured, &["--json"]);
-    command.stdout(fs::File::options().write(true).open("/dev/full").unwrap());
-    let output = command.stderr(std::process::Stdio::piped()).spawn().unwrap().wait_with_output().unwrap();
-    let said = String::from_utf8_lossy(&output.stderr).into_owned();
-    assert_eq!(output.status.code(), Some(1), "{said}");
-    let list = run_json(&mut captured.repository.verb("snapshots", &["--json"]).unwrap()).unwrap();
-    let names: Vec<&str> =
-        list.as_array().unwrap().iter().map(|one| one["snapshot"].as_str().unwrap()).collect();
-    assert_eq!(names.len(), 2);
-    let newest = names.iter().max().unwrap();
-    assert!(said.contains(&format!("the snapshot {newest} was made all the same")), "{said}");
+    let live = captured.start(&[]).unwrap();
+    let mut count = 1;
+    let mut check = |further: &[&str]| {
+        let mut command = save(&captured, further);
+        command.stdout(fs::File::options().write(true).open("/dev/full").unwrap());
+        let output =
+            command.stderr(std::process::Stdio::piped()).spawn().unwrap().wait_with_output().unwrap();
+        let said = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert_eq!(output.status.code(), Some(1), "{said}");
+        let list = run_json(&mut captured.repository.verb("snapshots", &["--json"]).unwrap()).unwrap();
+        let names: Vec<&str> =
+            list.as_array().unwrap().iter().map(|one| one["snapshot"].as_str().unwrap()).collect();
+        count += usize::from(!further.contains(&"--dry-run"));
+        assert_eq!(names.len(), count, "{further:?}: {said}");
+        if !further.contains(&"--dry-run") {
+            let newest = names.iter().max().unwrap();
+            assert!(said.contains(&format!("the snapshot {newest} was made all the same")), "{said}");
+        }
+    };
+    check(&["--json"]);
+    check(&[]);
+    check(&["--dry-run"]);
+    live.park().unwrap();
+    check(&[]);
+    check(&["--dry-run"]);
 }
 
 #[test]

@@ -151,7 +151,7 @@ impl Verb for Args {
 
         for (source, scan) in sources.iter().zip(&scans) {
             if let Scan::Whole { why: Some(why) } = scan {
-                context.output().announce(format_args!("full scan of {}: {why}", source.path().display()))?;
+                context.output().announce(format_args!("full scan of {}: {why}", source.path().display()));
             }
         }
         let composed = Composed {

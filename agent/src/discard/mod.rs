@@ -211,7 +211,7 @@ impl Args {
         path: &Path,
     ) -> anyhow::Result<()> {
         if let Some(record) = record {
-            output.announce(format_args!(
+            output.forewarn(format_args!(
                 "the session restores {}/{} to {}",
                 record.snapshot,
                 record.disk,
@@ -219,18 +219,18 @@ impl Args {
             ))?;
         }
         match (record, status) {
-            (_, Some(status)) if self.remove_target => output.announce(format_args!(
+            (_, Some(status)) if self.remove_target => output.forewarn(format_args!(
                 "lost with the target is all that the guest wrote: up to {}, unless it was saved",
                 human_size(status.guest_bytes)
             ))?,
-            (Some(record), _) if record.handed_over => output.announce(
+            (Some(record), _) if record.handed_over => output.forewarn(
                 "nothing is lost: a running machine was moved onto the target, which is a disk of its own",
             )?,
-            (_, Some(status)) if status.phase == Phase::Complete => output.announce(format_args!(
+            (_, Some(status)) if status.phase == Phase::Complete => output.forewarn(format_args!(
                 "nothing is lost but that the next capture reads the whole disk: all of it is home, {} written by the guest",
                 human_size(status.guest_bytes)
             ))?,
-            (_, Some(status)) => output.announce(format_args!(
+            (_, Some(status)) => output.forewarn(format_args!(
                 "lost is what the guest wrote: up to {}, unless it was saved; {:.1} % of {} is home",
                 human_size(status.guest_bytes),
                 status.percent(),
@@ -246,7 +246,7 @@ impl Args {
             output.warn(format_args!("{error:#}; it is left alone"));
         }
         if self.remove_target {
-            output.announce(format_args!("{} will be removed", path.display()))?;
+            output.forewarn(format_args!("{} will be removed", path.display()))?;
         }
         Ok(())
     }

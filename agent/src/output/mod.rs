@@ -95,11 +95,20 @@ impl Output {
         self.stdout(format!("{line}\n").as_bytes())
     }
 
-    /// As [`Self::line`], of work that is still to be done: that nobody reads it is no reason to leave the work undone.
+    /// As [`Self::line`], of work that is still to be done, and harms nothing: that it cannot be told is no reason to leave it
+    /// undone. The report at its end tells whether stdout can be written.
+    pub fn announce(&self, line: impl fmt::Display) {
+        if let Err(error) = self.line(line) {
+            tracing::debug!(%error, "not told");
+        }
+    }
+
+    /// As [`Self::line`], of what will be lost by work that is still to be done: where it cannot be written, the work is left
+    /// undone; that nobody reads it is no reason to.
     ///
     /// # Errors
     /// Where stdout cannot be written.
-    pub fn announce(&self, line: impl fmt::Display) -> anyhow::Result<()> {
+    pub fn forewarn(&self, line: impl fmt::Display) -> anyhow::Result<()> {
         match self.line(line) {
             Err(error) if error.is::<StdoutClosed>() => Ok(()),
             told => told,

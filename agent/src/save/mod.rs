@@ -207,11 +207,10 @@ impl Args {
             }
         }
         let plan = Report { dry_run: self.dry_run, ..plan };
-        plan.announce(context.output())?;
         if self.dry_run {
-            context.output().document(&plan)?;
-            return Ok(Outcome::Done);
+            return plan.foretell(context.output());
         }
+        plan.lines().for_each(|line| context.output().announce(line));
         let total = plan.disks.iter().map(|disk| disk.changed_bytes).sum();
         let progress = context.output().progress(format_args!("saving {}", plan.snapshot), Some(total));
         let request = SaveRequest { dry_run: false, ..request };
@@ -262,11 +261,10 @@ impl Args {
         for (rest, wanted) in rests.iter().zip(wanted) {
             warn_of(context.output(), rest, &wanted.path);
         }
-        report.announce(context.output())?;
         if self.dry_run {
-            context.output().document(&report)?;
-            return Ok(Outcome::Done);
+            return report.foretell(context.output());
         }
+        report.lines().for_each(|line| context.output().announce(line));
         let total = report.disks.iter().map(|disk| disk.changed_bytes).sum();
         let progress = context.output().progress(format_args!("saving {}", report.snapshot), Some(total));
         let disks: Vec<Disk<'_>> = names
@@ -424,11 +422,11 @@ fn warn_of(output: &Output, rest: &Rest, path: &Path) {
 }
 
 impl Report {
-    /// Says what will be done.
-    pub(crate) fn announce(&self, output: &Output) -> anyhow::Result<()> {
+    /// What will be done, a line for each disk.
+    fn lines(&self) -> impl Iterator<Item = String> {
         let doing = if self.dry_run { "would save" } else { "saving" };
-        for disk in &self.disks {
-            output.announce(format_args!(
+        self.disks.iter().map(move |disk| {
+            format!(
                 "{doing} {} as {}/{}: {} of {} to read, on top of {}",
                 disk.target.display(),
                 self.snapshot,
@@ -436,9 +434,15 @@ impl Report {
                 human_size(disk.changed_bytes),
                 human_size(disk.size_bytes),
                 self.live_restore_of,
-            ))?;
-        }
-        Ok(())
+            )
+        })
+    }
+
+    /// Says what would be done, and does nothing.
+    fn foretell(&self, output: &Output) -> anyhow::Result<Outcome> {
+        output.document(self)?;
+        self.lines().try_for_each(|line| output.line(line))?;
+        Ok(Outcome::Done)
     }
 
     /// What was done.
