@@ -4,11 +4,12 @@
 use std::fs;
 use std::path::PathBuf;
 use std::process::Command;
+use std::time::{Duration, Instant};
 
 use e2e::disk;
 use e2e::lifeboot::{LiveRestore, Repository};
 use e2e::nbd::Export;
-use e2e::process::{Process, run, run_any, run_json};
+use e2e::process::{PATIENCE, Process, run, run_any, run_json};
 use e2e::work_dir::{LoopDevice, SmallFileSystem, WorkDir};
 use rustix::process::Signal;
 
@@ -148,6 +149,26 @@ fn an_interrupted_capture_leaves_no_snapshot_and_no_harm() {
     let target = work.file("target.raw");
     repository.restore("vm@latest", &target).unwrap();
     disk::ensure_same(&other, &target).unwrap();
+}
+
+#[test]
+fn a_restore_from_a_source_that_was_made_slow_ends_when_it_is_interrupted() {
+    let Setting { work, repository, disk } = setting("interrupt-slow");
+    repository.capture("vm", &disk).unwrap();
+    let target = work.file("target.raw");
+    // What it reads would take hours.
+    let mut command = repository.verb("restore", &["--json", "--source-rate", "50", "vm@latest"]).unwrap();
+    let mut restore = Process::spawn(command.arg(&target)).unwrap();
+    // It hears signals before it makes anything; what it makes has another name at first.
+    let begun = Instant::now();
+    let is_target = |name: &str| name.contains("target.raw");
+    let entries = || fs::read_dir(work.path()).unwrap().map(|entry| entry.unwrap().file_name());
+    while !entries().any(|name| name.to_str().is_some_and(is_target)) {
+        assert!(begun.elapsed() < PATIENCE && restore.is_running(), "it makes no target");
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    restore.signal(Signal::INT).unwrap();
+    assert_eq!(restore.wait().unwrap().code(), Some(130));
 }
 
 #[test]

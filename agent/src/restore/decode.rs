@@ -3,7 +3,7 @@
 use std::ops::Range;
 use std::sync::Arc;
 use std::sync::mpsc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use block::{AlignedBuf, ByteRange};
 use parking_lot::Mutex;
@@ -20,6 +20,9 @@ use crate::source::{Fallbacks, Throttle};
 /// How many buffers one decoder fills before it gives any away. There are more in all, or copies would
 /// be waited for in a circle.
 pub(super) const PIECES_AT_ONCE: usize = 4;
+
+/// How often somebody who waits for a source that is made slow looks whether the restore goes on.
+const STOP_TICK: Duration = Duration::from_millis(50);
 
 /// One read, and the chunks that it serves.
 #[derive(Debug)]
@@ -140,6 +143,18 @@ impl Hands<'_> {
         Ok(())
     }
 
+    /// Waits for a source that is made slow, and no longer than the restore goes on.
+    fn wait_until(&self, arrives: Instant) -> anyhow::Result<()> {
+        loop {
+            self.shared.stop.check()?;
+            let left = arrives.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return Ok(());
+            }
+            std::thread::sleep(left.min(STOP_TICK));
+        }
+    }
+
     /// Reads the stored bytes of `chunks`; where in them each one is, or why it could not be had.
     fn read(
         &mut self,
@@ -150,7 +165,7 @@ impl Hands<'_> {
         let skip = first.start;
         self.stored.resize(last.end - skip, 0);
         if let Some(arrives) = self.shared.throttle.reserve(Instant::now(), self.stored.len() as u64) {
-            std::thread::sleep(arrives.saturating_duration_since(Instant::now()));
+            self.wait_until(arrives)?;
         }
         let offset = fetch.offset + skip as u64;
         let reader = &self.shared.reader;
