@@ -225,7 +225,7 @@ fn a_snapshot_that_is_pruned_meanwhile_leaves_what_is_home_and_names_the_rest() 
     let said = status(&captured.target).unwrap();
     assert!(said["damaged_bytes"].as_u64().unwrap() > 0, "{said}");
     let refused = format!("{:#}", live.kill_and_restart().unwrap_err());
-    assert!(refused.contains("which cannot be had"), "{refused}");
+    assert!(refused.contains("does not have"), "{refused}");
 }
 
 #[test]

@@ -336,9 +336,13 @@ fn what_cannot_be_saved_is_told_with_what_to_do() {
     ends(command.arg(&captured.target).arg("not a group"), 2, &["group"]);
     // Another repository has not what is restored.
     let other = e2e::lifeboot::Repository::init(captured.work.file("other")).unwrap();
-    ends(other.verb("save", &[]).unwrap().arg(&captured.target), 1, &["which cannot be had"]);
+    ends(
+        other.verb("save", &[]).unwrap().arg(&captured.target),
+        1,
+        &["does not have", "a copy that still has it"],
+    );
     live.park().unwrap();
-    ends(other.verb("save", &[]).unwrap().arg(&captured.target), 1, &["which cannot be had"]);
+    ends(other.verb("save", &[]).unwrap().arg(&captured.target), 1, &["does not have"]);
     // A copy of the session beside another file.
     let copy = captured.work.file("copy.raw");
     run(Command::new("cp").arg(&captured.target).arg(&copy)).unwrap();
@@ -362,7 +366,9 @@ fn a_discard_says_what_is_lost_asks_and_leaves_no_session() {
     ends(&mut discard(&["--yes"]), 1, &["served by the agent", "SIGTERM"]);
     live.park().unwrap();
     ends(&mut discard(&[]), 1, &["nobody said yes", "--yes"]);
-    assert_eq!(status(&captured.target).unwrap()["phase"], "stopped");
+    let stopped = status(&captured.target).unwrap();
+    assert_eq!(stopped["phase"], "stopped");
+    assert_eq!(stopped["stable_bytes"], stopped["home_bytes"], "parked is on stable storage: {stopped}");
     let said = run(&mut discard(&["--yes"])).unwrap();
     assert!(said.contains("lost is what the guest wrote") && said.contains("stays as it is"), "{said}");
     assert!(captured.target.exists() && !state_of(&captured.target).exists());
@@ -453,6 +459,6 @@ fn the_target_of_an_unfinished_restore_is_captured_on_top_of_what_it_restores() 
     ends(
         other.verb("capture", &["after"]).unwrap().arg(&captured.target),
         1,
-        &["not complete", "cannot be had"],
+        &["not complete", "does not have"],
     );
 }

@@ -14,6 +14,8 @@ use super::source::DiskLayout;
 pub struct Peek {
     /// Bytes that a resumed session will find home.
     pub home_bytes: u64,
+    /// Those among them that the journal has: they are on stable storage.
+    pub stable_bytes: u64,
     /// Bytes among them that the guest wrote.
     pub guest_bytes: u64,
     /// Whether the whole disk is home, on stable storage.
@@ -39,8 +41,10 @@ pub async fn peek(journal: &dyn BlockDevice, live: Option<LiveWords>, boot: Boot
     let (home, guest) = (Bits::new(&home, block_count), Bits::new(&guest, block_count));
     let (_, replayed) = Journal::open(journal, header, &home, &guest).await?;
     let bytes = |bits: &Bits<'_>| (bits.count() * BLOCK_SIZE).min(disk.size);
+    let stable_bytes = bytes(&home);
     let peek = |home: &Bits<'_>, guest: &Bits<'_>| Peek {
         home_bytes: bytes(home),
+        stable_bytes,
         guest_bytes: bytes(guest),
         complete: replayed.complete,
     };

@@ -63,6 +63,7 @@ pub fn stopped_status(state: &StateDir, record: &SessionRecord) -> anyhow::Resul
     })?;
     let peek = peeked.map_err(|error| cannot_resume(state, error))?;
     status.home_bytes = peek.home_bytes;
+    status.stable_bytes = peek.stable_bytes;
     status.guest_bytes = peek.guest_bytes;
     if peek.complete {
         status.phase = Phase::Complete;

@@ -42,13 +42,26 @@ pub(super) fn of_record(wish: &Wish<'_>, record: &SessionRecord) -> anyhow::Resu
 }
 
 fn gone(record: &SessionRecord, error: repository::Error) -> Failure {
+    let what = format!(
+        "the session of {} restores {}, which cannot be had",
+        record.target.display(),
+        record.snapshot
+    );
+    Failure::new(what, "name the repository that the session was begun with").because(error)
+}
+
+/// As [`gone`], where there is a repository, but it cannot give the snapshot.
+fn not_there(record: &SessionRecord, error: repository::Error) -> Failure {
+    if error.kind() != repository::ErrorKind::NotFound {
+        return gone(record, error);
+    }
+    let target = record.target.display();
     Failure::new(
+        format!("the session of {target} restores {}, which this repository does not have", record.snapshot),
         format!(
-            "the session of {} restores {}, which cannot be had",
-            record.target.display(),
-            record.snapshot
+            "name the repository that the session was begun with, or, if the snapshot was forgotten there, a copy that still has \
+             it; a disk that is wholly home (`lifeboot status {target}`) needs neither: `lifeboot capture GROUP {target}`"
         ),
-        "name the repository that the session was begun with",
     )
     .because(error)
 }
@@ -56,7 +69,7 @@ fn gone(record: &SessionRecord, error: repository::Error) -> Failure {
 /// The disk that a session restores, in `repository`.
 pub(crate) fn base_of(repository: &Repository, record: &SessionRecord) -> anyhow::Result<DiskEntry> {
     let name = record.snapshot.parse().map_err(|error| gone(record, error))?;
-    let snapshot = repository.snapshot(&name).map_err(|error| gone(record, error))?;
+    let snapshot = repository.snapshot(&name).map_err(|error| not_there(record, error))?;
     let disk = snapshot.manifest().disks.iter().find(|disk| {
         disk.name.as_str() == record.disk && map_name(disk) == record.map && disk.size == record.size
     });

@@ -70,7 +70,7 @@ pub struct Status {
     pub size: u64,
     /// Bytes whose truth is on the target.
     pub home_bytes: u64,
-    /// Those among them that are known to be on stable storage, while an agent runs.
+    /// Those among them that are known to be on stable storage.
     pub stable_bytes: u64,
     /// Bytes that the guest has written since the session began.
     pub guest_bytes: u64,
