@@ -321,7 +321,8 @@ fn read_config(storage: &dyn Storage) -> Result<Config> {
                 Ok(_) => Error::new(ErrorKind::NotARepository, "this directory is not a repository")
                     .hint("init makes one in an empty directory"),
                 Err(error) if error.kind() == io::ErrorKind::NotFound => {
-                    Error::new(ErrorKind::NotFound, "there is no such repository").hint("init makes one")
+                    Error::new(ErrorKind::NotFound, "there is no such repository")
+                        .hint("look at the path; `lifeboot init` makes a new one")
                 }
                 Err(error) if error.kind() == io::ErrorKind::NotADirectory => {
                     Error::new(ErrorKind::NotARepository, "this is a file, not a repository")

@@ -45,12 +45,17 @@ use watch::BootWatcher;
 /// to power down, once more tells QEMU to quit, and a third time kills it. A QEMU that reads from the terminal takes its Ctrl-C
 /// itself: with -nographic it is the guest's; with -serial stdio it ends QEMU at once, unless the chardev has signal=off. Once the machine was moved, start it from the targets like any other.
 #[derive(Debug, clap::Args)]
-#[command(after_help = "\
+#[command(
+    override_usage = "\
+lifeboot boot [OPTIONS] <SNAPSHOT> <[DISK=]TARGET>...
+                     [-- <QEMU ARGUMENTS>...]",
+    after_help = "\
 Examples:
   lifeboot boot -r /backup web01@latest /var/lib/vm/web01.raw \\
       -- -m 4G -smp 2 -nic user -nographic
   lifeboot boot -r /backup db@latest \\
-      root=/dev/vg/db-root data=/dev/vg/db-data -- -m 16G -display none")]
+      root=/dev/vg/db-root data=/dev/vg/db-data -- -m 16G -display none"
+)]
 pub struct Args {
     /// What to restore: GROUP@TIME[/DISK] or GROUP@latest[/DISK]
     #[arg(value_name = "SNAPSHOT")]

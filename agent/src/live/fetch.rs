@@ -126,14 +126,14 @@ impl Session {
                     chunk,
                     start,
                     why,
-                    "a chunk is damaged; status lists all for the same reason"
+                    "a chunk is damaged; of more like it only `lifeboot status` tells"
                 );
             }
             Lasting::Missing if is_news => tracing::error!(
                 chunk,
                 start,
                 why,
-                "a chunk is missing, and asked for again now and then; status lists all for the same reason"
+                "a chunk is missing, and asked for again now and then; of more like it only `lifeboot status` tells"
             ),
             _ => tracing::debug!(chunk, start, why, "a chunk is damaged"),
         }

@@ -129,6 +129,10 @@ impl<'a> Narrator<'a> {
                 self.output.event(&Event::Parked(self.reported(statuses)))?;
                 for status in statuses {
                     let which = which(status, statuses);
+                    if status.home_bytes >= status.size {
+                        self.output.line(format_args!("{which}ended; all of it is home"))?;
+                        continue;
+                    }
                     self.output.line(format_args!(
                         "{which}parked at {:.1} % home; the same command goes on",
                         status.percent()

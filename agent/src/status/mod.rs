@@ -112,27 +112,29 @@ fn at_rest(state: &StateDir, record: &SessionRecord) -> anyhow::Result<Status> {
     Ok(status)
 }
 
-fn table(status: &Status) -> Table {
-    let state = match status.phase {
+/// What a session is doing, for people.
+fn state_of(status: &Status) -> &'static str {
+    match status.phase {
         _ if status.handed_over && status.pid.is_none() => {
-            "handed over: a running machine was moved onto the target, which is a disk of its own".to_owned()
+            "handed over: a running machine was moved onto the target, which is a disk of its own"
         }
-        _ if status.handed_over => "complete, and being handed over to the machine".to_owned(),
-        Phase::Running => "running: copying home".to_owned(),
-        Phase::Complete => match status.pid {
-            Some(_) => "complete, and still served".to_owned(),
-            None => "complete".to_owned(),
-        },
+        _ if status.handed_over => "complete, and being handed over to the machine",
+        Phase::Running if status.is_settled() => "running: all is home but what is damaged",
+        Phase::Running => "running: copying home",
+        Phase::Complete if status.pid.is_some() => "complete, and still served",
+        Phase::Complete => "complete",
         Phase::Stopped if status.is_settled() => {
             "stopped: all is home but what is damaged; the same live-restore command asks for that again"
-                .to_owned()
         }
-        Phase::Stopped => "stopped: the same live-restore command goes on".to_owned(),
-        Phase::Poisoned => "failed: a sync failed; run the same command again".to_owned(),
-    };
+        Phase::Stopped => "stopped: the same live-restore command goes on",
+        Phase::Poisoned => "failed: a sync failed; run the same command again",
+    }
+}
+
+fn table(status: &Status) -> Table {
     let mut table = Table::new(&[("LIVE-RESTORE", Align::Left), ("", Align::Left)]);
     let mut row = |name: &str, value: String| table.row([name.to_owned(), value]);
-    row("state", state);
+    row("state", state_of(status).to_owned());
     row("snapshot", format!("{}/{}", status.snapshot, status.disk));
     row("target", status.target.display().to_string());
     if let (Some(uri), Some(pid)) = (&status.uri, status.pid) {

@@ -80,6 +80,8 @@ impl Report {
             let ms = |us: u64| us as f64 / 1000.0;
             let amplification = self
                 .amplification
+                // Nothing, where others fetched what it waited for.
+                .filter(|amplification| *amplification >= 0.05)
                 .map(|amplification| format!("; {amplification:.1} bytes fetched for each that it missed"));
             lines.push(format!(
                 "  the guest waited {}: p50 {:.1} ms, p99 {:.1} ms, at most {:.1} ms{}",

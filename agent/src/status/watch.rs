@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use serde::Serialize;
 
-use super::{Phase, Status, at_rest, session_of};
+use super::{Phase, Status, at_rest, session_of, state_of};
 use crate::cli::{Context, Interrupt, Outcome};
 use crate::live_restore::{Request, Strip, ask};
 use crate::output::{Output, human_count, human_duration, human_size};
@@ -122,16 +122,6 @@ fn fitting(seen: &[Seen], height: usize) -> Vec<String> {
         lines.push(LEGEND.to_owned());
     }
     lines
-}
-
-fn state_of(status: &Status) -> &'static str {
-    match status.phase {
-        Phase::Running => "running",
-        Phase::Complete if status.pid.is_some() => "complete, and still served",
-        Phase::Complete => "complete",
-        Phase::Stopped => "stopped: the same live-restore command goes on",
-        Phase::Poisoned => "failed: a sync failed; run the same command again",
-    }
 }
 
 fn home(status: &Status) -> String {
