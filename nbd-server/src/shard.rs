@@ -100,6 +100,8 @@ pub(crate) struct ShardState {
     pub(crate) devices: Rc<OpenDevices>,
     pub(crate) operations: Rc<Operations>,
     pub(crate) logs: Arc<LogLimits>,
+    /// Whether others than connections work on the thread.
+    pub(crate) has_own_task: bool,
 }
 
 /// Device operations in flight on this shard, so that it ends after the last of them.
@@ -153,7 +155,15 @@ async fn serve(seed: ShardSeed) {
         task.map(|task| tokio::task::spawn_local(task(ShardContext { index, phases: phases.clone() })));
     let devices = Rc::new(OpenDevices::new(exports, options.limits.request_bytes, Arc::clone(&logs)));
     let operations = Rc::new(Operations::new(operations));
-    let state = Rc::new(ShardState { options, budget, devices, operations: Rc::clone(&operations), logs });
+    let has_own_task = own_task.is_some();
+    let state = Rc::new(ShardState {
+        options,
+        budget,
+        devices,
+        operations: Rc::clone(&operations),
+        logs,
+        has_own_task,
+    });
     let control = Rc::new(Control::default());
     let mut connections = JoinSet::new();
     // Nothing in these branches is an operation of a device: each may be dropped at any time.

@@ -21,7 +21,7 @@ use super::negotiate::Negotiated;
 use super::perform;
 use super::read::{Plan, Reads};
 use super::request::{Request, Shared};
-use super::spin::Spin;
+use super::spin::{Spin, Waited};
 use super::stall::Stall;
 use super::status;
 use crate::LateRequests;
@@ -106,6 +106,14 @@ struct Transmission {
     stall: Stall,
 }
 
+/// Has the current task go on once the event loop has looked for whoever else has come.
+fn give_way(cx: &mut Context<'_>) {
+    let once = std::pin::pin!(tokio::task::yield_now());
+    // The first look at it leaves word; it need not be looked at again.
+    let looked = once.poll(cx);
+    debug_assert!(looked.is_pending());
+}
+
 /// Serves requests until the connection ends. Every task that it began has ended when it returns.
 pub(super) async fn transmit(
     negotiated: Negotiated,
@@ -127,6 +135,7 @@ pub(super) async fn transmit(
     let encoder = ReplyEncoder::new(agreed.replies);
     let shared =
         Shared::new(encoder, agreed.info.name, shard.options.late_requests, Rc::clone(&shard.operations));
+    let spin = Spin::new(shard.has_own_task);
     let mut transmission = Transmission {
         socket,
         intake: Intake::new(&rest),
@@ -139,7 +148,7 @@ pub(super) async fn transmit(
         control,
         receive_limit: usize::MAX,
         transmitting,
-        spin: Spin::default(),
+        spin,
         waited: false,
         listed_in: None,
         end: None,
@@ -208,8 +217,14 @@ impl Transmission {
                     Poll::Ready(Ok(_)) => {}
                     Poll::Ready(Err(error)) => self.cut(End::Socket(error)),
                     Poll::Pending if idle && self.control.is_stopping() => self.finish(End::Stopping),
-                    Poll::Pending if self.wait_awake(idle) => {}
-                    Poll::Pending => return Poll::Pending,
+                    Poll::Pending => match self.wait_awake(idle) {
+                        Waited::Found(len) => self.intake.received(len),
+                        Waited::GiveWay => {
+                            give_way(cx);
+                            return Poll::Pending;
+                        }
+                        Waited::Sleep => return Poll::Pending,
+                    },
                 },
                 // What was sent just now may have made room.
                 _ if sent => {}
@@ -223,23 +238,17 @@ impl Transmission {
         2 * self.transmitting.count() <= *PROCESSORS
     }
 
-    /// Waits for the next request for a moment without letting the thread sleep; whether it came.
-    fn wait_awake(&mut self, idle: bool) -> bool {
+    /// Waits for the next request for a moment without letting the thread sleep; how many bytes came.
+    fn wait_awake(&mut self, idle: bool) -> Waited<usize> {
         if !matches!(self.state, State::Header) {
-            return false;
+            return Waited::Sleep;
         }
         self.waited = true;
         if !(idle && self.socket.is_plain() && self.has_room() && self.shard.operations.is_idle()) {
-            return false;
+            return Waited::Sleep;
         }
         let room = self.intake.room(self.receive_limit);
-        match self.spin.wait(|| self.socket.try_receive(room)) {
-            Some(len) => {
-                self.intake.received(len);
-                true
-            }
-            None => false,
-        }
+        self.spin.wait(|| self.socket.try_receive(room))
     }
 
     /// Takes no more requests. What is in flight ends, and its replies are sent.
