@@ -8,6 +8,7 @@ mod client;
 mod contest;
 mod endpoint;
 mod fio;
+mod no_disk;
 mod ours;
 mod peers;
 mod plot;

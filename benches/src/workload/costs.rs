@@ -58,7 +58,8 @@ pub(crate) fn run(common: &Common, options: &Options) -> Result<Report> {
     }
     ensure!(options.operations >= 100 * SHORTER, "at least {} operations are needed", 100 * SHORTER);
     let mut report = Report::new("costs", 1, false);
-    let present = present(common, &options.only, &mut report)?;
+    let mut present = present(common, &options.only, &mut report)?;
+    present.retain(|who| who.program().is_some());
     let scratch = common.scratch()?;
     report.scratch_is(scratch.path());
     let file = scratch.path().join("disk.raw");

@@ -7,7 +7,7 @@
 use std::fs::File;
 use std::io::{BufWriter, Write};
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
@@ -77,7 +77,7 @@ pub(crate) enum Who {
     Disturbed,
     /// No background: one read after another, then writes.
     Alone,
-    /// A sparse raw file, with nothing to restore: what the file system charges for a hole.
+    /// A raw file, with nothing to restore: what the file system charges for a hole, and the storage for writes beside reads.
     Plain,
 }
 
@@ -87,7 +87,7 @@ impl Contender for Who {
             Self::Undisturbed => "the background alone",
             Self::Disturbed => "beside fio, randread, depth 4",
             Self::Alone => "guests alone (no background)",
-            Self::Plain => "a plain sparse file (lifeboot-nbd)",
+            Self::Plain => "a plain file (lifeboot-nbd), writes beside it by fio",
         }
     }
 
@@ -119,7 +119,7 @@ pub(crate) fn run(common: &Common, options: &Options) -> Result<Report> {
             settle();
             let socket = dir.join("live.sock");
             if *who == Who::Plain {
-                let sample = plain(common, size, &dir, &socket, report)?;
+                let sample = plain(common, options, &dir, &socket, report)?;
                 remove(&dir)?;
                 return Ok(sample);
             }
@@ -175,8 +175,21 @@ fn disturbed(server: &mut Server, socket: &Path, begin: Instant) -> Result<Sampl
     for offset in (0..HOME_BYTES).step_by(piece.len()) {
         client.read(offset, &mut piece)?;
     }
-    let mut fio = random_reads(socket);
-    let guest = Server::start(&mut fio)?;
+    let guest = Server::start(&mut random_reads(socket))?;
+    let mut home = Duration::ZERO;
+    let mut sample = home_reads(&mut client, || {
+        ensure!(begin.elapsed() < PATIENCE, "the disk is not home after {PATIENCE:?}");
+        home = begin.elapsed();
+        is_complete(server)
+    })?;
+    let measured = fio::parse(&guest.terminate()?.stdout, false)?;
+    sample.push((Metric::lower(TIME, Unit::Seconds), home.as_secs_f64()));
+    sample.push((Metric::lower(SLOWEST, Unit::Micros), measured.max_micros));
+    Ok(sample)
+}
+
+/// Reads what is home now and then, until `is_over` and for a while after.
+fn home_reads(client: &mut Client, mut is_over: impl FnMut() -> Result<bool>) -> Result<Sample> {
     let mut random = Random(1);
     let mut block = vec![0; BLOCK];
     let mut probe = |into: &mut Vec<f64>| -> Result<()> {
@@ -188,24 +201,19 @@ fn disturbed(server: &mut Server, socket: &Path, begin: Instant) -> Result<Sampl
         Ok(())
     };
     let (mut beside, mut after) = (Vec::new(), Vec::new());
-    while !is_complete(server)? {
-        ensure!(begin.elapsed() < PATIENCE, "the disk is not home after {PATIENCE:?}");
+    while !is_over()? {
         for _ in 0..20 {
             probe(&mut beside)?;
         }
     }
-    let home = begin.elapsed();
     let ended = Instant::now();
     while ended.elapsed() < IDLE {
         probe(&mut after)?;
     }
-    let measured = fio::parse(&guest.terminate()?.stdout, false)?;
     let p99 = |samples: &[f64]| percentile(samples, 99.0).context("nothing was read");
     Ok(vec![
-        (Metric::lower(TIME, Unit::Seconds), home.as_secs_f64()),
         (Metric::lower(HOME, Unit::Micros), p99(&beside)?),
         (Metric::lower(HOME_IDLE, Unit::Micros), p99(&after)?),
-        (Metric::lower(SLOWEST, Unit::Micros), measured.max_micros),
     ])
 }
 
@@ -232,18 +240,48 @@ fn alone(socket: &Path, size: u64) -> Result<Sample> {
     Ok(sample)
 }
 
-/// The same writes to a sparse file: to holes, and then to what they filled.
-fn plain(common: &Common, size: u64, dir: &Path, socket: &Path, report: &mut Report) -> Result<Sample> {
-    let file = dir.join("plain.raw");
+/// The same writes to a sparse file: to holes, and then to what they filled. Then reads of a whole one, while somebody else
+/// writes to the same storage what the background would.
+fn plain(
+    common: &Common,
+    options: &Options,
+    dir: &Path,
+    socket: &Path,
+    report: &mut Report,
+) -> Result<Sample> {
+    let size = options.size.as_u64();
+    let (file, other) = (dir.join("plain.raw"), dir.join("other.raw"));
     File::create(&file)?.set_len(size)?;
     let mut command = Command::new(common.programs.path("lifeboot-nbd")?);
     // As live-restore opens its target.
     command.arg(&file).args(["--direct", "auto", "--listen"]).arg(format!("unix:{}", socket.display()));
     report.ran(Who::Plain.name(), child::line(&command));
     let server = Server::listening(&mut command, socket)?;
-    let sample = write_twice(socket)?;
+    let mut sample = write_twice(socket)?;
+    server.terminate()?;
+    write_image(&file, size)?;
+    settle();
+    let server = Server::listening(&mut command, socket)?;
+    let mut client = Client::connect(socket, ours::EXPORT)?;
+    let guest = Server::start(&mut random_reads(socket))?;
+    let mut writes = plain_writes(&other, options);
+    report.ran(Who::Plain.name(), child::line(&writes));
+    let mut writer = writes.stdout(Stdio::null()).spawn().context("cannot start fio")?;
+    sample.extend(home_reads(&mut client, || Ok(writer.try_wait()?.is_some()))?);
+    ensure!(writer.wait()?.success(), "fio cannot write beside it");
+    guest.terminate()?;
     server.terminate()?;
     Ok(sample)
+}
+
+/// The disk's bytes at the pace at which the source can give them: they are twice what is stored.
+fn plain_writes(file: &Path, options: &Options) -> Command {
+    let mut fio = Command::new("fio");
+    fio.args(["--name=w", "--rw=write", "--direct=1", "--ioengine=io_uring", "--iodepth=4"]);
+    fio.arg(format!("--bs={CHUNK}")).arg(format!("--size={}", options.size.as_u64()));
+    fio.arg(format!("--rate={}", 2 * options.source_rate.as_u64()));
+    fio.arg(format!("--filename={}", file.display()));
+    fio
 }
 
 /// Writes to what is absent, and the same writes again: it is home by then.

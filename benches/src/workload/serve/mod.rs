@@ -127,10 +127,14 @@ pub(crate) fn present(common: &Common, only: &[String], report: &mut Report) -> 
         if !only.is_empty() && !only.iter().any(|name| who.name().contains(name.as_str())) {
             continue;
         }
+        let Some(program) = who.program() else {
+            present.push(who);
+            continue;
+        };
         if who.side() == Side::Ours {
-            common.programs.path(who.program())?;
-        } else if child::find(who.program()).is_none() {
-            let reason = format!("{} is not installed", who.program());
+            common.programs.path(program)?;
+        } else if child::find(program).is_none() {
+            let reason = format!("{program} is not installed");
             report.absent.push(Absent { contender: who.name().to_owned(), reason });
             continue;
         }

@@ -3,13 +3,14 @@
 use std::path::Path;
 use std::process::Command;
 
-use anyhow::Result;
+use anyhow::{Context, Result};
 
 pub(crate) use super::cells::Cache;
 use super::cells::{Cell, Transport};
 use crate::child::{self, Server};
 use crate::contest::Contender;
 use crate::endpoint::Endpoint;
+use crate::no_disk::NoDisk;
 use crate::peers::{self, EXPORT, NbdServer, Serving};
 use crate::report::Side;
 use crate::workload::Common;
@@ -22,11 +23,13 @@ pub(crate) enum Who {
     QemuThreads,
     QemuUring,
     NbdServer,
+    /// No disk at all, and no program: what the client leaves to any server.
+    Nobody,
 }
 
 /// All of them, ours first.
-pub(crate) const EVERYONE: [Who; 5] =
-    [Who::Ours, Who::Nbdkit, Who::QemuThreads, Who::QemuUring, Who::NbdServer];
+pub(crate) const EVERYONE: [Who; 6] =
+    [Who::Ours, Who::Nbdkit, Who::QemuThreads, Who::QemuUring, Who::NbdServer, Who::Nobody];
 
 impl Contender for Who {
     fn name(&self) -> &str {
@@ -36,28 +39,38 @@ impl Contender for Who {
             Self::QemuThreads => "qemu-nbd threads",
             Self::QemuUring => "qemu-nbd io_uring",
             Self::NbdServer => "nbd-server",
+            Self::Nobody => "no disk at all",
         }
     }
 
     fn side(&self) -> Side {
-        if *self == Self::Ours { Side::Ours } else { Side::Peer }
+        match self {
+            Self::Ours => Side::Ours,
+            Self::Nobody => Side::Reference,
+            _ => Side::Peer,
+        }
     }
 }
 
 impl Who {
-    /// The program that it is.
-    pub(crate) fn program(self) -> &'static str {
+    /// The program that it is, if it is one.
+    pub(crate) fn program(self) -> Option<&'static str> {
         match self {
-            Self::Ours => "lifeboot-nbd",
-            Self::Nbdkit => "nbdkit",
-            Self::QemuThreads | Self::QemuUring => "qemu-nbd",
-            Self::NbdServer => "nbd-server",
+            Self::Ours => Some("lifeboot-nbd"),
+            Self::Nbdkit => Some("nbdkit"),
+            Self::QemuThreads | Self::QemuUring => Some("qemu-nbd"),
+            Self::NbdServer => Some("nbd-server"),
+            Self::Nobody => None,
         }
     }
 
-    /// nbdkit's file plugin and nbd-server have no O_DIRECT.
+    /// nbdkit's file plugin and nbd-server have no O_DIRECT; and where there is no disk there is only the way to it.
     pub(super) fn takes_part(self, cell: &Cell) -> bool {
-        cell.cache != Cache::Direct || matches!(self, Self::Ours | Self::QemuThreads | Self::QemuUring)
+        match self {
+            Self::Ours | Self::QemuThreads | Self::QemuUring => true,
+            Self::Nbdkit | Self::NbdServer => cell.cache != Cache::Direct,
+            Self::Nobody => cell.cache == Cache::Page && cell.transport == Transport::Unix,
+        }
     }
 }
 
@@ -89,7 +102,7 @@ pub(crate) fn start(common: &Common, who: Who, start: Start<'_>) -> Result<(Box<
     let qemu_cache = if is_direct { "none" } else { "writeback" };
     let command = match who {
         Who::Ours => {
-            let mut command = Command::new(common.programs.path(who.program())?);
+            let mut command = Command::new(common.programs.path("lifeboot-nbd")?);
             command.arg(file).arg("--name").arg(EXPORT);
             command.arg(if is_direct { "--direct=on" } else { "--direct=off" });
             match at {
@@ -109,6 +122,11 @@ pub(crate) fn start(common: &Common, who: Who, start: Start<'_>) -> Result<(Box<
             let dir = file.parent().unwrap_or(Path::new("."));
             let (server, line) = NbdServer::start(file, at, dir, prefix)?;
             return Ok((Box::new(server), line));
+        }
+        Who::Nobody => {
+            let socket = at.socket().context("without a disk only a unix socket is served")?;
+            let server = NoDisk::start(socket, std::fs::metadata(file)?.len())?;
+            return Ok((Box::new(server), "(within lifeboot-bench)".to_owned()));
         }
     };
     let mut command = child::below(prefix, command);

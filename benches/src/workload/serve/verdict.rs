@@ -1,8 +1,8 @@
 //! What the cells say together: how far ahead of the best peer, and where not.
 
 use super::cells::{Cell, Work};
-use crate::report::{Cell as Measured, Report};
-use crate::stats::Summary;
+use crate::report::{Cell as Measured, Report, Side};
+use crate::stats::{self, Summary};
 
 /// One cell in which both sides took part.
 struct Compared<'a> {
@@ -12,6 +12,8 @@ struct Compared<'a> {
     ratio: f64,
     /// The same of the 99th percentiles: less is better.
     p99: Option<f64>,
+    /// The rate without a disk divided by that of the best peer, where it was measured: what is left to be won.
+    limit: Option<f64>,
 }
 
 /// Sentences about every way of serving, for the report's notes.
@@ -34,6 +36,13 @@ fn of_way(report: &Report, cells: &[Cell], way: &str) -> Vec<String> {
         all.min,
         worst.cell.name()
     )];
+    let limits: Vec<f64> = compared.iter().filter_map(|one| one.limit).collect();
+    if let Some(limits) = Summary::of(&limits) {
+        said.push(format!(
+            "{way}: without a disk at all / the best peer's: median {:.2}, least {:.2}, most {:.2}",
+            limits.median, limits.min, limits.max
+        ));
+    }
     let behind = |is_behind: &dyn Fn(&Compared<'_>) -> Option<f64>| -> String {
         let behind = compared.iter().filter_map(|one| Some((is_behind(one)?, one)));
         let named = behind.map(|(ratio, one)| format!("{} {ratio:.2}", one.cell.name()));
@@ -60,7 +69,11 @@ fn compare<'a>(report: &'a Report, cell: &'a Cell) -> Option<Compared<'a>> {
         Some((measured, measured.ratio_to(measured.best_peer()?)?.median))
     };
     let (rate, ratio) = ratio_of(&cell.name())?;
-    Some(Compared { cell, rate, ratio, p99: ratio_of(&cell.p99_title()).map(|(_, p99)| p99) })
+    let reference = rate.series.iter().find(|series| series.side == Side::Reference);
+    let limit =
+        reference.zip(rate.best_peer()).and_then(|(limit, peer)| stats::ratio(&limit.samples, &peer.samples));
+    let p99 = ratio_of(&cell.p99_title()).map(|(_, p99)| p99);
+    Some(Compared { cell, rate, ratio, p99, limit: limit.map(|limit| limit.median) })
 }
 
 /// Our rate over four connections divided by that over one, at depth 32: at depth 1 more connections are more depth.
@@ -77,7 +90,7 @@ fn four_to_one(report: &Report, compared: &Compared<'_>) -> Option<f64> {
 mod tests {
     use super::super::cells::table;
     use super::*;
-    use crate::report::{Metric, Side, Unit};
+    use crate::report::{Metric, Unit};
 
     fn report(samples: &[(&str, f64, f64)]) -> (Report, Vec<Cell>) {
         let mut report = Report::new("serve", 1, false);
@@ -87,6 +100,7 @@ mod tests {
             report.record(&metric, "ours", Side::Ours, *ours);
             report.record(&metric, "good", Side::Peer, *theirs);
             report.record(&metric, "bad", Side::Peer, theirs / 2.0);
+            report.record(&metric, "nobody", Side::Reference, theirs * 4.0);
             cells.extend(table().into_iter().find(|cell| cell.name() == *name));
         }
         (report, cells)
@@ -102,6 +116,7 @@ mod tests {
         let said = sentences(&report, &cells).join("\n");
         for words in [
             "over 3 cells: median 1.50, least 0.90 (page-unix-read-1M-d1-c1)",
+            "without a disk at all / the best peer's: median 4.00, least 4.00",
             "slower than the best peer in page-unix-read-1M-d1-c1 0.90",
             "four connections are slower than one in page-unix-randread-4k-d32-c4 0.50",
         ] {
