@@ -6,13 +6,14 @@ use std::io::{BufRead as _, BufReader, Write as _};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use e2e::captured::Captured;
 use e2e::disk;
 use e2e::failing::FileSystem;
 use e2e::lifeboot::{LiveRestore, Repository, lifeboot, status};
-use e2e::process::{Process, run, run_any, run_json};
+use e2e::nbd::Export;
+use e2e::process::{PATIENCE, Process, run, run_any, run_json};
 use e2e::work_dir::WorkDir;
 use serde_json::Value;
 
@@ -216,6 +217,45 @@ fn a_report_that_cannot_be_written_names_the_snapshot_that_was_made() {
     live.park().unwrap();
     check(&[]);
     check(&["--dry-run"]);
+}
+
+#[test]
+fn an_agent_whose_stdout_nobody_reads_serves_answers_and_parks() {
+    let captured = Captured::new("guards-unread", DISK_BYTES, 46).unwrap();
+    let (_reader, writer) = std::io::pipe().unwrap();
+    // Full from the start: not a word fits.
+    let flags = rustix::fs::fcntl_getfl(&writer).unwrap();
+    rustix::fs::fcntl_setfl(&writer, flags | rustix::fs::OFlags::NONBLOCK).unwrap();
+    while rustix::io::write(&writer, &[b'.'; 4096]).is_ok() {}
+    rustix::fs::fcntl_setfl(&writer, flags).unwrap();
+    let mut command = captured.repository.verb("live-restore", &["--json", "vm@latest"]).unwrap();
+    command.arg(&captured.target).arg("--listen").arg(format!("unix:{}", captured.socket.display()));
+    let mut agent = Killed(command.stdout(writer).spawn().unwrap());
+    let begun = Instant::now();
+    while !status(&captured.target).is_ok_and(|status| status["phase"] == "complete") {
+        assert!(begun.elapsed() < PATIENCE && agent.0.try_wait().unwrap().is_none(), "it does not come home");
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    Export::first(&captured.socket).qemu_io(&["write -P 0x12 0 64k", "flush"]).unwrap();
+    let pid = rustix::process::Pid::from_child(&agent.0);
+    rustix::process::kill_process(pid, rustix::process::Signal::TERM).unwrap();
+    while agent.0.try_wait().unwrap().is_none() {
+        assert!(begun.elapsed() < PATIENCE, "it does not end");
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    assert!(agent.0.wait().unwrap().success());
+    assert_eq!(status(&captured.target).unwrap()["pid"], Value::Null);
+}
+
+/// A process that does not outlive its test.
+struct Killed(std::process::Child);
+
+impl Drop for Killed {
+    fn drop(&mut self) {
+        // It has ended where this fails.
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
 }
 
 #[test]

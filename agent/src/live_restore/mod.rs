@@ -285,16 +285,18 @@ impl Verb for Args {
             order.drive = Some(Drive { qmp, device, aio });
         }
         let (home, left) = order.settle(&repository)?;
+        let output = context.output().for_service();
         for home in &home {
-            Narrator::say(mover::say_home(context.output(), home));
+            Narrator::say(mover::say_home(&output, home));
         }
         if left == 0 {
+            Narrator::say(output.settle());
             return Ok(Outcome::Done);
         }
         let running = start(&order, repository, context, &interrupt)?;
         let until = if exit_when_done { Until::Done } else { Until::Told };
-        let narrator = Narrator::new(context.output(), exit_when_done || order.drive.is_some());
-        let mut mover = Mover::new(context.output(), narrator, order.drive.clone());
+        let narrator = Narrator::new(&output, exit_when_done || order.drive.is_some());
+        let mut mover = Mover::new(&output, narrator, order.drive.clone());
         let ended = running.tell(until, &mut mover)?;
         mover.conclude(&ended)
     }

@@ -49,7 +49,7 @@ impl<'a> Mover<'a> {
             return self.narrator.conclude(ended);
         }
         Outcome::Done.once_told(
-            self.narrator.say_report(&ended.statuses),
+            self.narrator.say_report(&ended.statuses).and_then(|()| self.output.settle()),
             "the machine was moved onto its own disks",
             "start it from there from now on",
         )

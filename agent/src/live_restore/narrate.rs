@@ -109,7 +109,7 @@ impl<'a> Narrator<'a> {
 
     /// Says how it ended.
     pub(super) fn conclude(&self, ended: &Ended) -> anyhow::Result<Outcome> {
-        let told = self.tell_end(ended);
+        let told = self.tell_end(ended).and_then(|()| self.output.settle());
         let outcomes: Vec<Outcome> = match ended.end {
             // Its successor says what is to be said of the disks.
             End::TakenOver => Vec::new(),

@@ -5,18 +5,26 @@
 //! document on stdout, JSON lines on stderr, exact numbers. With `-q`, only errors are said.
 
 mod progress;
+mod relay;
 mod table;
 mod text;
 
 use std::fmt;
 use std::io::{self, IsTerminal, Write};
+use std::sync::Arc;
+use std::time::Duration;
 
 use indicatif::MultiProgress;
 use serde::Serialize;
 
+use relay::Relay;
+
 pub use progress::Progress;
 pub use table::{Align, Table};
 pub use text::{human_count, human_duration, human_size, human_time};
+
+/// How long a service that ends waits for whoever reads its stdout.
+const LAST_WORDS: Duration = Duration::from_secs(1);
 
 /// The reader of stdout has closed it: nobody wants the rest.
 #[derive(Debug, thiserror::Error)]
@@ -31,6 +39,8 @@ pub struct Output {
     stdout_terminal: bool,
     stderr_terminal: bool,
     bars: MultiProgress,
+    /// Writes to stdout for a service.
+    relay: Option<Arc<Relay>>,
 }
 
 impl Output {
@@ -43,7 +53,28 @@ impl Output {
             stdout_terminal: io::stdout().is_terminal(),
             stderr_terminal: io::stderr().is_terminal(),
             bars: MultiProgress::new(),
+            relay: None,
         }
+    }
+
+    /// The same for a service: where stdout is no terminal, a reader who does not read holds up nothing but what it would read.
+    /// At the end, [`Self::settle`] waits for it.
+    #[must_use]
+    pub fn for_service(&self) -> Self {
+        let mut output = self.clone();
+        if !self.stdout_terminal {
+            // Without another thread it is as it was.
+            output.relay = Relay::start(io::stdout()).ok().map(Arc::new);
+        }
+        output
+    }
+
+    /// Waits until all that a service said on stdout is written, for a moment at most.
+    ///
+    /// # Errors
+    /// As [`Self::document`]; [`StdoutClosed`] where nobody reads it, too.
+    pub fn settle(&self) -> anyhow::Result<()> {
+        told(self.relay.as_ref().map_or(Ok(()), |relay| relay.settle(LAST_WORDS)))
     }
 
     /// Whether `--json` was given.
@@ -161,11 +192,10 @@ impl Output {
             stdout.write_all(bytes)?;
             stdout.flush()
         };
-        match self.bars.suspend(write) {
-            Ok(()) => Ok(()),
-            Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Err(StdoutClosed.into()),
-            Err(error) => Err(anyhow::Error::from(error).context("cannot write to stdout")),
-        }
+        told(match &self.relay {
+            Some(relay) => relay.write(bytes),
+            None => self.bars.suspend(write),
+        })
     }
 
     /// Something that the user should know though the work goes on: on stderr, nothing with `-q`.
@@ -225,6 +255,17 @@ impl Output {
     /// Whoever closed stderr does not want to know; there is nobody left to tell that.
     fn stderr(&self, text: &[u8]) {
         let _ = self.bars.suspend(|| io::stderr().write_all(text));
+    }
+}
+
+/// How writing to stdout went.
+fn told(written: io::Result<()>) -> anyhow::Result<()> {
+    match written {
+        Ok(()) => Ok(()),
+        Err(error) if matches!(error.kind(), io::ErrorKind::BrokenPipe | io::ErrorKind::TimedOut) => {
+            Err(StdoutClosed.into())
+        }
+        Err(error) => Err(anyhow::Error::from(error).context("cannot write to stdout")),
     }
 }
 

@@ -17,6 +17,7 @@ use repository::Repository;
 use serde::Serialize;
 
 use crate::cli::{Context, Outcome, UsageError, Verb};
+use crate::output::Output;
 use crate::source::{FetchPool, RepositoryStore, SourceArgs};
 use crate::trace::look_for_the_last_time;
 
@@ -99,7 +100,12 @@ impl Verb for Args {
         let server = Server::bind(&addresses, exports, options)?;
         let shards = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
         let handle = server.run(shards, engine)?;
-        say_ready(context, &handle, &sizes, secure)?;
+        if let Err(error) = say_ready(&context.output().for_service(), &handle, &sizes, secure) {
+            // Clients come all the same.
+            tracing::debug!(error = format_args!("{error:#}"), "nobody listens");
+        }
+        // Without systemd there is nobody to tell.
+        let _ = sd_notify::notify(&[sd_notify::NotifyState::Ready]);
         let mut looked_at = Instant::now();
         while !interrupt.is_raised() {
             std::thread::sleep(TICK);
@@ -117,12 +123,11 @@ impl Verb for Args {
 }
 
 fn say_ready(
-    context: &Context,
+    output: &Output,
     handle: &ServerHandle,
     exports: &[(String, u64)],
     secure: bool,
 ) -> anyhow::Result<()> {
-    let output = context.output();
     let lines: Vec<ExportLine> = exports
         .iter()
         .map(|(name, size)| ExportLine {
@@ -137,8 +142,5 @@ fn say_ready(
             output.line(format_args!("{}  {}  {uri}", line.name, crate::output::human_size(line.size)))?;
         }
     }
-    output.line("serving; Ctrl-C ends it")?;
-    // Without systemd there is nobody to tell.
-    let _ = sd_notify::notify(&[sd_notify::NotifyState::Ready]);
-    Ok(())
+    output.line("serving; Ctrl-C ends it")
 }
