@@ -39,12 +39,12 @@ pub struct ListenArgs {
     pub max_half_open: u32,
 
     /// How long a handshake may take, TLS included
-    #[arg(long, value_name = "TIME", default_value = "10s", value_parser = parse_time)]
+    #[arg(long, value_name = "TIME", default_value = "10s", value_parser = parse_bound)]
     pub handshake_timeout: Duration,
 
     /// How long a client may take none of its replies, or send nothing of what it announced. Where another client
     /// waits for that memory it is 30 s. A QEMU whose process is stopped for longer needs reconnect-delay
-    #[arg(long, value_name = "TIME", default_value = "1h", value_parser = parse_time)]
+    #[arg(long, value_name = "TIME", default_value = "1h", value_parser = parse_bound)]
     pub stall_timeout: Duration,
 
     /// Whether and with what clients are served over TLS.
@@ -110,13 +110,26 @@ fn parse_mode(text: &str) -> Result<u32, String> {
     }
 }
 
-/// A time with its unit, which is not zero.
-fn parse_time(text: &str) -> Result<Duration, String> {
-    let wrong = || format!("{text:?} is no time: write a number with a unit, like 5ms, 30s or 2m");
-    let time: jiff::SignedDuration = text.parse().map_err(|_| wrong())?;
-    // Timers do not reach further.
+/// Reads a time with its unit: `5ms`, `30s`, `2m`; and `0`.
+///
+/// # Errors
+/// A sentence for the user where it is none, or is negative.
+pub fn parse_time(text: &str) -> Result<Duration, String> {
+    if text.trim() == "0" {
+        return Ok(Duration::ZERO);
+    }
+    let time: Option<jiff::SignedDuration> = text.parse().ok();
+    time.and_then(|time| Duration::try_from(time).ok()).ok_or_else(|| no_time(text))
+}
+
+/// The same of what bounds something: not zero, and no longer than timers reach.
+fn parse_bound(text: &str) -> Result<Duration, String> {
     let most = Duration::from_secs(365 * 24 * 3600);
-    Duration::try_from(time).ok().filter(|time| !time.is_zero() && *time <= most).ok_or_else(wrong)
+    Some(parse_time(text)?).filter(|time| !time.is_zero() && *time <= most).ok_or_else(|| no_time(text))
+}
+
+fn no_time(text: &str) -> String {
+    format!("{text:?} is no time: write a number with a unit, like 5ms, 30s or 2m")
 }
 
 #[cfg(test)]
@@ -134,6 +147,23 @@ mod tests {
     fn parse(arguments: &[&str]) -> Result<ListenArgs, clap::Error> {
         let arguments = std::iter::once(&"program").chain(arguments);
         Program::try_parse_from(arguments).map(|program| program.listen)
+    }
+
+    #[test]
+    fn times_are_read_with_their_units() {
+        for (text, time) in [
+            ("5ms", Duration::from_millis(5)),
+            ("0s", Duration::ZERO),
+            ("0", Duration::ZERO),
+            ("30s", Duration::from_secs(30)),
+            ("2m", Duration::from_secs(120)),
+            ("1h 30m", Duration::from_secs(5400)),
+        ] {
+            assert_eq!(parse_time(text), Ok(time), "{text}");
+        }
+        for text in ["", "5", "-5ms", "soon"] {
+            assert!(parse_time(text).is_err(), "{text}");
+        }
     }
 
     #[test]

@@ -24,13 +24,13 @@ use std::ffi::OsString;
 use std::path::PathBuf;
 use std::time::Duration;
 
+use nbd_server::args::parse_time;
 use nbd_server::{LateRequests, ListenAddress, ServerOptions};
 use repository::Repository;
 
 use crate::cli::{Context, Failure, Interrupt, Outcome, UsageError, Verb};
 use crate::live_restore::{SessionArgs, Until, paths, start};
 use crate::pivot::Aio;
-use crate::source::parse_time;
 use machine::Machine;
 use sockets::Sockets;
 use watch::BootWatcher;

@@ -54,14 +54,14 @@ use std::time::Duration;
 
 use anyhow::Context as _;
 use block::{Engine, IoEngine};
-use nbd_server::args::ListenArgs;
+use nbd_server::args::{ListenArgs, parse_time};
 use nbd_server::{LateRequests, ListenAddress, ServerOptions};
 use repository::Repository;
 
 use crate::cli::{Context, Outcome, Rate, UsageError, Verb};
 use crate::live::SessionOptions;
 use crate::pivot::{Aio, Drive};
-use crate::source::{SourceArgs, parse_time};
+use crate::source::SourceArgs;
 use mover::Mover;
 use narrate::Narrator;
 

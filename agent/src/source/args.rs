@@ -2,6 +2,8 @@
 
 use std::time::Duration;
 
+use nbd_server::args::parse_time;
+
 use super::{PoolOptions, SourcePace};
 use crate::cli::{Rate, Size};
 
@@ -72,41 +74,6 @@ impl SourceArgs {
             cache_bytes: self.cache_memory.0,
             pace: self.pace.pace(),
             ..PoolOptions::default()
-        }
-    }
-}
-
-/// Reads a time with its unit: `5ms`, `30s`, `2m`.
-///
-/// # Errors
-/// A sentence for the user where it is none, or is negative.
-pub fn parse_time(text: &str) -> Result<Duration, String> {
-    let wrong = || format!("{text:?} is no time: write a number with a unit, like 5ms, 30s or 2m");
-    if text.trim() == "0" {
-        return Ok(Duration::ZERO);
-    }
-    let time: jiff::SignedDuration = text.parse().map_err(|_| wrong())?;
-    Duration::try_from(time).map_err(|_| wrong())
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn times_are_read_with_their_units() {
-        for (text, time) in [
-            ("5ms", Duration::from_millis(5)),
-            ("0s", Duration::ZERO),
-            ("0", Duration::ZERO),
-            ("30s", Duration::from_secs(30)),
-            ("2m", Duration::from_secs(120)),
-            ("1h 30m", Duration::from_secs(5400)),
-        ] {
-            assert_eq!(parse_time(text), Ok(time), "{text}");
-        }
-        for text in ["", "5", "-5ms", "soon"] {
-            assert!(parse_time(text).is_err(), "{text}");
         }
     }
 }

@@ -29,7 +29,7 @@ mod throttle;
 mod troubles;
 mod window;
 
-pub use args::{PaceArgs, SourceArgs, parse_time};
+pub use args::{PaceArgs, SourceArgs};
 pub use chunk_store::{ChunkStore, Decode, Key, Placed, Undecoded};
 pub use disk::{DiskSource, ZeroChunks};
 pub use fallback::{FallbackUse, Fallbacks};
