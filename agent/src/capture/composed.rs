@@ -44,9 +44,7 @@ impl Composed<'_> {
         let mut backup_of = Vec::new();
         for (source, scan) in self.sources.iter().zip(scans) {
             let Scan::Served { dir, session } = scan else {
-                return Err(
-                    refuse(&format!("{} is not served, and others are", source.path().display())).into()
-                );
+                return Err(refuse(&format!("{source} is not served, and others are")).into());
             };
             agent.get_or_insert(dir);
             backup_of.push((session.clone(), source.name.to_string()));
@@ -85,7 +83,7 @@ impl Composed<'_> {
         let mut rests = Vec::new();
         for (source, scan) in self.sources.iter().zip(scans) {
             let Scan::Changed(rest) = scan else {
-                return Err(refuse(&format!("{} cannot be captured", source.path().display())).into());
+                return Err(refuse(&format!("{source} cannot be captured")).into());
             };
             rests.push(&**rest);
         }

@@ -57,11 +57,23 @@ impl Container {
         let path = path.display();
         match self.converts {
             Some(format) => format!(
-                "attach it with `qemu-nbd --read-only --format={format} --connect=/dev/nbd0 {path}` and capture \
-                 /dev/nbd0, or make a raw file of it with `qemu-img convert -f {format} -O raw {path} disk.raw`; \
-                 --as-raw captures the image file itself"
+                "serve it with `qemu-nbd --read-only --format={format} --socket=/tmp/disk.sock {path}` and capture \
+                 'nbd+unix:///?socket=/tmp/disk.sock', or make a raw file of it with `qemu-img convert -f {format} -O raw {path} \
+                 disk.raw`; --as-raw captures the image file itself"
             ),
             None => format!("decompress it first; --as-raw captures {path} as it is"),
+        }
+    }
+
+    /// The same of an export that holds it.
+    pub(crate) fn advice_for_export(self) -> String {
+        match self.converts {
+            Some(format) => format!(
+                "have its server open the image as what it is, as `qemu-nbd --read-only --format={format} …` does; --as-raw captures \
+                 the image file itself"
+            ),
+            None => "have its server serve the decompressed disk, as nbdkit's filters gzip and xz do; --as-raw captures it as it is"
+                .to_owned(),
         }
     }
 }

@@ -1,6 +1,8 @@
 //! `lifeboot capture`: disks into a repository.
 
 mod composed;
+mod export;
+mod file;
 mod format;
 mod order;
 mod pipeline;
@@ -14,7 +16,7 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
-use block::{Engine, FileOptions, IoEngine};
+use block::{Engine, IoEngine};
 use repository::{
     CaptureOptions, CaptureWriter, ChunkEncoder, Consistency, DiskMap, DiskName, DiskWriter, GroupName,
     MAX_NOTE_LEN, MAX_PLAIN_LEN, Repository, Snapshot, SnapshotMeta,
@@ -34,7 +36,7 @@ use source::{Source, SourceArg};
 
 /// Take a snapshot of one or more disks
 ///
-/// Reads raw disk images and block devices. What the repository has already is not stored again, so a
+/// Reads raw disk images, block devices and NBD exports. What the repository has already is not stored again, so a
 /// second capture of a disk costs what has changed. Nothing of a capture can be seen until it is complete. Of the
 /// target of a live-restore only what its guest wrote is read, where that is known for certain: while an agent serves it, and
 /// after it was parked; all else is as in the snapshot that it restores.
@@ -44,15 +46,23 @@ Examples:
   lifeboot capture -r /backup web01 /var/lib/libvirt/images/web01.raw
   lifeboot capture -r /backup db root=/dev/vg/db-root data=/dev/vg/db-data \\
       --attach db.xml
+  lifeboot capture -r /backup web01 'nbd+unix:///?socket=/run/web01.sock'
+  lifeboot capture -r /backup db \\
+      root='nbds://db.example/root?tls-certificates=/etc/lifeboot/db'
 
 Disks without a NAME are called disk0, disk1, … by their place. A source is
 read through the page cache if it is there already, and around it otherwise.
+Of an NBD export what reads as zeroes is not read where its server tells; what
+is written to it meanwhile is not noticed: have it serve a disk that nobody
+writes to. An image that is no raw disk is captured through a server that knows
+it, such as `qemu-nbd --read-only --format=qcow2 --socket=PATH IMAGE`.
 Ctrl-C leaves nothing behind; exit code 130.")]
 pub struct Args {
     /// The group: the machine whose disks these are
     group: String,
 
-    /// A raw disk image or a block device; `./a=b` for a file with = in its name
+    /// A raw disk image, a block device, or an NBD URI (nbd://HOST:PORT/EXPORT, nbd+unix:///EXPORT?socket=PATH, with TLS nbds://, nbds+unix://);
+    /// `./a=b` for a file with = in its name
     #[arg(required = true, value_name = "[NAME=]SOURCE")]
     sources: Vec<SourceArg>,
 
@@ -102,7 +112,7 @@ struct Report<'a> {
 #[derive(Serialize)]
 struct ReportedDisk<'a> {
     name: &'a str,
-    source: &'a Path,
+    source: String,
     size_bytes: u64,
     chunk_size_bytes: u32,
     /// Chunks that were looked at, of a live-restore's target of which not all had to be.
@@ -132,7 +142,7 @@ impl Verb for Args {
         let interrupt = context.interrupt()?;
         let sources = named
             .into_iter()
-            .map(|(name, path)| Source::open(name, path, self.as_raw))
+            .map(|(name, place)| Source::open(name, place, self.as_raw, &interrupt))
             .collect::<anyhow::Result<Vec<_>>>()?;
         let wish = session::Wish {
             repository: &repository,
@@ -151,7 +161,7 @@ impl Verb for Args {
 
         for (source, scan) in sources.iter().zip(&scans) {
             if let Scan::Whole { why: Some(why) } = scan {
-                context.output().announce(format_args!("full scan of {}: {why}", source.path().display()));
+                context.output().announce(format_args!("full scan of {source}: {why}"));
             }
         }
         let composed = Composed {
@@ -179,14 +189,18 @@ impl Verb for Args {
             .zip(&disks)
             .zip(&scans)
             .map(|((source, disk), scan)| {
-                let options = FileOptions::new(engine).direct(reader::how_to_read(source));
-                let plan = Plan::new(source, disk.chunk_size(), options)?;
+                let plan = Plan::new(source, disk.chunk_size(), engine)?;
                 Ok(match scan {
                     Scan::Changed(rest) => plan.only(&session::runs(rest)),
                     Scan::Whole { .. } | Scan::Served { .. } => plan,
                 })
             })
             .collect::<anyhow::Result<Vec<_>>>()?;
+        for (source, plan) in sources.iter().zip(&plans) {
+            if let Some(why) = &plan.why_more {
+                context.output().announce(format_args!("all of {source} is read, zeroes too: {why}"));
+            }
+        }
         let looked_at: Vec<Option<u64>> = plans
             .iter()
             .zip(&scans)
@@ -301,9 +315,8 @@ fn changes(sources: &[Source]) -> anyhow::Result<Vec<String>> {
     for source in sources {
         if let Some(how) = source.change()? {
             warnings.push(format!(
-                "{} ({}) changed while it was captured: {how}; the snapshot may hold a state that never was",
+                "{} ({source}) changed while it was captured: {how}; the snapshot may hold a state that never was",
                 source.name,
-                source.path().display()
             ));
         }
     }
@@ -325,7 +338,7 @@ fn report(
         manifest.disks.iter().zip(sources).zip(looked_at).map(|((disk, source), looked_at)| ReportedDisk {
             chunks_looked_at: *looked_at,
             name: disk.name.as_str(),
-            source: source.path(),
+            source: source.to_string(),
             size_bytes: disk.size,
             chunk_size_bytes: disk.chunk_size,
             data_chunks: disk.stats.data_chunks,

@@ -1,16 +1,18 @@
 //! Reading the sources in order, several pieces at once, into buffers that come back when their contents
 //! have been put away: those bound how much a capture holds in memory.
 
-use std::os::fd::AsFd;
+use std::os::fd::AsFd as _;
 use std::rc::Rc;
-use std::sync::mpsc;
+use std::sync::{Arc, mpsc};
 
-use block::{AlignedBuf, BlockDevice, ByteRange, DirectIo, FileDisk, FileOptions, OpenDevice};
+use block::{AlignedBuf, BlockDevice, ByteRange, DirectIo, Engine, FileDisk, FileOptions, OpenDevice};
 use rustix::io::ReadWriteFlags;
 use tokio::task::JoinSet;
 
+use super::export::{Data, ExportReader, ExportSource};
+use super::file::FileSource;
 use super::pipeline::Feed;
-use super::source::Source;
+use super::source::{Contents, Source};
 
 /// Bytes of a piece, unless a chunk is longer: so many that the chunks of one are hashed side by side.
 pub(crate) const PIECE_LEN: usize = 2 << 20;
@@ -30,23 +32,55 @@ pub(crate) struct Piece {
 /// A disk as the reader sees it.
 #[derive(Debug)]
 pub(super) struct Plan {
-    pub(super) file: FileDisk,
+    disk: Disk,
     pub(super) chunk_size: u32,
     /// The chunks that may hold data, in order.
     pub(super) data: Vec<std::ops::Range<u64>>,
     /// The chunks that are zeroes without being read, in order.
     pub(super) holes: Vec<std::ops::Range<u64>>,
+    /// Why more is read than is known to be data.
+    pub(super) why_more: Option<String>,
     size: u64,
+}
+
+/// What a disk is read from.
+#[derive(Debug)]
+enum Disk {
+    File(FileDisk),
+    Export(Arc<ExportSource>),
+}
+
+/// The same, for the thread that reads.
+#[derive(Clone)]
+enum Device {
+    File(Rc<dyn BlockDevice>),
+    Export(Rc<ExportReader>),
 }
 
 impl Plan {
     /// Opens the source for bulk reading, and finds its holes.
-    pub(super) fn new(source: &Source, chunk_size: u32, options: FileOptions) -> anyhow::Result<Self> {
-        let file = FileDisk::open(source.path(), options.read_only(true))?;
-        let whole = ByteRange::from_bounds(0, source.size.min(file.size()));
-        let data = chunk_runs(&file.data_ranges(whole)?, u64::from(chunk_size));
+    pub(super) fn new(source: &Source, chunk_size: u32, engine: Engine) -> anyhow::Result<Self> {
+        let (disk, data) = match &source.contents {
+            Contents::File(file) => {
+                let options = FileOptions::new(engine).direct(how_to_read(file)).read_only(true);
+                let disk = FileDisk::open(file.path(), options)?;
+                let whole = ByteRange::from_bounds(0, source.size.min(disk.size()));
+                let data = Data { ranges: disk.data_ranges(whole)?, why_more: None };
+                (Disk::File(disk), data)
+            }
+            Contents::Export(export) => (Disk::Export(Arc::clone(export)), export.data()?),
+        };
+        let Data { ranges, why_more } = data;
+        let data = chunk_runs(&ranges, u64::from(chunk_size));
         let holes = between(&data, source.size.div_ceil(u64::from(chunk_size)));
-        Ok(Self { file, chunk_size, data, holes, size: source.size })
+        Ok(Self { disk, chunk_size, data, holes, why_more, size: source.size })
+    }
+
+    fn open(&self) -> anyhow::Result<Device> {
+        Ok(match &self.disk {
+            Disk::File(file) => Device::File(file.open()?),
+            Disk::Export(export) => Device::Export(Rc::new(export.reader(self.data_bytes())?)),
+        })
     }
 
     /// Looks at these chunks alone: in order, neither touching nor overlapping.
@@ -107,15 +141,15 @@ fn chunk_runs(ranges: &[ByteRange], chunk_size: u64) -> Vec<std::ops::Range<u64>
     runs
 }
 
-/// How to read a source: through the page cache if most of it is there already, around it if not, so
+/// How to read a file: through the page cache if most of it is there already, around it if not, so
 /// that a large cold disk neither pushes everything else out of memory nor pays for a copy.
-pub(super) fn how_to_read(source: &Source) -> DirectIo {
+fn how_to_read(source: &FileSource) -> DirectIo {
     const SAMPLES: u64 = 32;
     let mut byte = [0; 1];
     let mut cached = 0;
     let mut holding = 0;
     for sample in 0..SAMPLES {
-        let at = source.size / SAMPLES * sample;
+        let at = source.size() / SAMPLES * sample;
         // A hole tells nothing; take the next data after it.
         let Ok(at) = rustix::fs::seek(source.as_fd(), rustix::fs::SeekFrom::Data(at)) else { continue };
         holding += 1;
@@ -142,7 +176,7 @@ pub(super) async fn read_all(plans: &[Plan], sources: &[Source], feed: Feed<'_>)
     let mut sequence = 0;
     let mut reads = JoinSet::new();
     for (disk, (plan, source)) in plans.iter().zip(sources).enumerate() {
-        let device = plan.file.open()?;
+        let device = plan.open()?;
         for (first_chunk, range) in pieces_of(plan, source.size) {
             stop.check()?;
             // Reads that failed keep their buffers until they are looked at: wait for both.
@@ -155,7 +189,7 @@ pub(super) async fn read_all(plans: &[Plan], sources: &[Source], feed: Feed<'_>)
             let Some(Some(mut bytes)) = free else { return stop.check() };
             bytes.set_len(usize::try_from(range.len()).expect("a piece is a few MiB"));
             let piece = Piece { sequence, disk, first_chunk, bytes, left_out: Vec::new() };
-            reads.spawn_local(read_one(Rc::clone(&device), range, piece, pieces.clone()));
+            reads.spawn_local(read_one(device.clone(), range, piece, pieces.clone()));
             sequence += 1;
         }
     }
@@ -166,21 +200,31 @@ pub(super) async fn read_all(plans: &[Plan], sources: &[Source], feed: Feed<'_>)
 }
 
 /// A read that failed, with what it was to fill.
-type Failed = (block::Error, ByteRange, Piece);
+struct Failed {
+    error: anyhow::Error,
+    range: ByteRange,
+    piece: Piece,
+}
 
 async fn read_one(
-    device: Rc<dyn BlockDevice>,
+    device: Device,
     range: ByteRange,
     mut piece: Piece,
     pieces: mpsc::Sender<Piece>,
 ) -> Result<(), Box<Failed>> {
     let bytes = std::mem::replace(&mut piece.bytes, AlignedBuf::zeroed(0));
-    let (result, bytes) = device.read(range.start(), bytes).await;
-    piece.bytes = bytes;
+    let result = match device {
+        Device::File(device) => {
+            let (result, bytes) = device.read(range.start(), bytes).await;
+            piece.bytes = bytes;
+            result.map_err(anyhow::Error::from)
+        }
+        Device::Export(export) => export.read(range.start(), bytes).await.map(|bytes| piece.bytes = bytes),
+    };
     match result {
         // Nobody takes pieces any more only after a failure, which is told elsewhere.
         Ok(()) => drop(pieces.send(piece)),
-        Err(error) => return Err(Box::new((error, range, piece))),
+        Err(error) => return Err(Box::new(Failed { error, range, piece })),
     }
     Ok(())
 }
@@ -191,17 +235,19 @@ fn finished(
     pieces: &mpsc::Sender<Piece>,
 ) -> anyhow::Result<()> {
     let Err(failed) = read? else { return Ok(()) };
-    let (error, range, mut piece) = *failed;
-    // A source that became shorter is captured with zeroes at its end; that it changed is found and said later.
+    let Failed { error, range, mut piece } = *failed;
     let source = &sources[piece.disk];
-    let size = source.size_now()?;
+    // Of an export, the error itself says where it is.
+    let Contents::File(file) = &source.contents else {
+        return Err(error.context(format!("cannot read {range} of {}", source.name)));
+    };
+    // A source that became shorter is captured with zeroes at its end; that it changed is found and said later.
+    let size = file.size_now()?;
     if size >= range.end() {
-        return Err(
-            anyhow::Error::from(error).context(format!("cannot read {range} of {}", source.path().display()))
-        );
+        return Err(error.context(format!("cannot read {range} of {source}")));
     }
     let left = usize::try_from(size.saturating_sub(range.start())).expect("less than a piece");
-    let read = source.read_up_to(&mut piece.bytes[..left], range.start())?;
+    let read = file.read_up_to(&mut piece.bytes[..left], range.start())?;
     piece.bytes[read..].fill(0);
     drop(pieces.send(piece));
     Ok(())
@@ -254,9 +300,10 @@ mod tests {
         let path = dir.path().join("d.raw");
         let bytes = vec![7; 4 * PIECE_LEN];
         std::fs::write(&path, &bytes).unwrap();
-        let source = Source::open("root".parse().unwrap(), path.clone(), false).unwrap();
-        let options = FileOptions::new(block::Engine::THREADS).direct(DirectIo::Off);
-        let plan = Plan::new(&source, 65536, options).unwrap();
+        let interrupt = crate::cli::Interrupt::default();
+        let place = crate::capture::source::Place::File(path.clone());
+        let source = Source::open("root".parse().unwrap(), place, false, &interrupt).unwrap();
+        let plan = Plan::new(&source, 65536, Engine::THREADS).unwrap();
         std::fs::File::options().write(true).open(&path).unwrap().set_len(100).unwrap();
         let (piece_sender, pieces) = mpsc::channel::<Piece>();
         let (free, freed) = local::unbounded_channel();
@@ -270,11 +317,11 @@ mod tests {
             }
             read
         });
-        let stop = crate::capture::Stop::new(crate::cli::Interrupt::default());
+        let stop = crate::capture::Stop::new(interrupt);
         let (plans, sources) = ([plan], [source]);
         let feed = Feed { buffers: 2, pieces: piece_sender, freed, free, stop: &stop };
         let reading = read_all(&plans, &sources, feed);
-        block::Engine::THREADS.run(reading).unwrap();
+        Engine::THREADS.run(reading).unwrap();
         let read = consumer.join().unwrap();
         assert!(read[..100] == bytes[..100] && read[100..].iter().all(|byte| *byte == 0));
     }

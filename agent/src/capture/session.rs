@@ -6,7 +6,7 @@
 //!
 //! | the session | what is read |
 //! |---|---|
-//! | none | the whole source; refused where somebody holds a lock on it like an agent's |
+//! | none, or the source is an NBD export | the whole source; refused where somebody holds a lock on it like an agent's |
 //! | served by an agent | the chunks of `G`, by the agent, of a frozen view |
 //! | parked, and nobody has written to the target since (`parked.json`) | the chunks of `G`; of those that are not wholly home, the rest comes from the repository |
 //! | any other that is wholly home: its agent was killed, the target was written to, its snapshot is in another repository | the whole source, and why is said |
@@ -55,17 +55,18 @@ pub(super) struct Wish<'a> {
 /// # Errors
 /// Where what must be read cannot be had, or it is not known.
 pub(super) fn scan(source: &Source, wish: &Wish<'_>) -> anyhow::Result<Scan> {
-    let state = StateDir::of(source.path(), wish.state)?;
+    let Some(path) = source.path() else { return Ok(Scan::Whole { why: None }) };
+    let state = StateDir::of(path, wish.state)?;
     let unknown = || {
         format!(
             "it is not known whether the live-restore in {} has filled the source {}",
             state.path().display(),
-            source.path().display()
+            path.display()
         )
     };
     let record = state.record().with_context(unknown)?.filter(SessionRecord::was_begun);
     let Some(record) = record else {
-        check_unlocked(source)?;
+        check_unlocked(path)?;
         return Ok(Scan::Whole { why: None });
     };
     if record.handed_over {
@@ -79,7 +80,7 @@ pub(super) fn scan(source: &Source, wish: &Wish<'_>) -> anyhow::Result<Scan> {
         Some(status) => status,
         None => live_restore::stopped_status(&state, &record).with_context(unknown)?,
     };
-    let session = Session { source, state: &state, record: &record, status: &status };
+    let session = Session { source, path, state: &state, record: &record, status: &status };
     if wish.full {
         return session.whole(None);
     }
@@ -97,10 +98,10 @@ pub(super) fn scan(source: &Source, wish: &Wish<'_>) -> anyhow::Result<Scan> {
 
 /// Fails where somebody holds the lock that an agent holds on the target of its session. That session is known by another name
 /// of the source, or kept elsewhere: what of the source is home is not known here.
-fn check_unlocked(source: &Source) -> anyhow::Result<()> {
-    let path = source.path().display();
+fn check_unlocked(path: &Path) -> anyhow::Result<()> {
     let file =
-        std::fs::File::open(source.path()).with_context(|| format!("cannot read the source {path}"))?;
+        std::fs::File::open(path).with_context(|| format!("cannot read the source {}", path.display()))?;
+    let path = path.display();
     match file.try_lock_shared() {
         Ok(()) => Ok(()),
         Err(TryLockError::WouldBlock) => Err(Failure::new(
@@ -119,6 +120,7 @@ fn check_unlocked(source: &Source) -> anyhow::Result<()> {
 
 struct Session<'a> {
     source: &'a Source,
+    path: &'a Path,
     state: &'a StateDir,
     record: &'a SessionRecord,
     status: &'a Status,
@@ -144,7 +146,7 @@ impl Session<'_> {
 
     /// The session at rest, where `G` leaves nothing out; else why it may.
     fn changed(&self, wish: &Wish<'_>) -> anyhow::Result<Result<Rest, String>> {
-        let path = live_restore::absolute(self.source.path())?;
+        let path = live_restore::absolute(self.path)?;
         let rest =
             Rest::open(self.state, self.record, &path, wish.repository, wish.engine, false, wish.interrupt);
         let rest = match rest {
@@ -168,8 +170,8 @@ impl Session<'_> {
         if self.status.phase == Phase::Complete {
             return Ok(Scan::Whole { why });
         }
-        let Self { source, state, status, .. } = self;
-        let path = source.path().display();
+        let Self { path, state, status, .. } = self;
+        let path = path.display();
         let why = why.map_or_else(String::new, |why| {
             format!(", and what its guest wrote is not known for certain: {why}")
         });

@@ -1,50 +1,74 @@
-//! What a capture reads: named sources, checked before anything is read, and watched for changes meanwhile.
+//! What a capture reads: named sources, checked before anything is read.
 
-use std::fs::{File, Metadata};
-use std::os::fd::{AsFd, BorrowedFd};
-use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt};
+use std::fmt;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
+use std::sync::Arc;
 
 use anyhow::Context as _;
+use nbd_server::client::NbdUri;
 use repository::DiskName;
 
+use super::export::ExportSource;
+use super::file::FileSource;
 use super::format;
-use crate::cli::Failure;
+use crate::cli::{Failure, Interrupt};
 
 /// `[NAME=]SOURCE` on the command line.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct SourceArg {
     name: Option<DiskName>,
-    path: PathBuf,
+    place: Place,
+}
+
+/// Where a source is.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) enum Place {
+    File(PathBuf),
+    /// An export, with its URI as it was written.
+    Export(Box<NbdUri>, String),
 }
 
 impl FromStr for SourceArg {
     type Err = String;
 
-    /// What stands before the first `=` is a name, unless it has a slash: `./a=b` is a path.
+    /// What stands before the first `=` is a name, unless it has a slash, as a path or a URI has: `./a=b`.
     fn from_str(text: &str) -> Result<Self, Self::Err> {
         if text.is_empty() {
-            return Err("a source is a file or a block device".to_owned());
+            return Err("a source is a file, a block device or an NBD URI".to_owned());
         }
-        let (name, path) = match text.split_once('=') {
-            Some((name, path)) if !name.contains('/') => {
+        let (name, place) = match text.split_once('=') {
+            Some((name, place)) if !name.contains('/') => {
                 let name = name
                     .parse::<DiskName>()
                     .map_err(|error| format!("{error}; to name a file with = in its name, write ./{text}"))?;
-                (Some(name), path)
+                (Some(name), place)
             }
             _ => (None, text),
         };
-        if path.is_empty() {
+        if place.is_empty() {
             return Err("there is no source after the =".to_owned());
         }
-        if let Some((scheme, _)) = path.split_once("://") {
-            return Err(format!(
-                "sources of the kind {scheme}:// are not supported yet: name a file or a block device"
-            ));
-        }
-        Ok(Self { name, path: path.into() })
+        let place = match place.split_once("://") {
+            Some((scheme, _)) if !scheme.contains('/') => {
+                if !scheme.starts_with("nbd") {
+                    return Err(format!(
+                        "sources of the kind {scheme}:// are not supported: name a file, a block device or an NBD URI"
+                    ));
+                }
+                let uri: NbdUri = place.parse().map_err(|error: nbd_server::Error| error.to_string())?;
+                Place::Export(Box::new(uri), place.to_owned())
+            }
+            // As QEMU's older file names are.
+            None if place.starts_with("nbd:") => {
+                return Err(format!(
+                    "\"{place}\" is no NBD URI: write nbd://HOST:PORT/EXPORT or nbd+unix:///EXPORT?socket=PATH (or ./{place}, if \
+                     it is a file)"
+                ));
+            }
+            _ => Place::File(place.into()),
+        };
+        Ok(Self { name, place })
     }
 }
 
@@ -52,8 +76,8 @@ impl FromStr for SourceArg {
 ///
 /// # Errors
 /// Where two sources have one name.
-pub(super) fn name_all(sources: Vec<SourceArg>) -> Result<Vec<(DiskName, PathBuf)>, String> {
-    let mut named: Vec<(DiskName, PathBuf)> = Vec::with_capacity(sources.len());
+pub(super) fn name_all(sources: Vec<SourceArg>) -> Result<Vec<(DiskName, Place)>, String> {
+    let mut named: Vec<(DiskName, Place)> = Vec::with_capacity(sources.len());
     for (index, source) in sources.into_iter().enumerate() {
         let name = match source.name {
             Some(name) => name,
@@ -62,7 +86,7 @@ pub(super) fn name_all(sources: Vec<SourceArg>) -> Result<Vec<(DiskName, PathBuf
         if named.iter().any(|(other, _)| *other == name) {
             return Err(format!("two disks are called {name}: give them names, like root=a.raw data=b.raw"));
         }
-        named.push((name, source.path));
+        named.push((name, source.place));
     }
     Ok(named)
 }
@@ -71,144 +95,105 @@ pub(super) fn name_all(sources: Vec<SourceArg>) -> Result<Vec<(DiskName, PathBuf
 #[derive(Debug)]
 pub(super) struct Source {
     pub(super) name: DiskName,
-    path: PathBuf,
     pub(super) size: u64,
-    file: File,
-    state: State,
+    pub(super) contents: Contents,
 }
 
-/// What would be different if somebody had written to the source.
-#[derive(Clone, Debug, PartialEq, Eq)]
-enum State {
-    File {
-        size: u64,
-        modified: (i64, i64),
-    },
-    /// `written` counts the requests to write that the kernel has done; `None` where it does not count.
-    Device {
-        size: u64,
-        written: Option<u64>,
-    },
+/// What a source's bytes come from.
+#[derive(Debug)]
+pub(super) enum Contents {
+    File(FileSource),
+    Export(Arc<ExportSource>),
 }
 
 impl Source {
-    /// Opens a source for reading, and remembers what state it is in.
+    /// Opens a source for reading.
     ///
     /// # Errors
     /// Where it cannot be read, is empty, or is not the bytes of a disk (unless `as_raw`).
-    pub(super) fn open(name: DiskName, path: PathBuf, as_raw: bool) -> anyhow::Result<Self> {
-        let shown = path.display();
-        // Before it is opened: to open a FIFO is to wait for its writer.
-        let metadata = std::fs::metadata(&path).with_context(|| format!("cannot read the source {shown}"))?;
-        let kind = metadata.file_type();
-        if !kind.is_file() && !kind.is_block_device() {
-            let what = if kind.is_dir() { "a directory" } else { "neither a file nor a block device" };
-            return Err(Failure::new(
-                format_args!("the source {shown} is {what}"),
-                "name a raw disk image or a block device; files of the machine's configuration go with --attach",
-            )
-            .into());
-        }
-        let file = File::open(&path).with_context(|| format!("cannot read the source {shown}"))?;
-        let state = State::of(&file).with_context(|| format!("cannot look at the source {shown}"))?;
-        let size = state.size();
+    pub(super) fn open(
+        name: DiskName,
+        place: Place,
+        as_raw: bool,
+        interrupt: &Interrupt,
+    ) -> anyhow::Result<Self> {
+        let (contents, size) = match place {
+            Place::File(path) => {
+                let file = FileSource::open(path)?;
+                let size = file.size();
+                (Contents::File(file), size)
+            }
+            Place::Export(uri, text) => {
+                let export = ExportSource::open(&uri, text, interrupt)?;
+                let size = export.size();
+                (Contents::Export(Arc::new(export)), size)
+            }
+        };
+        let source = Self { name, size, contents };
         if size == 0 {
             return Err(Failure::new(
-                format_args!("the source {shown} is empty: it has 0 bytes"),
-                "name the file or device that holds the disk",
+                format_args!("the source {source} is empty: it has 0 bytes"),
+                "name the file, device or export that holds the disk",
             )
             .into());
         }
-        let mut head = [0; format::PROBE_LEN];
-        let len = file.read_at(&mut head, 0).with_context(|| format!("cannot read the source {shown}"))?;
-        if let Some(container) = format::container(&head[..len])
+        if let Some(container) = format::container(&source.head()?)
             && !as_raw
         {
+            let advice = match &source.contents {
+                Contents::File(file) => container.advice(file.path()),
+                Contents::Export(_) => container.advice_for_export(),
+            };
             return Err(Failure::new(
-                format_args!("the source {shown} is not a raw disk: it is {} data", container.name),
-                container.advice(&path),
+                format_args!("the source {source} is not a raw disk: it is {} data", container.name),
+                advice,
             )
             .into());
         }
-        Ok(Self { name, path, size, file, state })
+        Ok(source)
     }
 
-    /// How the source changed since it was opened, in words; `None` where it did not.
-    pub(super) fn change(&self) -> anyhow::Result<Option<String>> {
-        let now = State::of(&self.file)
-            .with_context(|| format!("cannot look at the source {}", self.path.display()))?;
-        Ok(self.state.difference(&now))
-    }
-
-    /// The path it was named by.
-    pub(super) fn path(&self) -> &Path {
-        &self.path
-    }
-
-    /// Its size now.
-    pub(super) fn size_now(&self) -> anyhow::Result<u64> {
-        Ok(State::of(&self.file)?.size())
-    }
-
-    /// Reads until `buf` is full or the source ends; how many bytes it read.
-    pub(super) fn read_up_to(&self, mut buf: &mut [u8], offset: u64) -> anyhow::Result<usize> {
-        let mut read = 0;
-        while !buf.is_empty() {
-            let reading = || format!("cannot read the source {}", self.path.display());
-            let len = self.file.read_at(buf, offset + read as u64).with_context(reading)?;
-            if len == 0 {
-                break;
+    /// Its first bytes, as many as tell image formats.
+    fn head(&self) -> anyhow::Result<Vec<u8>> {
+        match &self.contents {
+            Contents::File(file) => {
+                let mut head = vec![0; format::PROBE_LEN];
+                let len = file.read_up_to(&mut head, 0)?;
+                head.truncate(len);
+                Ok(head)
             }
-            read += len;
-            buf = &mut buf[len..];
+            Contents::Export(export) => {
+                export.head(format::PROBE_LEN).with_context(|| format!("cannot read the source {self}"))
+            }
         }
-        Ok(read)
+    }
+
+    /// The path it was named by, if it is a file or a device of this host.
+    pub(super) fn path(&self) -> Option<&Path> {
+        match &self.contents {
+            Contents::File(file) => Some(file.path()),
+            Contents::Export(_) => None,
+        }
+    }
+
+    /// How the source changed since it was opened, in words; `None` where it did not, or that cannot be known.
+    pub(super) fn change(&self) -> anyhow::Result<Option<String>> {
+        match &self.contents {
+            Contents::File(file) => file.change(),
+            // An export does not tell of writes; what it is at is its server's affair.
+            Contents::Export(_) => Ok(None),
+        }
     }
 }
 
-impl AsFd for Source {
-    fn as_fd(&self) -> BorrowedFd<'_> {
-        self.file.as_fd()
-    }
-}
-
-impl State {
-    fn of(file: &File) -> anyhow::Result<Self> {
-        let metadata = file.metadata()?;
-        if metadata.file_type().is_block_device() {
-            let size = rustix::fs::seek(file, rustix::fs::SeekFrom::End(0))?;
-            return Ok(Self::Device { size, written: requests_to_write(&metadata) });
-        }
-        Ok(Self::File { size: metadata.len(), modified: (metadata.mtime(), metadata.mtime_nsec()) })
-    }
-
-    const fn size(&self) -> u64 {
-        match self {
-            Self::File { size, .. } | Self::Device { size, .. } => *size,
+impl fmt::Display for Source {
+    /// As it was named.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match &self.contents {
+            Contents::File(file) => write!(f, "{}", file.path().display()),
+            Contents::Export(export) => f.write_str(export.text()),
         }
     }
-
-    fn difference(&self, now: &Self) -> Option<String> {
-        if self == now {
-            return None;
-        }
-        if self.size() != now.size() {
-            return Some(format!("its size went from {} to {} bytes", self.size(), now.size()));
-        }
-        Some("it was written to".to_owned())
-    }
-}
-
-/// How many requests to write the kernel has done on a block device.
-fn requests_to_write(metadata: &Metadata) -> Option<u64> {
-    let device = metadata.rdev();
-    let path = format!("/sys/dev/block/{}:{}/stat", libc::major(device), libc::minor(device));
-    writes_in_stat(&std::fs::read_to_string(path).ok()?)
-}
-
-/// The fifth number of a block device's `stat`.
-fn writes_in_stat(stat: &str) -> Option<u64> {
-    stat.split_whitespace().nth(4)?.parse().ok()
 }
 
 #[cfg(test)]
@@ -221,12 +206,30 @@ mod tests {
 
     #[test]
     fn a_name_stands_before_the_first_equals_sign() {
-        assert_eq!(arg("root=/a=b").path, PathBuf::from("/a=b"));
+        assert_eq!(arg("root=/a=b").place, Place::File("/a=b".into()));
         assert_eq!(arg("root=/a=b").name.unwrap().as_str(), "root");
-        assert_eq!(arg("./a=b"), SourceArg { name: None, path: "./a=b".into() });
-        for bad in ["", "=x", "root=", "a b=x", "nbd://host/x", "root=nbd+unix:///?socket=s"] {
+        assert_eq!(arg("./a=b"), SourceArg { name: None, place: Place::File("./a=b".into()) });
+        for bad in ["", "=x", "root=", "a b=x", "s3://bucket/x", "root=nbd+unix:///x", "nbd:unix:/s"] {
             assert!(bad.parse::<SourceArg>().is_err(), "{bad}");
         }
+    }
+
+    #[test]
+    fn uris_may_have_equals_signs() {
+        for (text, name) in [
+            ("nbd+unix:///x?socket=/a=b", None),
+            ("root=nbd+unix:///x?socket=/a=b", Some("root")),
+            ("nbds://host/x?tls-certificates=/c&tls-hostname=h", None),
+            ("root=nbds://host", Some("root")),
+        ] {
+            let arg = arg(text);
+            assert_eq!(arg.name.as_ref().map(DiskName::as_str), name, "{text}");
+            let uri = text.strip_prefix("root=").unwrap_or(text);
+            assert_eq!(arg.place, Place::Export(Box::new(uri.parse().unwrap()), uri.to_owned()));
+        }
+        assert_eq!(arg("./nbd://x").place, Place::File("./nbd://x".into()));
+        assert!("http://host/x".parse::<SourceArg>().unwrap_err().contains("http://"));
+        assert!("nbd+unix:///x".parse::<SourceArg>().unwrap_err().contains("socket is missing"));
     }
 
     #[test]
@@ -235,26 +238,5 @@ mod tests {
         let names = named.iter().map(|(name, _)| name.as_str()).collect::<Vec<_>>();
         assert_eq!(names, ["disk0", "data", "disk2"]);
         assert!(name_all(vec![arg("disk1=a"), arg("b")]).unwrap_err().contains("disk1"));
-    }
-
-    #[test]
-    fn a_source_that_was_written_to_is_noticed() {
-        let dir = tempfile::tempdir().unwrap();
-        let path = dir.path().join("d.raw");
-        std::fs::write(&path, [1; 4096]).unwrap();
-        let source = Source::open("root".parse().unwrap(), path.clone(), false).unwrap();
-        assert_eq!(source.change().unwrap(), None);
-        let file = File::options().write(true).open(&path).unwrap();
-        file.set_modified(std::time::SystemTime::UNIX_EPOCH).unwrap();
-        assert_eq!(source.change().unwrap().as_deref(), Some("it was written to"));
-        file.set_len(8192).unwrap();
-        assert_eq!(source.change().unwrap().as_deref(), Some("its size went from 4096 to 8192 bytes"));
-    }
-
-    #[test]
-    fn the_kernels_count_of_writes_is_the_fifth_number() {
-        let stat = "  10 0 80 1 42 0 336 5 0 6 6 0 0 0 0 0 0\n";
-        assert_eq!(writes_in_stat(stat), Some(42));
-        assert_eq!(writes_in_stat("1 2"), None);
     }
 }

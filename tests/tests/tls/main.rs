@@ -1,6 +1,7 @@
 //! TLS against programs that others wrote: libnbd (nbdinfo, nbdcopy, nbdsh), QEMU (qemu-img, qemu-io, qemu-nbd), nbdkit, GnuTLS.
 #![allow(clippy::unwrap_used, reason = "what a test calls may panic as the test may")]
 
+mod capture;
 mod credentials;
 mod lifeboot;
 #[cfg(feature = "psk")]

@@ -3,9 +3,11 @@
 use std::os::unix::fs::PermissionsExt as _;
 use std::process::Command;
 
+use super::capture::captures;
 use super::lifeboot::{free_port, served_by_others, status};
 use super::{DISK_BYTES, Served, fails};
 use e2e::disk;
+use e2e::lifeboot::Repository;
 use e2e::process::{run, run_json};
 use e2e::programs::ours;
 use e2e::work_dir::WorkDir;
@@ -124,6 +126,8 @@ fn our_client_has_keys_too() {
         served_by_others(qemu_nbd.args(["-b", "127.0.0.1", "-p", &port.to_string()]).arg(&disk), port);
     let said = run_json(&mut status(&uri(port))).unwrap();
     assert_eq!(said["size"], DISK_BYTES);
+    let repository = Repository::init(work.file("repository")).unwrap();
+    captures(&repository, &uri(port), &disk, &work);
 
     let port = free_port();
     let mut nbdkit = Command::new("nbdkit");
@@ -132,4 +136,5 @@ fn our_client_has_keys_too() {
     let _serving = served_by_others(nbdkit.arg(&disk), port);
     let said = fails(&mut status(&uri(port)));
     assert!(said.contains("qemu:allocation-depth"), "{said}");
+    captures(&repository, &uri(port), &disk, &work);
 }
