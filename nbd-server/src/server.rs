@@ -1,4 +1,8 @@
 //! The server as its owner sees it: bound, run, ended.
+//!
+//! A panic in a connection's task ends that connection alone. One that ends a shard's whole thread (or the acceptor's) ends the server: the
+//! shutdown begins by itself, in order, so that nobody is given to a shard that is no more; [`ServerHandle::is_ending`] tells the owner, and
+//! [`ServerHandle::join`] which thread it was. A server that lacks a part is started anew rather than guessed at.
 
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
@@ -122,8 +126,12 @@ impl Server {
         let limits = &self.options.limits;
         let budget = Budget::new(limits.memory_bytes, limits.request_bytes);
         let operations = Arc::new(AtomicUsize::new(0));
-        let monitor =
-            Monitor { slots: slots.clone(), budget: budget.clone(), operations: Arc::clone(&operations) };
+        let monitor = Monitor {
+            phase: phases.clone(),
+            slots: slots.clone(),
+            budget: budget.clone(),
+            operations: Arc::clone(&operations),
+        };
         let mut handle = ServerHandle {
             phase: phase.clone(),
             monitor,
@@ -148,7 +156,11 @@ impl Server {
                 logs: Arc::clone(&logs),
             };
             senders.push(accept::Shard { sender, load });
-            handle.spawn(format!("nbd-shard-{index}"), move || shard::run(seed, engine))?;
+            let end = EndOfPanicked(phase.clone());
+            handle.spawn(format!("nbd-shard-{index}"), move || {
+                let _end = end;
+                shard::run(seed, engine);
+            })?;
         }
         let acceptor = Acceptor {
             listeners: self.listeners,
@@ -162,6 +174,27 @@ impl Server {
         handle.spawn("nbd-accept".to_owned(), move || accept::run(acceptor))?;
         Ok(handle)
     }
+}
+
+/// Begins the end of the server where the thread that has it ends by a panic.
+struct EndOfPanicked(watch::Sender<Phase>);
+
+impl Drop for EndOfPanicked {
+    fn drop(&mut self) {
+        if thread::panicking() {
+            begin_end(&self.0);
+        }
+    }
+}
+
+fn begin_end(phase: &watch::Sender<Phase>) {
+    phase.send_if_modified(|phase| {
+        let begins = *phase == Phase::Running;
+        if begins {
+            *phase = Phase::Stopping;
+        }
+        begins
+    });
 }
 
 /// A server that serves. Dropping it begins the shutdown and does not wait for it.
@@ -178,12 +211,19 @@ pub struct ServerHandle {
 /// Sees what is going on in a server, also when that has ended. Clones see the same.
 #[derive(Clone, Debug)]
 pub struct Monitor {
+    phase: watch::Receiver<Phase>,
     slots: Slots,
     budget: Budget,
     operations: Arc<AtomicUsize>,
 }
 
 impl Monitor {
+    /// As [`ServerHandle::is_ending`].
+    #[must_use]
+    pub fn is_ending(&self) -> bool {
+        *self.phase.borrow() != Phase::Running
+    }
+
     /// What is going on right now.
     #[must_use]
     pub fn stats(&self) -> Stats {
@@ -222,6 +262,12 @@ impl ServerHandle {
         self.threads.iter().all(JoinHandle::is_finished)
     }
 
+    /// Whether its end has begun, whoever began it: its owner, the end of the one connection that it serves, or a panic.
+    #[must_use]
+    pub fn is_ending(&self) -> bool {
+        self.monitor.is_ending()
+    }
+
     /// What is going on right now.
     #[must_use]
     pub fn stats(&self) -> Stats {
@@ -238,13 +284,7 @@ impl ServerHandle {
     /// after the grace period whatever they do. Returns at once.
     pub fn shutdown(&self) {
         self.listeners.lock().clear();
-        self.phase.send_if_modified(|phase| {
-            let begins = *phase == Phase::Running;
-            if begins {
-                *phase = Phase::Stopping;
-            }
-            begins
-        });
+        begin_end(&self.phase);
     }
 
     /// Waits for every thread of the server: for the shutdown, if nobody began it before. Connections end

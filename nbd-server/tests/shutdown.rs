@@ -202,3 +202,20 @@ fn exports_that_cannot_be_named_are_refused() {
         assert_eq!(error.kind(), ErrorKind::InvalidExport, "{names:?}");
     }
 }
+
+#[test]
+fn a_server_that_lost_a_shard_to_a_panic_ends_and_says_so() {
+    let loses_one = |context: ShardContext| -> std::pin::Pin<Box<dyn Future<Output = ()>>> {
+        assert_ne!(context.index(), 1, "on purpose");
+        Box::pin(async {})
+    };
+    let served = Served::with(MemoryDisk::new(1 << 20), ServerOptions::default(), 2, engine(), |server| {
+        server.on_shard_start(Arc::new(loses_one))
+    });
+    while !served.handle.is_ended() {
+        std::thread::yield_now();
+    }
+    assert!(served.handle.is_ending() && served.handle.monitor().is_ending());
+    let error = served.handle.join().unwrap_err();
+    assert!(error.kind() == ErrorKind::Panicked && error.to_string().contains("nbd-shard-1"), "{error}");
+}

@@ -107,7 +107,8 @@ impl Verb for Args {
         // Without systemd there is nobody to tell.
         let _ = sd_notify::notify(&[sd_notify::NotifyState::Ready]);
         let mut looked_at = Instant::now();
-        while !interrupt.is_raised() {
+        // Where the server ends by itself, `join` says why.
+        while !interrupt.is_raised() && !handle.is_ending() {
             std::thread::sleep(TICK);
             if looked_at.elapsed() >= TRACE_INTERVAL {
                 looked_at = Instant::now();
