@@ -22,6 +22,7 @@ mod export;
 pub mod handover;
 mod listen;
 mod log_limit;
+pub mod log_queue;
 mod options;
 mod server;
 mod shard;

@@ -2,7 +2,8 @@
 
 mod common;
 
-use std::io::{BufRead, BufReader, Read};
+use std::io::{self, BufRead, BufReader, ErrorKind, Read, Write};
+use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::process::{Child, Command, Output, Stdio};
 
@@ -28,6 +29,19 @@ impl Running {
         let mut lines = BufReader::new(child.stdout.take().expect("it is piped")).lines();
         let uris = addresses.iter().map(|_| lines.next().expect("a URI").expect("text")).collect();
         Self { child, uris }
+    }
+
+    /// Without anybody who reads what it prints; waited for until clients can connect.
+    fn start_unread(file: &Path, socket: &Path, stdout: Stdio, stderr: Stdio, arguments: &[&str]) -> Self {
+        let mut command = Command::new(BINARY);
+        command.arg(file).args(["--listen", &format!("unix:{}", socket.display())]).args(arguments);
+        let child = command.stdout(stdout).stderr(stderr).spawn().expect("the binary is there");
+        let mut running = Self { child, uris: Vec::new() };
+        while UnixStream::connect(socket).is_err() {
+            assert_eq!(running.child.try_wait().expect("it is ours"), None, "it ended by itself");
+            std::thread::yield_now();
+        }
+        running
     }
 
     fn end(mut self, signal: Signal) -> Option<i32> {
@@ -140,4 +154,70 @@ fn the_socket_of_a_killed_server_is_taken_over() {
         Client::connect(&socket, wish("", ReplyStyle::Structured)).unwrap().read(0, 4096).data == [7; 4096]
     );
     assert_eq!(running.end(Signal::TERM), Some(0));
+}
+
+/// A pipe whose reader is gone.
+fn broken() -> Stdio {
+    io::pipe().expect("a pipe").1.into()
+}
+
+/// A pipe that is full, and its reader.
+fn full() -> (io::PipeReader, Stdio) {
+    let (reader, mut writer) = io::pipe().expect("a pipe");
+    rustix::io::ioctl_fionbio(&writer, true).expect("it is a pipe");
+    let error = std::iter::repeat_with(|| writer.write(&[b'.'; 4096])).find_map(Result::err);
+    assert_eq!(error.map(|error| error.kind()), Some(ErrorKind::WouldBlock));
+    rustix::io::ioctl_fionbio(&writer, false).expect("it is a pipe");
+    (reader, writer.into())
+}
+
+/// What has a line in the log.
+fn ask_in_vain(socket: &Path) {
+    Client::connect(socket, wish("nothing", ReplyStyle::Simple)).err().expect("there is no such export");
+}
+
+#[test]
+fn it_serves_on_where_nobody_reads_what_it_prints() {
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("disk");
+    std::fs::write(&file, vec![7; 1 << 20]).unwrap();
+    let socket = dir.path().join("s");
+    let full_device = || std::fs::File::options().write(true).open("/dev/full").unwrap().into();
+    let (reader, full) = full();
+    let (mut readers, mut endings) = (Vec::new(), Vec::new());
+    readers.push(reader);
+    for (stdout, stderr) in [
+        (broken(), broken()),
+        (full_device(), full_device()),
+        (Stdio::null(), full),
+        (broken(), Stdio::null()),
+    ] {
+        let arguments = ["--shards", "1", "--name", "disk"];
+        let running = Running::start_unread(&file, &socket, stdout, stderr, &arguments);
+        for _ in 0..3 {
+            ask_in_vain(&socket);
+        }
+        let mut client = Client::connect(&socket, wish("disk", ReplyStyle::Structured)).unwrap();
+        assert!(client.read(100, 5000).data == [7; 5000]);
+        client.disconnect();
+        endings.push(running.end(Signal::TERM));
+        assert!(!socket.exists());
+    }
+    assert_eq!(endings, [Some(0); 4]);
+}
+
+#[test]
+fn its_log_has_no_colours_in_a_pipe() {
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("disk");
+    std::fs::write(&file, vec![7; 4096]).unwrap();
+    let socket = dir.path().join("s");
+    let (mut reader, writer) = io::pipe().unwrap();
+    let running = Running::start_unread(&file, &socket, Stdio::null(), writer.into(), &["--name", "disk"]);
+    ask_in_vain(&socket);
+    assert_eq!(running.end(Signal::TERM), Some(0));
+    let mut text = String::new();
+    reader.read_to_string(&mut text).unwrap();
+    assert!(text.contains("a client asked for an export that is not here"), "{text}");
+    assert!(!text.contains('\x1b'), "{text:?}");
 }

@@ -1,7 +1,8 @@
-//! What `lifeboot-nbd` does with its arguments.
+//! What `lifeboot-nbd` does with its arguments. Whoever reads what it prints may leave, or not read at all: it serves all the same.
 
 mod arguments;
 
+use std::io::{self, Write as _};
 use std::path::Path;
 use std::sync::Arc;
 use std::thread;
@@ -10,6 +11,7 @@ use std::time::Duration;
 use anyhow::{Context, Result};
 use block::{Engine, FileDisk, FileOptions};
 use nbd_server::handover::{Arrival, Departure, MeetingPoint};
+use nbd_server::log_queue::LogQueue;
 use nbd_server::stdio::Stdio;
 use nbd_server::{Export, LateRequests, ListenAddress, Server, ServerHandle, ServerOptions, TlsServer};
 use tokio::signal::unix::{Signal, SignalKind, signal};
@@ -21,7 +23,7 @@ pub(crate) use arguments::Arguments;
 const TICK: Duration = Duration::from_millis(20);
 
 /// Serves until it is told to end, the one connection has ended, or a successor has taken over.
-pub(crate) fn serve(arguments: &Arguments) -> Result<()> {
+pub(crate) fn serve(arguments: &Arguments, log: &LogQueue) -> Result<()> {
     let addresses = if arguments.stdio { Vec::new() } else { arguments.addresses() };
     let engine = Engine::choose(arguments.io_engine)?;
     let options = FileOptions::new(engine).read_only(arguments.read_only).direct(arguments.direct.into());
@@ -39,15 +41,15 @@ pub(crate) fn serve(arguments: &Arguments) -> Result<()> {
     if arguments.stdio {
         let (connection, output) = Stdio::take()?.into_parts();
         let server = Server::of_connection(connection, vec![export], options)?;
-        let served = run(arguments, server, engine, None, tls);
+        let served = run(arguments, log, server, engine, None, tls);
         output.finish();
         return served;
     }
     match &arguments.handover {
-        None => run(arguments, Server::bind(&addresses, vec![export], options)?, engine, None, tls),
+        None => run(arguments, log, Server::bind(&addresses, vec![export], options)?, engine, None, tls),
         Some(path) => {
             let (server, point) = succeed(path, &identity, &addresses, export, options)?;
-            run(arguments, server, engine, Some((point, identity)), tls)
+            run(arguments, log, server, engine, Some((point, identity)), tls)
         }
     }
 }
@@ -86,6 +88,7 @@ fn identity(arguments: &Arguments, disk: &FileDisk) -> Result<String> {
 
 fn run(
     arguments: &Arguments,
+    log: &LogQueue,
     server: Server,
     engine: Engine,
     meeting: Option<(MeetingPoint, String)>,
@@ -112,11 +115,8 @@ fn run(
         }
         // Whoever gave us the socket knows where it is, and its stdout may be ours.
         if !arguments.stdio && !arguments.listen.is_given() {
-            // Without a reader of these lines it is served all the same.
             let secure = tls.as_ref().is_some_and(TlsServer::is_required);
-            for address in handle.addresses() {
-                println!("{}", address.uri_over(&arguments.name, secure));
-            }
+            say_addresses(&handle, &arguments.name, secure);
         }
         let mut departure = None;
         tokio::select! {
@@ -129,12 +129,25 @@ fn run(
         handle.shutdown();
         handle.join()?;
         if departure.is_some() {
-            eprintln!("lifeboot-nbd: handed over to a new server");
+            log.put(b"lifeboot-nbd: handed over to a new server\n");
         }
         // Its end is what the successor waits for: after the last operation of ours.
         drop(departure);
         Ok(())
     })
+}
+
+/// Prints where clients find the server. Without a reader of these lines it is served all the same.
+fn say_addresses(handle: &ServerHandle, name: &str, secure: bool) {
+    let uris = handle.addresses().iter().map(|address| format!("{}\n", address.uri_over(name, secure)));
+    let mut stdout = io::stdout().lock();
+    let said = stdout.write_all(uris.collect::<String>().as_bytes()).and_then(|()| stdout.flush());
+    match said {
+        Err(error) if error.kind() != io::ErrorKind::BrokenPipe => {
+            tracing::warn!(%error, "the addresses cannot be printed; they are served all the same");
+        }
+        _ => {}
+    }
 }
 
 /// Reads what TLS rests on anew, as often as a SIGHUP asks for it. Without TLS it never ends, and SIGHUP ends the process.
