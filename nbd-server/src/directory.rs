@@ -93,7 +93,9 @@ impl Directory for ConnectionDirectory {
     fn describe(&self, id: ExportId) -> Result<ExportInfo, Refusal> {
         let export = &self.devices.exports[id.0];
         let device = self.devices.device(id).map_err(|error| {
-            tracing::warn!(export = %Cut(&export.name), %error, "the export cannot be opened");
+            if let Some(left_out) = self.devices.logs.opening.admit(Instant::now()) {
+                tracing::warn!(export = %Cut(&export.name), %error, left_out, "the export cannot be opened");
+            }
             match error.kind() {
                 block::ErrorKind::Shutdown => Refusal::ShuttingDown,
                 _ => Refusal::Unavailable,

@@ -55,8 +55,16 @@ pub(crate) struct LogLimits {
     pub(crate) denied: LogLimit,
     /// The system has no descriptor left.
     pub(crate) accepting: LogLimit,
-    /// A handshake came to nothing.
+    /// A handshake came to nothing for what the client did, or gave its place away.
     pub(crate) handshake: LogLimit,
+    /// A handshake took too long.
+    pub(crate) slow: LogLimit,
+    /// A client that transmits stalled.
+    pub(crate) stalled: LogLimit,
+    /// A request failed, for a reason that the disk has.
+    pub(crate) request: LogLimit,
+    /// An export could not be opened.
+    pub(crate) opening: LogLimit,
     /// An export was asked for that is none, or is refused.
     pub(crate) export: LogLimit,
 }

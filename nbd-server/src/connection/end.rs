@@ -2,6 +2,8 @@
 
 use std::{fmt, io};
 
+use super::stall::Stalled;
+
 /// Why a connection ended.
 #[derive(Debug)]
 pub(super) enum End {
@@ -9,7 +11,7 @@ pub(super) enum End {
     PeerClosed,
     NotARequest,
     PayloadTooLong,
-    Stalled,
+    Stalled(Stalled),
     Stopping,
     Socket(io::Error),
 }
@@ -21,7 +23,7 @@ impl fmt::Display for End {
             Self::PeerClosed => f.write_str("the client closed the connection"),
             Self::NotARequest => f.write_str("the client sent something that is not a request"),
             Self::PayloadTooLong => f.write_str("the client announced a payload that is too long"),
-            Self::Stalled => f.write_str("the client took no replies, or sent no payload, for too long"),
+            Self::Stalled(waited) => write!(f, "the client took no replies, or sent no payload, {waited}"),
             Self::Stopping => f.write_str("the server is ending"),
             Self::Socket(error) => write!(f, "the socket failed: {error}"),
         }

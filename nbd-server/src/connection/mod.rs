@@ -18,12 +18,15 @@ mod steps;
 mod transmit;
 
 use std::rc::Rc;
+use std::sync::Arc;
 use std::time::Instant;
 
 pub(crate) use control::Control;
+use proto::wire::Cut;
 
 use crate::shard::{ShardState, Ticket};
 use crate::socket::Socket;
+use end::End;
 
 /// Serves one connection to its end. Its device operations have ended when this returns.
 pub(crate) async fn serve(socket: Socket, mut ticket: Ticket, shard: Rc<ShardState>, control: Rc<Control>) {
@@ -48,8 +51,12 @@ pub(crate) async fn serve(socket: Socket, mut ticket: Ticket, shard: Rc<ShardSta
             return;
         }
         Err(_) => {
-            if let Some(left_out) = shard.logs.handshake.admit(Instant::now()) {
-                tracing::info!(left_out, "a handshake took too long: the connection is closed");
+            if let Some(left_out) = shard.logs.slow.admit(Instant::now()) {
+                tracing::warn!(
+                    seconds = timeout.as_secs_f64(),
+                    left_out,
+                    "a handshake took too long (--handshake-timeout): the connection is closed"
+                );
             }
             return;
         }
@@ -58,12 +65,25 @@ pub(crate) async fn serve(socket: Socket, mut ticket: Ticket, shard: Rc<ShardSta
         give_way(&shard);
         return;
     }
+    let export = negotiated.agreed.info.name.clone();
+    let logs = Arc::clone(&shard.logs);
     let end = transmit::transmit(negotiated, ticket.slot.transmitting(), shard, control).await;
-    tracing::debug!(%end, "a connection ended");
+    let export = Cut(&export);
+    // To a guest that is a disk that is gone, so whoever looks for the reason finds it at any level.
+    if let End::Stalled(_) = end
+        && let Some(left_out) = logs.stalled.admit(Instant::now())
+    {
+        tracing::warn!(%export, %end, left_out, "a stalled client's connection was closed");
+        return;
+    }
+    tracing::debug!(%export, %end, "a connection ended");
 }
 
 fn give_way(shard: &ShardState) {
     if let Some(left_out) = shard.logs.handshake.admit(Instant::now()) {
-        tracing::info!(left_out, "a handshake gave its place to a newcomer: there are too many at once");
+        tracing::warn!(
+            left_out,
+            "a handshake gave its place to a newcomer: there are too many at once (--max-half-open)"
+        );
     }
 }

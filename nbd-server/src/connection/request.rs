@@ -3,16 +3,19 @@
 
 use std::cell::{Cell, RefCell};
 use std::rc::Rc;
+use std::sync::Arc;
 use std::task::{Context, Waker};
+use std::time::Instant;
 
 use block::ByteRange;
 use proto::server::ReplyEncoder;
-use proto::wire::{Errno, RequestHeader};
+use proto::wire::{Cut, Errno, RequestHeader};
 
 use super::outbox::Outbox;
 use super::perform;
 use crate::LateRequests;
 use crate::budget::Allowance;
+use crate::log_limit::LogLimits;
 use crate::shard::Operations;
 
 /// What a connection shares with the tasks of its requests.
@@ -27,13 +30,10 @@ pub(super) struct Shared {
     held_bytes: Cell<u64>,
     /// A reply was left out on purpose: the connection must end instead.
     gave_up: Cell<bool>,
-    warnings: Cell<u32>,
+    logs: Arc<LogLimits>,
     waker: RefCell<Option<Waker>>,
     operations: Rc<Operations>,
 }
-
-/// How many failures of one connection are logged as warnings; a guest that tries again and again must not fill the log.
-const MAX_WARNINGS: u32 = 20;
 
 impl Shared {
     pub(super) fn new(
@@ -41,6 +41,7 @@ impl Shared {
         export: String,
         late_requests: LateRequests,
         operations: Rc<Operations>,
+        logs: Arc<LogLimits>,
     ) -> Rc<Self> {
         Rc::new(Self {
             outbox: RefCell::default(),
@@ -51,7 +52,7 @@ impl Shared {
             held: Cell::new(0),
             held_bytes: Cell::new(0),
             gave_up: Cell::new(false),
-            warnings: Cell::new(0),
+            logs,
             waker: RefCell::default(),
             operations,
         })
@@ -99,15 +100,13 @@ impl Shared {
         let RequestHeader { kind, offset, len, .. } = header;
         // What a client can provoke at will is worth no warning at all.
         let provoked = matches!(error.kind(), block::ErrorKind::Unsupported | block::ErrorKind::InvalidRange);
-        let warned = self.warnings.get();
-        if provoked || warned == MAX_WARNINGS {
-            tracing::debug!(?kind, offset, len, %error, "a request failed");
-            return;
-        }
-        self.warnings.set(warned + 1);
-        tracing::warn!(?kind, offset, len, %error, "a request failed");
-        if warned + 1 == MAX_WARNINGS {
-            tracing::warn!("further failures of this connection are not logged as warnings");
+        let export = Cut(&self.export);
+        let admitted = if provoked { None } else { self.logs.request.admit(Instant::now()) };
+        match admitted {
+            Some(left_out) => {
+                tracing::warn!(%export, ?kind, offset, len, %error, left_out, "a request failed");
+            }
+            None => tracing::debug!(%export, ?kind, offset, len, %error, "a request failed"),
         }
     }
 

@@ -3,8 +3,10 @@
 //! Whoever waits for memory decides: then the peer must move something worth the name within the patience. Where nobody does, it
 //! costs its bounded buffers alone. It may be a virtual machine whose process is stopped, so it is closed only in the end.
 
+use std::fmt;
 use std::pin::Pin;
 use std::task::{Context, Poll};
+use std::time::Duration;
 
 use tokio::time::{Instant, Sleep, sleep_until};
 
@@ -29,6 +31,30 @@ struct Wait {
     moved: u64,
 }
 
+/// A peer was waited for in vain.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Stalled {
+    /// Nobody needed what it holds, and still it took too long: so long.
+    Timeout(Duration),
+    /// Others waited for the memory that it holds: so long.
+    Wanted(Duration),
+}
+
+impl fmt::Display for Stalled {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Timeout(waited) => write!(f, "for {} s (--stall-timeout)", waited.as_secs_f64().round()),
+            Self::Wanted(waited) => {
+                let waited = waited.as_secs_f64().round();
+                write!(
+                    f,
+                    "for {waited} s in which others waited for the memory of its requests, or the connection was ending"
+                )
+            }
+        }
+    }
+}
+
 impl Stall {
     /// Nothing is waited for.
     pub(super) fn end(&mut self) {
@@ -45,7 +71,7 @@ impl Stall {
 
     /// Waits, from the first call after [`Stall::end`] on. Ready where the connection is to be closed; has the task be
     /// woken when that may be.
-    pub(super) fn poll(&mut self, cx: &mut Context<'_>, limits: &Limits, is_wanted: bool) -> Poll<()> {
+    pub(super) fn poll(&mut self, cx: &mut Context<'_>, limits: &Limits, is_wanted: bool) -> Poll<Stalled> {
         let now = Instant::now();
         let wait = self.wait.get_or_insert(Wait { since: now, window: now, moved: 0 });
         loop {
@@ -57,8 +83,11 @@ impl Stall {
             let now = Instant::now();
             if now >= deadline {
                 let is_slow = wait.moved < LEAST_BYTES;
-                if (is_wanted && is_slow) || now >= wait.since + limits.stall_timeout {
-                    return Poll::Ready(());
+                if now >= wait.since + limits.stall_timeout {
+                    return Poll::Ready(Stalled::Timeout(now - wait.since));
+                }
+                if is_wanted && is_slow {
+                    return Poll::Ready(Stalled::Wanted(now - wait.window));
                 }
                 (wait.window, wait.moved) = (now, 0);
             } else {
@@ -72,7 +101,6 @@ impl Stall {
 #[cfg(test)]
 mod tests {
     use std::future::poll_fn;
-    use std::time::Duration;
 
     use super::*;
 
@@ -83,8 +111,16 @@ mod tests {
         Limits { patience_when_wanted: PATIENCE, stall_timeout: TIMEOUT, ..Limits::default() }
     }
 
+    async fn stalled(stall: &mut Stall, is_wanted: bool) -> Option<Stalled> {
+        poll_fn(|cx| match stall.poll(cx, &limits(), is_wanted) {
+            Poll::Ready(stalled) => Poll::Ready(Some(stalled)),
+            Poll::Pending => Poll::Ready(None),
+        })
+        .await
+    }
+
     async fn is_closed(stall: &mut Stall, is_wanted: bool) -> bool {
-        poll_fn(|cx| Poll::Ready(stall.poll(cx, &limits(), is_wanted).is_ready())).await
+        stalled(stall, is_wanted).await.is_some()
     }
 
     #[tokio::test(start_paused = true)]
@@ -94,14 +130,16 @@ mod tests {
         tokio::time::advance(PATIENCE - Duration::from_millis(10)).await;
         assert!(!is_closed(&mut stall, true).await);
         tokio::time::advance(Duration::from_millis(20)).await;
-        assert!(is_closed(&mut stall, true).await);
+        let why = stalled(&mut stall, true).await.unwrap();
+        assert!(why.to_string().starts_with("for 30 s in which others waited"), "{why}");
         let mut stall = Stall::default();
         for _ in 0..TIMEOUT.as_secs() / 60 {
             assert!(!is_closed(&mut stall, false).await);
             tokio::time::advance(Duration::from_secs(60)).await;
         }
         tokio::time::advance(Duration::from_millis(20)).await;
-        assert!(is_closed(&mut stall, false).await);
+        let why = stalled(&mut stall, false).await.unwrap();
+        assert_eq!(why.to_string(), "for 3600 s (--stall-timeout)");
     }
 
     #[tokio::test(start_paused = true)]

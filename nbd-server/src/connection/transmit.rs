@@ -6,7 +6,7 @@ mod take;
 use std::future::{Future, poll_fn};
 use std::io;
 use std::rc::Rc;
-use std::sync::LazyLock;
+use std::sync::{Arc, LazyLock};
 use std::task::{Context, Poll};
 use std::thread;
 
@@ -78,8 +78,13 @@ pub(super) async fn transmit(
         max_request: shard.options.limits.request_bytes,
     };
     let encoder = ReplyEncoder::new(agreed.replies);
-    let shared =
-        Shared::new(encoder, agreed.info.name, shard.options.late_requests, Rc::clone(&shard.operations));
+    let shared = Shared::new(
+        encoder,
+        agreed.info.name,
+        shard.options.late_requests,
+        Rc::clone(&shard.operations),
+        Arc::clone(&shard.logs),
+    );
     let spin = Spin::new(shard.has_own_task);
     let mut transmission = Transmission {
         socket,
@@ -120,10 +125,10 @@ impl Transmission {
                 return Poll::Pending;
             }
             let is_wanted = self.end.is_some() || self.shard.budget.is_wanted();
-            if self.stall.poll(cx, &self.shard.options.limits, is_wanted).is_pending() {
-                return Poll::Pending;
+            match self.stall.poll(cx, &self.shard.options.limits, is_wanted) {
+                Poll::Pending => return Poll::Pending,
+                Poll::Ready(waited) => self.cut(End::Stalled(waited)),
             }
-            self.cut(End::Stalled);
         }
     }
 
