@@ -54,6 +54,7 @@ for name in "${wanted[@]}"; do
     declare -F "step_$name" >/dev/null || die "no such step: $name; there are: ${STEPS[*]}"
 done
 "$scripts_dir/setup.sh" || exit 1
+"$scripts_dir/newer_qemu.sh" || exit 1
 
 began=$SECONDS
 summary=()

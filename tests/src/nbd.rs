@@ -86,7 +86,14 @@ impl Export {
     /// # Errors
     /// One of them failed.
     pub fn qemu_io(&self, commands: &[&str]) -> Result<String> {
-        let mut qemu_io = Command::new("qemu-io");
+        self.qemu_io_by(Command::new("qemu-io"), commands)
+    }
+
+    /// The same by this `qemu-io`.
+    ///
+    /// # Errors
+    /// One of them failed.
+    pub fn qemu_io_by(&self, mut qemu_io: Command, commands: &[&str]) -> Result<String> {
         qemu_io.args(["-f", "raw"]);
         for command in commands {
             qemu_io.args(["-c", command]);

@@ -19,6 +19,34 @@ pub fn ours(name: &str) -> Result<Command> {
     Ok(Command::new(path))
 }
 
+/// One of QEMU's tools, of a version that speaks extended headers (8.2 or newer): the installed one if it is, else that which
+/// `scripts/newer_qemu.sh` fetched. `None` where there is neither.
+///
+/// # Errors
+/// It is there, and does not run.
+pub fn newer_qemu(name: &str) -> Result<Option<Command>> {
+    let fetched = target_dir()?.join("newer-qemu/usr/bin").join(name);
+    for program in [PathBuf::from(name), fetched] {
+        let mut asked = Command::new(&program);
+        match asked.arg("--version").output() {
+            Ok(said) if speaks_extended_headers(&String::from_utf8_lossy(&said.stdout)) => {
+                return Ok(Some(Command::new(program)));
+            }
+            Ok(_) => {}
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
+            Err(error) => return Err(error).with_context(|| format!("{} --version", program.display())),
+        }
+    }
+    Ok(None)
+}
+
+/// Whether the version that a tool of QEMU's tells asks for extended headers.
+fn speaks_extended_headers(said: &str) -> bool {
+    let version = said.split_whitespace().skip_while(|word| *word != "version").nth(1).unwrap_or_default();
+    let mut numbers = version.split('.').map_while(|number| number.parse::<u32>().ok());
+    (numbers.next(), numbers.next()) >= (Some(8), Some(2))
+}
+
 /// The directory of the binaries of the running test's profile, such as `target/debug`.
 ///
 /// # Errors
@@ -41,4 +69,22 @@ pub fn target_dir() -> Result<PathBuf> {
 /// The top of the source tree.
 pub fn project_dir() -> &'static Path {
     Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/.."))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn qemu_speaks_extended_headers_since_8_2() {
+        for (said, does) in [
+            ("qemu-io version 10.0.2 (Debian 1:10.0.2)", true),
+            ("qemu-img version 8.2.0", true),
+            ("qemu-img version 7.2.22 (Debian 1:7.2)", false),
+            ("qemu-io version 8.1.5", false),
+            ("", false),
+        ] {
+            assert_eq!(speaks_extended_headers(said), does, "{said}");
+        }
+    }
 }

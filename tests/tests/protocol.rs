@@ -11,6 +11,7 @@ use e2e::disk;
 use e2e::lifeboot::{LiveRestore, lifeboot, serve_raw};
 use e2e::nbd::{Export, Extent};
 use e2e::process::{Process, run, run_json};
+use e2e::programs::newer_qemu;
 use e2e::work_dir::WorkDir;
 
 const MIB: u64 = 1 << 20;
@@ -18,23 +19,51 @@ const GIB: u64 = 1 << 30;
 /// Holds the background back, so that what a client asks for is still in the backup.
 const SLOW: &[&str] = &["--limit", "4KiB"];
 
-/// Since 8.2 QEMU asks for extended headers.
-fn qemu_speaks_extended_headers() -> bool {
-    let said = run(Command::new("qemu-io").arg("--version")).unwrap();
-    let version =
-        said.split_whitespace().find(|word| word.starts_with(|c: char| c.is_ascii_digit())).unwrap();
-    let mut numbers = version.split('.').map(|number| number.parse::<u32>().unwrap());
-    (numbers.next().unwrap(), numbers.next().unwrap()) >= (8, 2)
-}
-
 /// How the last client that began to transmit does it.
 fn replies_of_client(process: &mut Process) -> String {
     process.wait_for_text("a client transmits").unwrap()
 }
 
+/// One of QEMU's tools, as it is installed.
+fn installed(name: &str) -> Command {
+    Command::new(name)
+}
+
 #[test]
 fn qemu_zeroes_a_hundred_gigabytes_and_finds_them_in_the_map() {
-    let work = WorkDir::new("terabyte").unwrap();
+    // What is installed may be as new.
+    zero_a_hundred_gigabytes("terabyte", installed, "");
+}
+
+#[test]
+fn a_newer_qemu_does_it_with_extended_headers() {
+    if newer_qemu("qemu-io").unwrap().is_none() {
+        println!("not tested: there is no QEMU 8.2 or newer here");
+        return;
+    }
+    zero_a_hundred_gigabytes("terabyte-extended", |name| newer_qemu(name).unwrap().unwrap(), "Extended");
+}
+
+#[test]
+fn a_newer_qemu_copies_a_disk_home_with_extended_headers() {
+    let Some(mut qemu_img) = newer_qemu("qemu-img").unwrap() else {
+        println!("not tested: there is no QEMU 8.2 or newer here");
+        return;
+    };
+    let captured = Captured::new("extended-copy", 64 * MIB, 18).unwrap();
+    let mut live = captured.start(&["--no-background", "-vv"]).unwrap();
+    let copy = captured.work.file("copy.raw");
+    run(qemu_img.args(["convert", "-W", "-m", "16", "-O", "raw", &live.export().uri()]).arg(&copy)).unwrap();
+    disk::ensure_same(&captured.disk, &copy).unwrap();
+    let line = replies_of_client(live.process());
+    assert!(line.contains("Extended"), "{line}");
+    let (_, parked) = live.park().unwrap();
+    assert!(parked.success(), "{parked}");
+}
+
+/// Writes of zeroes in one request, with extended headers, or in thousands; with these tools of QEMU's. How the server replies.
+fn zero_a_hundred_gigabytes(name: &str, tool: impl Fn(&str) -> Command, style: &str) {
+    let work = WorkDir::new(name).unwrap();
     let (disk, size) = (work.file("disk.raw"), 1024 * GIB);
     fs::File::create(&disk).unwrap().set_len(size).unwrap();
     let socket = work.socket("nbd");
@@ -53,12 +82,11 @@ fn qemu_zeroes_a_hundred_gigabytes_and_finds_them_in_the_map() {
         "read -P 0 60G 1M",
         "read -P 0xa3 900G 1M",
     ];
-    export.qemu_io(&commands).unwrap();
+    export.qemu_io_by(tool("qemu-io"), &commands).unwrap();
     let line = replies_of_client(&mut process);
-    let style = if qemu_speaks_extended_headers() { "Extended" } else { "Structured" };
     assert!(line.contains(style), "{line}");
 
-    let mut map = Command::new("qemu-img");
+    let mut map = tool("qemu-img");
     let seen = run_json(map.args(["map", "--output=json", "-f", "raw", &export.uri()])).unwrap();
     let data = |extent: &serde_json::Value| {
         (extent["data"] == true)
@@ -180,16 +208,29 @@ if offset > 0:
 
 #[test]
 fn our_client_asks_qemus_server_what_lies_how_deep() {
-    let work = WorkDir::new("qemu-depth").unwrap();
+    ask_how_deep("qemu-depth", installed);
+}
+
+#[test]
+fn our_client_asks_a_newer_qemus_server_with_extended_headers() {
+    if newer_qemu("qemu-nbd").unwrap().is_none() {
+        println!("not tested: there is no QEMU 8.2 or newer here");
+        return;
+    }
+    ask_how_deep("qemu-depth-extended", |name| newer_qemu(name).unwrap().unwrap());
+}
+
+fn ask_how_deep(name: &str, tool: impl Fn(&str) -> Command) {
+    let work = WorkDir::new(name).unwrap();
     let (base, overlay, socket) = (work.file("base.qcow2"), work.file("overlay.qcow2"), work.socket("nbd"));
     let size = 64 * GIB;
-    let qemu_img = |arguments: &[&str]| run(Command::new("qemu-img").args(arguments)).unwrap();
+    let qemu_img = |arguments: &[&str]| run(tool("qemu-img").args(arguments)).unwrap();
     let (base, overlay) = (base.to_str().unwrap(), overlay.to_str().unwrap());
     qemu_img(&["create", "-q", "-f", "qcow2", base, &size.to_string()]);
-    run(Command::new("qemu-io").args(["-c", "write 1G 1M", "-c", "write 50G 2M", base])).unwrap();
+    run(tool("qemu-io").args(["-c", "write 1G 1M", "-c", "write 50G 2M", base])).unwrap();
     qemu_img(&["create", "-q", "-f", "qcow2", "-b", base, "-F", "qcow2", overlay]);
-    run(Command::new("qemu-io").args(["-c", "write 50G 1M", "-c", "write 60G 1M", overlay])).unwrap();
-    let mut server = Command::new("qemu-nbd");
+    run(tool("qemu-io").args(["-c", "write 50G 1M", "-c", "write 60G 1M", overlay])).unwrap();
+    let mut server = tool("qemu-nbd");
     server
         .args(["--persistent", "--allocation-depth", "--format", "qcow2", "--socket"])
         .arg(&socket)
