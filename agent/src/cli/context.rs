@@ -7,7 +7,7 @@ use anyhow::Context as _;
 use tracing::level_filters::LevelFilter;
 
 use super::{Interrupt, UsageError};
-use crate::output::{LogWriter, Output};
+use crate::output::Output;
 
 /// The options that every verb takes.
 #[derive(Debug, clap::Args)]
@@ -98,8 +98,8 @@ fn start_logging(global: &Global, output: &Output) {
     };
     let logging = tracing_subscriber::fmt()
         .with_max_level(level)
-        .with_writer(LogWriter::new(output))
-        .with_ansi(output.is_terminal())
+        .with_writer(output.log())
+        .with_ansi(output.has_colours())
         .log_internal_errors(false);
     // Fails only where a test in the same process has started logging before.
     let _ = if global.json {

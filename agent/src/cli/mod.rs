@@ -105,8 +105,11 @@ pub fn main() -> ExitCode {
         Err(error) => error.exit(),
     };
     let context = Context::new(cli.global);
+    context.output().say_panics();
     let result = cli.command.run(&context);
-    failure::conclude(context.output(), result)
+    let code = failure::conclude(context.output(), result);
+    context.output().settle_stderr();
+    code
 }
 
 #[cfg(test)]

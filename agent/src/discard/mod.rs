@@ -263,6 +263,7 @@ impl Args {
             )
             .into());
         }
+        output.settle_stderr();
         eprint_prompt()?;
         let mut answer = String::new();
         io::stdin().lock().read_line(&mut answer).context("cannot read the answer")?;

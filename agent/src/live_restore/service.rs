@@ -164,8 +164,9 @@ impl Service {
         }
     }
 
+    /// Whether it was asked to end, or its server ends by itself: then [`nbd_server::ServerHandle::join`] says why.
     pub(super) fn is_to_end(&self) -> bool {
-        self.interrupt.is_raised()
+        self.interrupt.is_raised() || self.monitor.is_ending()
     }
 
     /// Another process takes its place: it is to end.

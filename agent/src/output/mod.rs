@@ -3,6 +3,11 @@
 //!
 //! On a terminal, people watch: bars, rates, sizes with units. With `--json`, programs listen: one
 //! document on stdout, JSON lines on stderr, exact numbers. With `-q`, only errors are said.
+//!
+//! Everything on stderr goes through one [`LogQueue`], so its lines keep their order and are whole, between the bars; the queue's thread
+//! alone writes there. Log lines, which come from threads that serve guests, are left in it and never waited for. What a verb says is
+//! waited for as if it wrote itself, so that it stands before what it says next on stdout; but not for longer than
+//! [`PATIENCE_AT_END`] where nobody reads.
 
 mod progress;
 mod relay;
@@ -15,6 +20,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use indicatif::MultiProgress;
+use nbd_server::log_queue::{LogQueue, PATIENCE_AT_END, has_colours};
 use serde::Serialize;
 
 use relay::Relay;
@@ -39,6 +45,8 @@ pub struct Output {
     stdout_terminal: bool,
     stderr_terminal: bool,
     bars: MultiProgress,
+    /// Writes to stderr.
+    log: LogQueue,
     /// Writes to stdout for a service.
     relay: Option<Arc<Relay>>,
 }
@@ -47,12 +55,19 @@ impl Output {
     /// Decides how to talk from `--json`, `-q`, and from whether stdout and stderr are terminals.
     #[must_use]
     pub fn new(json: bool, quiet: bool) -> Self {
+        let bars = MultiProgress::new();
+        let between = bars.clone();
+        // Whoever closed stderr does not want to know; there is nobody left to tell that.
+        let log = LogQueue::new(move |text| {
+            let _ = between.suspend(|| io::stderr().write_all(text));
+        });
         Self {
             json,
             quiet,
             stdout_terminal: io::stdout().is_terminal(),
             stderr_terminal: io::stderr().is_terminal(),
-            bars: MultiProgress::new(),
+            bars,
+            log,
             relay: None,
         }
     }
@@ -252,9 +267,29 @@ impl Output {
         self.stderr(&text);
     }
 
-    /// Whoever closed stderr does not want to know; there is nobody left to tell that.
     fn stderr(&self, text: &[u8]) {
-        let _ = self.bars.suspend(|| io::stderr().write_all(text));
+        self.log.put(text);
+        self.settle_stderr();
+    }
+
+    /// Waits until all that was said on stderr is written, if somebody reads it.
+    pub(crate) fn settle_stderr(&self) {
+        self.log.flush(PATIENCE_AT_END);
+    }
+
+    /// Has panics said on stderr as everything else is.
+    pub(crate) fn say_panics(&self) {
+        self.log.say_panics("lifeboot");
+    }
+
+    /// Where log lines go: to stderr, between the bars, by a thread that nobody waits for.
+    pub(crate) fn log(&self) -> LogQueue {
+        self.log.clone()
+    }
+
+    /// Whether log lines have colours.
+    pub(crate) fn has_colours(&self) -> bool {
+        has_colours()
     }
 }
 
@@ -266,38 +301,5 @@ fn told(written: io::Result<()>) -> anyhow::Result<()> {
             Err(StdoutClosed.into())
         }
         Err(error) => Err(anyhow::Error::from(error).context("cannot write to stdout")),
-    }
-}
-
-/// Where log lines go: to stderr, between the bars.
-#[derive(Clone, Debug)]
-pub struct LogWriter {
-    output: Output,
-}
-
-impl LogWriter {
-    /// Writes where `output` does.
-    #[must_use]
-    pub fn new(output: &Output) -> Self {
-        Self { output: output.clone() }
-    }
-}
-
-impl Write for LogWriter {
-    fn write(&mut self, text: &[u8]) -> io::Result<usize> {
-        self.output.stderr(text);
-        Ok(text.len())
-    }
-
-    fn flush(&mut self) -> io::Result<()> {
-        Ok(())
-    }
-}
-
-impl tracing_subscriber::fmt::MakeWriter<'_> for LogWriter {
-    type Writer = Self;
-
-    fn make_writer(&self) -> Self {
-        self.clone()
     }
 }

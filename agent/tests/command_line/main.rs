@@ -14,5 +14,6 @@ mod restores;
 mod sessions;
 mod several;
 mod support;
+mod unread;
 mod watch;
 mod words;

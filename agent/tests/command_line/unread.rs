@@ -1,0 +1,55 @@
+//! A stderr that nobody reads holds up neither a service nor the end of any verb.
+
+use std::io::{self, ErrorKind, Write};
+use std::os::unix::net::UnixStream;
+use std::process::Stdio;
+
+use rustix::process::{Pid, Signal, kill_process};
+
+use crate::support::Scratch;
+
+/// A pipe that is full, and its reader.
+fn full() -> (io::PipeReader, Stdio) {
+    let (reader, mut writer) = io::pipe().unwrap();
+    rustix::io::ioctl_fionbio(&writer, true).unwrap();
+    let error = std::iter::repeat_with(|| writer.write(&[b'.'; 4096])).find_map(Result::err).unwrap();
+    assert_eq!(error.kind(), ErrorKind::WouldBlock);
+    rustix::io::ioctl_fionbio(&writer, false).unwrap();
+    (reader, writer.into())
+}
+
+#[test]
+fn a_failure_ends_with_its_exit_code_though_nobody_reads_of_it() {
+    let scratch = Scratch::new();
+    let (_reader, stderr) = full();
+    for json in [&[][..], &["--json"]] {
+        let mut command = scratch.command(&[&["show", "nothing@latest"][..], json].concat());
+        let stderr = if json.is_empty() { io::pipe().unwrap().1.into() } else { Stdio::null() };
+        assert_eq!(command.stderr(stderr).status().unwrap().code(), Some(1));
+    }
+    let status = scratch.command(&["show", "nothing@latest"]).stderr(stderr).status().unwrap();
+    assert_eq!(status.code(), Some(1));
+}
+
+#[test]
+fn a_service_serves_and_ends_though_nobody_reads_its_log() {
+    let scratch = Scratch::new();
+    scratch.disk("a.raw", 1 << 20, &[(0, 65536, 1)]);
+    scratch.run(&["capture", "a.raw", "--name", "a"]).ends_with(0);
+    let socket = scratch.path("s");
+    let (_reader, stderr) = full();
+    let mut command = scratch.command(&["serve", "--listen", &format!("unix:{}", socket.display())]);
+    let mut child = command.stdout(Stdio::null()).stderr(stderr).spawn().unwrap();
+    while UnixStream::connect(&socket).is_err() {
+        assert_eq!(child.try_wait().unwrap(), None, "it ended by itself");
+        std::thread::yield_now();
+    }
+    // Each of these has a line in the log, or is counted in one.
+    for name in ["nothing", "neither", ""] {
+        let uri = format!("nbd+unix:///{name}?socket={}", socket.display());
+        let asked = scratch.command(&["status", "--listen", &uri]).output().unwrap();
+        assert_eq!(asked.status.success(), name.is_empty(), "{asked:?}");
+    }
+    kill_process(Pid::from_child(&child), Signal::TERM).unwrap();
+    assert_eq!(child.wait().unwrap().code(), Some(0));
+}
