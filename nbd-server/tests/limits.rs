@@ -4,12 +4,13 @@ mod common;
 
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::Duration;
 
-use common::{Client, MemoryDisk, Served, assert_closed, begin_hand_made, option, wish};
-use nbd_server::{Limits, ServerOptions};
+use common::{Client, MemoryDisk, Served, assert_closed, begin_hand_made, engine, option, wish};
+use nbd_server::{Export, Limits, ListenAddress, Server, ServerOptions};
 use proto::wire::{CommandFlags, CommandKind, Errno, MAX_PAYLOAD_BYTES, ReplyStyle};
 
 const SIZE: usize = 64 << 20;
@@ -321,4 +322,37 @@ fn a_listing_is_answered_and_the_next_option_too() {
     socket.read_exact(&mut [0; 20]).unwrap();
     assert_closed(&mut socket);
     served.end();
+}
+
+#[test]
+fn two_hundred_exports_can_be_listed_and_asked_about_and_not_for_ever() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("s");
+    let disk = Arc::new(MemoryDisk::new(1 << 20));
+    let exports = (0..200).map(|number| Export::new(format!("disk{number}"), disk.clone()));
+    let address = ListenAddress::Unix(path.clone());
+    let server = Server::bind(&[address], exports.collect(), ServerOptions::default()).unwrap();
+    let handle = server.run(1, engine()).unwrap();
+    let uri = format!("nbd+unix://?socket={}", path.display());
+    for (program, arguments) in
+        [("nbdinfo", vec!["--list", &uri]), ("qemu-nbd", vec!["--list", "-k", path.to_str().unwrap()])]
+    {
+        let listed = std::process::Command::new(program).args(arguments).output().unwrap();
+        let text = String::from_utf8_lossy(&listed.stdout);
+        assert!(listed.status.success() && text.contains("disk199"), "{program}: {listed:?}");
+    }
+    // Structured replies, again and again, and no end of it.
+    let mut socket = begin_hand_made(&path, 3).unwrap();
+    let most = proto::wire::max_options(200);
+    let (mut answers, mut sent) = ([0; 20], 0);
+    socket.write_all(&option(8, &[])).unwrap();
+    while socket.read_exact(&mut answers).is_ok() && sent < 2 * most {
+        sent += 1;
+        if socket.write_all(&option(8, &[])).is_err() {
+            break;
+        }
+    }
+    assert_eq!(sent, most + 1);
+    handle.shutdown();
+    handle.join().unwrap();
 }

@@ -22,11 +22,13 @@ use std::sync::Arc;
 use std::time::Instant;
 
 pub(crate) use control::Control;
+use proto::server::Ending;
 use proto::wire::Cut;
 
 use crate::shard::{ShardState, Ticket};
 use crate::socket::Socket;
 use end::End;
+use negotiate::Failed;
 
 /// Serves one connection to its end. Its device operations have ended when this returns.
 pub(crate) async fn serve(socket: Socket, mut ticket: Ticket, shard: Rc<ShardState>, control: Rc<Control>) {
@@ -47,6 +49,14 @@ pub(crate) async fn serve(socket: Socket, mut ticket: Ticket, shard: Rc<ShardSta
     let negotiated = match negotiated {
         Ok(Ok(negotiated)) => negotiated,
         Ok(Err(ending)) => {
+            if let Failed::Ended(Ending::TooManyOptions) = ending
+                && let Some(left_out) = shard.logs.handshake.admit(Instant::now())
+            {
+                tracing::warn!(
+                    left_out,
+                    "a client sent more options than its handshake may have: the connection is closed"
+                );
+            }
             tracing::debug!(%ending, "a handshake came to nothing");
             return;
         }

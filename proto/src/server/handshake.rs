@@ -12,7 +12,7 @@ use super::{Directory, ExportId, Refusal, TlsMode};
 use crate::wire::{
     CLIENT_OPTION_MAGIC, ClientFlags, ContextId, ContextQuery, ExportInfo, HandshakeFlags, InfoKind,
     MAX_CONTEXTS, MAX_OPTION_BYTES, MAX_OPTIONS, MetaContext, NBD_MAGIC, OPTION_REPLY_MAGIC, OptionKind,
-    OptionReplyKind, Reader, ReplyStyle, SelectedContext, TransmissionFlags,
+    OptionReplyKind, Reader, ReplyStyle, SelectedContext, TransmissionFlags, max_options,
 };
 
 const OPTION_HEADER_BYTES: usize = 16;
@@ -105,6 +105,8 @@ pub struct Handshake {
     state: State,
     client: ClientFlags,
     options_seen: u32,
+    /// Once it was asked.
+    most_options: Option<u32>,
     negotiated: Negotiated,
     tls: Tls,
     input: BytesMut,
@@ -135,6 +137,7 @@ impl Handshake {
             state: State::AwaitingFlags,
             client: ClientFlags::NONE,
             options_seen: 0,
+            most_options: None,
             negotiated: Negotiated::default(),
             tls: Tls::new(mode),
             input: BytesMut::new(),
@@ -214,7 +217,7 @@ impl Handshake {
         if !self.client.contains(ClientFlags::FIXED_NEWSTYLE) && kind != OptionKind::ExportName {
             return self.close(Ending::NotFixedNewstyle);
         }
-        if self.options_seen >= MAX_OPTIONS {
+        if self.options_seen >= MAX_OPTIONS && self.options_seen >= self.most_options(directory) {
             self.refuse(kind, OptionReplyKind::ErrPolicy, "too many options");
             return self.close(Ending::TooManyOptions);
         }
@@ -229,6 +232,14 @@ impl Handshake {
         self.input.advance(OPTION_HEADER_BYTES);
         let data = self.input.split_to(len);
         self.answer(kind, &data, directory)
+    }
+
+    /// How many options are taken: more where there are many exports to ask about, and the client may know of them.
+    fn most_options(&mut self, directory: &dyn Directory) -> u32 {
+        if !self.tls.lets_in() {
+            return MAX_OPTIONS;
+        }
+        *self.most_options.get_or_insert_with(|| max_options(directory.list().len()))
     }
 
     fn answer(&mut self, kind: OptionKind, data: &[u8], directory: &dyn Directory) -> Step {

@@ -51,6 +51,11 @@ impl Tls {
         refused
     }
 
+    /// Whether the client may be told anything of the exports.
+    pub(super) fn lets_in(&self) -> bool {
+        self.mode != TlsMode::Required || self.begun
+    }
+
     pub(super) const fn start(&self, data: &[u8]) -> StartTls {
         match self.mode {
             TlsMode::Off => StartTls::Absent,

@@ -5,8 +5,19 @@
 pub const MAX_OPTION_BYTES: usize = 64 * 1024;
 /// The longest name, description or query, in bytes: the protocol's limit for strings.
 pub const MAX_NAME_BYTES: usize = 4096;
-/// How many options one handshake may send.
+/// How many options one handshake may send to a server of few exports; see [`max_options`].
 pub const MAX_OPTIONS: u32 = 32;
+/// How many more for each export that the server lists: whoever tells of all of them asks about each, and about its contexts.
+pub const OPTIONS_PER_EXPORT: u32 = 4;
+/// How many at most, however many exports there are.
+pub const MOST_OPTIONS: u32 = 16_384;
+
+/// How many options one handshake may send to a server that lists so many exports.
+#[must_use]
+pub fn max_options(exports: usize) -> u32 {
+    let exports = u32::try_from(exports).unwrap_or(u32::MAX);
+    MAX_OPTIONS.saturating_add(exports.saturating_mul(OPTIONS_PER_EXPORT)).min(MOST_OPTIONS)
+}
 /// How many queries one LIST/SET_META_CONTEXT may carry.
 pub const MAX_QUERIES: u32 = 256;
 /// How many contexts one connection may have selected.
