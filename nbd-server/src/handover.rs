@@ -219,13 +219,20 @@ impl MeetingPoint {
         };
         stream.set_read_timeout(Some(PATIENCE)).map_err(failed)?;
         send_line(&stream, &format!("{GREETING}{identity}"), &[]).map_err(failed)?;
-        let (line, sockets) = receive_line(&stream).map_err(failed)?;
         let refused = |why: &str| {
             Error::new(
                 ErrorKind::AddressInUse,
                 format!("cannot take over from the server at {}, which goes on: {why}", path.display()),
             )
         };
+        let (line, sockets) = receive_line(&stream).map_err(|error| match error.kind() {
+            io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut => refused(&format!(
+                "{} did not answer in {} s; it is stopped, or another successor is with it: look at it, then try again",
+                who_listens(&stream),
+                PATIENCE.as_secs()
+            )),
+            _ => failed(error),
+        })?;
         if let Some(why) = line.strip_prefix(REFUSED) {
             return Err(refused(why));
         }
@@ -345,6 +352,16 @@ impl Successor {
         wait_for_end(&stream);
         listeners.iter().chain([&point]).for_each(Listener::own_file);
         Ok(Succession { point: MeetingPoint { listener: Arc::new(point) }, listeners })
+    }
+}
+
+/// The process at the other end, as far as it can be known: a socket that was handed over still has the number of the process that made it.
+fn who_listens(stream: &UnixStream) -> String {
+    let comm = |pid: &str| std::fs::read_to_string(format!("/proc/{pid}/comm")).ok();
+    let pid = sockopt::socket_peercred(stream).map(|who| who.pid.to_string()).ok();
+    match pid.filter(|pid| comm(pid).is_some_and(|name| Some(name) == comm("self"))) {
+        Some(pid) => format!("it (process {pid})"),
+        None => "it".to_owned(),
     }
 }
 

@@ -184,3 +184,15 @@ fn lines_come_whole_and_no_longer_than_they_may() {
         assert_eq!(sender.join().unwrap().is_ok(), is_taken);
     }
 }
+
+#[test]
+fn a_server_that_does_not_answer_is_said_to_go_on_and_named() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("meeting");
+    let _stopped = std::os::unix::net::UnixListener::bind(&path).unwrap();
+    let error = MeetingPoint::arrive(&path, "a disk", &[], &options().access).unwrap_err().to_string();
+    let pid = format!("process {}", std::process::id());
+    for words in ["which goes on", "did not answer", &pid, path.to_str().unwrap()] {
+        assert!(error.contains(words), "{words}: {error}");
+    }
+}
