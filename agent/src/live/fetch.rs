@@ -92,14 +92,15 @@ impl Session {
                     format_args!("chunk {chunk}: the session is ending"),
                 ));
             }
-            if self.clock.now().saturating_sub(start) >= self.options.source_timeout {
+            let left = (start + self.options.source_timeout).saturating_sub(self.clock.now());
+            if left.is_zero() {
                 let waited = self.options.source_timeout.as_secs();
                 return Err(Error::new(
                     ErrorKind::Io,
                     format_args!("chunk {chunk}: the source was out of reach for {waited} s"),
                 ));
             }
-            first_of(self.clock.sleep(backoff), ended).await;
+            first_of(self.clock.sleep(backoff.min(left)), ended).await;
             backoff = (backoff * 2).min(LONGEST_BACKOFF);
         }
     }

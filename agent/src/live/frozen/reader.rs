@@ -233,8 +233,9 @@ impl Backup {
                 SourceErrorKind::Damaged | SourceErrorKind::Missing => ErrorKind::Damaged,
                 SourceErrorKind::Closed => ErrorKind::Shutdown,
                 SourceErrorKind::Unavailable => {
-                    if self.clock.now().saturating_sub(since) < self.timeout {
-                        self.clock.sleep(backoff).await;
+                    let left = (since + self.timeout).saturating_sub(self.clock.now());
+                    if !left.is_zero() {
+                        self.clock.sleep(backoff.min(left)).await;
                         backoff = (backoff * 2).min(LONGEST_BACKOFF);
                         continue;
                     }
