@@ -155,8 +155,19 @@ pub(crate) fn lock_target(
         )
         .into());
     }
+    lock_target_within(state, path, engine, target::LOCK_PATIENCE, interrupt)
+}
+
+/// The same of a target that is there; what a dead agent left in flight is waited for so long.
+pub(super) fn lock_target_within(
+    state: &StateDir,
+    path: &Path,
+    engine: Engine,
+    patience: Duration,
+    interrupt: &Interrupt,
+) -> anyhow::Result<FileDisk> {
     let disk = FileDisk::open(path, FileOptions::new(engine).read_only(true))?;
-    target::lock(&disk, path, state.path(), target::LOCK_PATIENCE, interrupt)?;
+    target::lock(&disk, path, state.path(), patience, interrupt)?;
     Ok(disk)
 }
 

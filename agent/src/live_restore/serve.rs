@@ -15,9 +15,10 @@
 //! guests' requests finish, what is not complete is parked, and `tell` returns. A `Running` that is dropped untold parks too.
 
 use std::sync::Arc;
+use std::time::Instant;
 
 use block::{Engine, OpenDevice};
-use nbd_server::{Export, ExportNames, Listener, Server, ServerHandle, ShardContext, ShardTask};
+use nbd_server::{Export, ExportNames, Server, ServerHandle, ShardContext, ShardTask};
 use repository::Repository;
 
 use super::damage;
@@ -31,7 +32,7 @@ use super::scrape::Scraped;
 use super::service::{ServedDisk, Service, share};
 use super::stamp;
 use super::story::{End, Story};
-use super::take_over::{Heir, Predecessor};
+use super::take_over::{self, Heir};
 use super::target;
 use crate::cli::{Context, Failure, Interrupt};
 use crate::in_use::Claim;
@@ -83,11 +84,8 @@ pub(crate) fn start(
     let (repository, fallbacks) = Fallbacks::beside(repository, &order.fallbacks, warn)?;
     let mut wanted = order.assign(&repository)?;
     wanted.retain(|wanted| !order.handed_over.contains(&wanted.target));
-    let claim_all = |wanted: &[Wanted]| {
-        let claims = wanted.iter().map(|wanted| claim(wanted, order.drive.is_some()));
-        claims.filter_map(Result::transpose).collect::<anyhow::Result<Vec<_>>>()
-    };
-    let mut claims = if order.takes_over { Vec::new() } else { claim_all(&wanted)? };
+    // One that is taken over holds them.
+    let claims = if order.takes_over { Vec::new() } else { claim_all(order, &wanted)? };
     let pool = SharedPool::new(order.pool, &fallbacks);
     let options = SessionOptions {
         // Until it is known which disks have anything to copy.
@@ -114,52 +112,79 @@ pub(crate) fn start(
     let found = wishes.iter().zip(&wanted).map(|(wish, wanted)| open::find(wish, &wanted.state));
     let found = found.collect::<anyhow::Result<Vec<_>>>()?;
     let exports: Vec<_> = found.iter().map(|found| Arc::new(LateExport::of(&found.names().1))).collect();
-    let nbd_exports = nbd_exports(&found, &exports);
-    let server;
-    let metrics;
-    let mut has_taken_over = false;
-    match take_over(order, &wanted)? {
-        None => {
-            if order.takes_over {
-                super::take_over::wait_for_parked(&wanted, order.engine, interrupt)?;
-                claims = claim_all(&wanted)?;
+    let begun = Instant::now();
+    let mut bound = loop {
+        match bind(order, &wanted, (&found, &exports), context, interrupt) {
+            // Somebody else has the place, and is not done with taking it.
+            Err(error)
+                if order.takes_over
+                    && is_address_in_use(&error)
+                    && begun.elapsed() < take_over::PATIENCE_WITH_OTHERS =>
+            {
+                interrupt.check()?;
+                std::thread::sleep(take_over::LOOK_INTERVAL);
             }
-            server = Server::bind(&order.listen, nbd_exports, order.server.clone())?;
-            metrics = order
-                .metrics
-                .as_ref()
-                .map(|address| Scraped::bind(address, &order.server.access))
-                .transpose()?;
+            bound => break bound?,
         }
-        Some((predecessor, listeners)) => {
-            server = Server::listening(listeners, nbd_exports, order.server.clone())?;
-            tracing::info!(pid = predecessor.pid(), "taking the place of the agent that serves");
-            predecessor.end()?;
-            has_taken_over = true;
-            server.own_files();
-            claims = claim_all(&wanted)?;
-            // Guests wait: they are not to wait for a scraper's address.
-            metrics = order.metrics.as_ref().and_then(|address| {
-                let bound = Scraped::bind(address, &order.server.access);
-                bound.map_err(|error| context.output().warn(format_args!("no metrics: {error:#}"))).ok()
-            });
-        }
-    }
+    };
+    bound.claims.extend(claims);
     let opened = open_all(found, order.engine, interrupt);
     let opened = opened.inspect_err(|_| {
-        if has_taken_over {
+        if bound.has_taken_over {
             context
                 .output()
                 .warn("the agent before has ended: nobody serves until this command is run again");
         }
     })?;
     drop(wishes);
-    serve(order, opened, wanted, Bound { server, exports, metrics, claims }, repository.ok(), interrupt)
+    serve(order, opened, wanted, bound, repository.ok(), interrupt)
 }
 
-/// Asks an agent that serves these disks for its place, where that was wanted.
-fn take_over(order: &Order, wanted: &[Wanted]) -> anyhow::Result<Option<(Predecessor, Vec<Listener>)>> {
-    if order.takes_over { super::take_over::ask(wanted, &order.listen, &order.server) } else { Ok(None) }
+/// Has the addresses: those of an agent whose place is taken, who has ended then, or its own.
+fn bind(
+    order: &Order,
+    wanted: &[Wanted],
+    (found, late): (&[Found<'_>], &[Arc<LateExport>]),
+    context: &Context,
+    interrupt: &Interrupt,
+) -> anyhow::Result<Bound> {
+    let place = if order.takes_over {
+        take_over::place(wanted, &order.listen, &order.server, order.engine, interrupt)?
+    } else {
+        None
+    };
+    let exports = nbd_exports(found, late);
+    let bind_metrics =
+        || order.metrics.as_ref().map(|address| Scraped::bind(address, &order.server.access)).transpose();
+    let Some((predecessor, listeners)) = place else {
+        let claims = if order.takes_over { claim_all(order, wanted)? } else { Vec::new() };
+        let server = Server::bind(&order.listen, exports, order.server.clone())?;
+        let metrics = bind_metrics()?;
+        return Ok(Bound { server, exports: late.to_vec(), metrics, claims, has_taken_over: false });
+    };
+    let server = Server::listening(listeners, exports, order.server.clone())?;
+    tracing::info!(pid = predecessor.pid(), "taking the place of the agent that serves");
+    predecessor.end()?;
+    server.own_files();
+    let claims = claim_all(order, wanted)?;
+    // Guests wait: they are not to wait for a scraper's address.
+    let metrics = bind_metrics().unwrap_or_else(|error| {
+        context.output().warn(format_args!("no metrics: {error:#}"));
+        None
+    });
+    Ok(Bound { server, exports: late.to_vec(), metrics, claims, has_taken_over: true })
+}
+
+fn is_address_in_use(error: &anyhow::Error) -> bool {
+    error
+        .downcast_ref::<nbd_server::Error>()
+        .is_some_and(|error| error.kind() == nbd_server::ErrorKind::AddressInUse)
+}
+
+/// Keeps others from all of these targets.
+fn claim_all(order: &Order, wanted: &[Wanted]) -> anyhow::Result<Vec<Claim>> {
+    let claims = wanted.iter().map(|wanted| claim(wanted, order.drive.is_some()));
+    claims.filter_map(Result::transpose).collect()
 }
 
 /// What was had before anything was made: who listens, where its disks are put in, and what keeps others away.
@@ -168,6 +193,7 @@ struct Bound {
     exports: Vec<Arc<LateExport>>,
     metrics: Option<Scraped>,
     claims: Vec<Claim>,
+    has_taken_over: bool,
 }
 
 /// The last step of [`start`].

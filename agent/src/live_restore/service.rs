@@ -38,6 +38,8 @@ pub(crate) struct Service {
     pub(super) listeners: Vec<Weak<Listener>>,
     /// Another process may take its place.
     pub(super) may_be_succeeded: bool,
+    /// Whoever is asked for the agent's place holds this.
+    pub(super) succession: parking_lot::Mutex<()>,
     heir: parking_lot::Mutex<Option<Heir>>,
 }
 
@@ -106,6 +108,7 @@ impl Service {
             is_ending: AtomicBool::new(false),
             listeners: Vec::new(),
             may_be_succeeded: false,
+            succession: parking_lot::Mutex::default(),
             heir: parking_lot::Mutex::default(),
         };
         service.share_limit();

@@ -32,9 +32,9 @@ use crate::source::zero_chunks;
 const PATIENCE: Duration = Duration::from_secs(10);
 /// How long a successor may look at what it was sent.
 const PATIENCE_BEFORE_GO: Duration = Duration::from_secs(60);
-/// How long an agent that is about to end may take for it, and how often it is looked whether it has.
-const PATIENCE_WITH_PARKING: Duration = Duration::from_secs(30);
-const LOOK_INTERVAL: Duration = Duration::from_millis(20);
+/// How long whoever is about to end, or to take the place, may take for it, and how often it is looked whether it has.
+pub(super) const PATIENCE_WITH_OTHERS: Duration = Duration::from_secs(30);
+pub(super) const LOOK_INTERVAL: Duration = Duration::from_millis(20);
 const GO: &str = "go";
 
 /// Who takes the agent's place: it sees the end of this process as that of the connection.
@@ -62,27 +62,38 @@ pub(super) fn check_repository(wish: &Wish<'_>, disk: &DiskEntry) -> anyhow::Res
     Ok(())
 }
 
-/// Waits for an agent that is about to end, and gives its place to nobody any more, until it has parked these disks.
+/// Has the place of the agent that serves these disks, or `None` where nobody serves them. One that is about to end, or to give its
+/// place to somebody else, is waited for, and whoever has it then is asked.
 ///
 /// # Errors
-/// Where it does not end in time; where another agent serves one of them by now.
-pub(super) fn wait_for_parked(
+/// Where it is not given, or nobody is done in time.
+pub(super) fn place(
     wanted: &[Wanted],
+    listen: &[nbd_server::ListenAddress],
+    options: &ServerOptions,
     engine: Engine,
     interrupt: &Interrupt,
-) -> anyhow::Result<()> {
+) -> anyhow::Result<Option<(Predecessor, Vec<Listener>)>> {
     let begun = Instant::now();
-    for Wanted { target, state, .. } in wanted {
-        if !target.exists() || state.record()?.is_none() {
-            continue;
+    loop {
+        if let Some(place) = ask(wanted, listen, options)? {
+            return Ok(Some(place));
         }
-        // Let go at once: whoever opens the session takes it. An agent that is about to end may still answer.
-        while let Err(error) = super::lock_target(state, target, engine, interrupt) {
-            interrupt.check()?;
-            if begun.elapsed() >= PATIENCE_WITH_PARKING {
-                return Err(error);
-            }
-            std::thread::sleep(LOOK_INTERVAL);
+        match check_parked(wanted, engine, interrupt) {
+            Err(error) if begun.elapsed() >= PATIENCE_WITH_OTHERS => return Err(error),
+            Err(_) => {}
+            Ok(()) => return Ok(None),
+        }
+        interrupt.check()?;
+        std::thread::sleep(LOOK_INTERVAL);
+    }
+}
+
+/// Fails where somebody still has the lock of one of these disks. It is let go at once: whoever opens the session takes it.
+fn check_parked(wanted: &[Wanted], engine: Engine, interrupt: &Interrupt) -> anyhow::Result<()> {
+    for Wanted { target, state, .. } in wanted {
+        if target.exists() && state.record()?.is_some() {
+            super::rest::lock_target_within(state, target, engine, Duration::ZERO, interrupt)?;
         }
     }
     Ok(())
@@ -92,7 +103,7 @@ pub(super) fn wait_for_parked(
 ///
 /// # Errors
 /// Where it does not give it, and goes on; where it serves elsewhere than was asked for.
-pub(super) fn ask(
+fn ask(
     wanted: &[Wanted],
     listen: &[nbd_server::ListenAddress],
     options: &ServerOptions,
@@ -116,6 +127,9 @@ pub(super) fn ask(
         // It is about to end, or just did.
         Ok((line, _)) if line.is_empty() => return Ok(None),
         Err(error) if control::is_gone(&error) => return Ok(None),
+        Err(error) if matches!(error.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut) => {
+            return Err(control::silent(dir, error));
+        }
         answered => answered.with_context(no_answer)?,
     };
     let reply: Reply = serde_json::from_str(&line).with_context(no_answer)?;
@@ -166,8 +180,9 @@ pub(super) fn answer(stream: UnixStream, service: Arc<Service>, sessions: Vec<St
 fn converse(stream: UnixStream, service: &Arc<Service>, sessions: &[String]) -> anyhow::Result<()> {
     stream.set_nonblocking(false)?;
     stream.set_write_timeout(Some(PATIENCE))?;
-    if service.check_ending().is_err() {
-        // A successor takes this for the end that it is, and waits for it.
+    let turn = service.succession.try_lock();
+    if turn.is_none() || service.is_succeeded() || service.check_ending().is_err() {
+        // A successor that hears nothing waits for who comes after us.
         return Ok(());
     }
     let sockets = match look(service, sessions) {

@@ -45,7 +45,7 @@ pub fn ask_telling<T: DeserializeOwned>(
     mut tell: impl FnMut(Option<Value>) -> anyhow::Result<()>,
 ) -> anyhow::Result<Option<T>> {
     let Some(mut stream) = connect(dir)? else { return Ok(None) };
-    let no_answer = || format!("the agent of the session in {} does not answer", dir.display());
+    let no_answer = |error| silent(dir, error);
     stream.set_read_timeout(Some(PATIENCE))?;
     stream.set_write_timeout(Some(PATIENCE))?;
     let mut text = serde_json::to_vec(request)?;
@@ -53,7 +53,7 @@ pub fn ask_telling<T: DeserializeOwned>(
     if let Err(error) = stream.write_all(&text)
         && !is_gone(&error)
     {
-        return Err(error).with_context(no_answer);
+        return Err(no_answer(error));
     }
     let mut lines = BufReader::new(stream);
     loop {
@@ -61,7 +61,7 @@ pub fn ask_telling<T: DeserializeOwned>(
         match (&mut lines).take(MAX_REPLY_BYTES).read_until(b'\n', &mut line) {
             Ok(_) => {}
             Err(error) if is_gone(&error) => return Ok(None),
-            Err(error) => return Err(error).with_context(no_answer),
+            Err(error) => return Err(no_answer(error)),
         }
         if line.is_empty() {
             // It ended while we asked.
@@ -79,6 +79,16 @@ pub fn ask_telling<T: DeserializeOwned>(
             Reply::Failed { message, advice: None } => bail!(message),
         }
     }
+}
+
+/// That an agent is there, and says nothing.
+pub(in crate::live_restore) fn silent(dir: &Path, error: io::Error) -> anyhow::Error {
+    Failure::new(
+        format!("the agent of the session in {} does not answer", dir.display()),
+        "it may be stopped (SIGSTOP, a debugger), or its host overloaded; nothing was changed: ask again when it goes on",
+    )
+    .because(error)
+    .into()
 }
 
 /// Connects to the agent that serves the session in `dir`, if there is one.

@@ -35,7 +35,7 @@ mod listen;
 mod request;
 
 pub use ask::{ask, ask_status, ask_telling};
-pub(super) use ask::{connect, is_gone};
+pub(super) use ask::{connect, is_gone, silent};
 pub(crate) use listen::Asked;
 pub(super) use listen::{Control, Tasks, patiently};
 pub(super) use request::TakeOver;
