@@ -164,7 +164,13 @@ impl Verb for Args {
             if is_served { &mut served } else { &mut at_rest }.get_or_insert(one.path.display());
         }
         match (served, at_rest) {
-            (None, _) => self.save_at_rest(context, &repository, &wanted, group),
+            (None, _) => {
+                let saved = self.save_at_rest(context, &repository, &wanted, group);
+                // An agent may have begun to serve it meanwhile: that one saves it.
+                let is_served = saved.is_err()
+                    && wanted.iter().any(|one| matches!(live_restore::ask_status(one.state.path()), Ok(Some(_))));
+                if is_served { self.save_served(context, &repository, &wanted) } else { saved }
+            }
             (Some(_), None) => self.save_served(context, &repository, &wanted),
             (Some(served), Some(at_rest)) => Err(Failure::new(
                 format!(
