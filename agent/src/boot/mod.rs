@@ -42,7 +42,7 @@ use watch::BootWatcher;
 /// stays until QEMU ends. What follows -- is given to QEMU: memory, processors, network, display, anything but these disks.
 ///
 /// Where QEMU ends before all is home, the session is parked: the same command goes on. Ctrl-C and SIGTERM ask the guest
-/// to power down, once more tells QEMU to quit, and a third time kills it. A QEMU that reads from the terminal takes its Ctrl-C
+/// to power down, once more (a second later, or more) tells QEMU to quit, and a third time kills it. A QEMU that reads from the terminal takes its Ctrl-C
 /// itself: with -nographic it is the guest's; with -serial stdio it ends QEMU at once, unless the chardev has signal=off. Once the machine was moved, start it from the targets like any other.
 #[derive(Debug, clap::Args)]
 #[command(

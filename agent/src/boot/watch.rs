@@ -136,7 +136,7 @@ impl<'a> BootWatcher<'a> {
         match self.ending {
             Ending::None if self.interrupt.is_raised() => {
                 self.output.side_line(format_args!(
-                    "asking the guest to power down; QEMU is told to quit in {} s",
+                    "asking the guest to power down; QEMU is told to quit in {} s, or when you ask once more, a second from now or later",
                     self.shutdown_timeout.as_secs()
                 ));
                 self.machine.ask_to_end(false);

@@ -137,7 +137,12 @@ impl Verb for Args {
             self.check_unused(record.as_ref(), known, &path)?;
         }
         if is_begun {
-            self.tell(output, record.as_ref(), known, damage.as_ref(), is_another.as_ref(), &path)?;
+            let told = self.tell(output, record.as_ref(), known, damage.as_ref(), is_another.as_ref(), &path);
+            told.map_err(|error| {
+                let what = "nothing was discarded: what would be lost cannot be said";
+                Failure::new(what, "give it a stdout that can be written, then run the same command")
+                    .because(error)
+            })?;
             self.ask(output)?;
         }
         interrupt.check()?;

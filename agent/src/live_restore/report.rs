@@ -87,7 +87,10 @@ pub(super) fn status(disk: &ServedDisk, stats: &StatsSnapshot) -> Status {
 
 fn waiting(stats: &StatsSnapshot) -> Option<String> {
     if let Some(since) = stats.source_away {
-        return Some(format!("the repository has been out of reach for {} s", since.as_secs()));
+        return Some(match since.as_secs() {
+            0 => "the repository is out of reach".to_owned(),
+            seconds => format!("the repository has been out of reach for {seconds} s"),
+        });
     }
     stats.target_full.then(|| "the target is full: make room, and it goes on by itself".to_owned())
 }

@@ -110,7 +110,9 @@ impl Report {
 
 fn next(status: &Status) -> String {
     let target = status.target.display();
-    if status.home_bytes >= status.size {
+    if status.handed_over {
+        format!("the machine runs from {target}: start it from there from now on")
+    } else if status.home_bytes >= status.size {
         format!("{target} holds the whole disk: the machine can be started from it, without lifeboot")
     } else if status.is_settled() {
         "the same live-restore command asks for what is damaged again".to_owned()

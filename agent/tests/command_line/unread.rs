@@ -35,7 +35,7 @@ fn a_failure_ends_with_its_exit_code_though_nobody_reads_of_it() {
 fn a_service_serves_and_ends_though_nobody_reads_its_log() {
     let scratch = Scratch::new();
     scratch.disk("a.raw", 1 << 20, &[(0, 65536, 1)]);
-    scratch.run(&["capture", "a.raw", "--name", "a"]).ends_with(0);
+    scratch.run(&["capture", "a", "a.raw"]).ends_with(0);
     let socket = scratch.path("s");
     let (_reader, stderr) = full();
     let mut command = scratch.command(&["serve", "--listen", &format!("unix:{}", socket.display())]);

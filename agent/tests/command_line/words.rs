@@ -49,5 +49,8 @@ fn quiet_says_nothing_and_json_says_only_json() {
 fn an_error_says_what_failed_on_what_and_what_to_do() {
     let scratch = Scratch::empty();
     let ran = scratch.run(&["verify"]).ends_with(1);
-    assert_eq!(ran.stderr, "lifeboot: there is no such repository (repo); look at the path; `lifeboot init` makes a new one\n");
+    assert_eq!(
+        ran.stderr,
+        "lifeboot: there is no such repository (repo); look at the path; `lifeboot init` makes a new one\n"
+    );
 }
