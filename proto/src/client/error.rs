@@ -27,7 +27,7 @@ pub enum HandshakeError {
         source: Malformed,
     },
     /// The server said no.
-    #[error("the server refused {kind:?}: {reply:?} ({text})")]
+    #[error("{}", refusal(*kind, *reply, text))]
     Refused {
         /// Which option.
         kind: OptionKind,
@@ -79,4 +79,39 @@ pub enum ReplyError {
     /// It ended without telling everything that was asked for.
     #[error("the reply to {0:?} is incomplete")]
     Incomplete(Cookie),
+}
+
+/// A refusal in a sentence, with what the server said of it. Of TLS it says nothing that we do not: what to do about it is ours to say.
+fn refusal(kind: OptionKind, reply: OptionReplyKind, text: &str) -> String {
+    let what = match reply {
+        OptionReplyKind::ErrTlsRequired => {
+            return "the server requires TLS: name it by an nbds: or nbds+unix: URI, with the credentials that it wants".to_owned();
+        }
+        _ if kind == OptionKind::StartTls => "the server does not begin TLS",
+        OptionReplyKind::ErrUnknown => "the server does not have this export",
+        OptionReplyKind::ErrPolicy => "the server's policy forbids it",
+        OptionReplyKind::ErrShutdown => "the server is ending",
+        OptionReplyKind::ErrUnsupported => "the server cannot do what was asked",
+        _ => "the server refused what was asked",
+    };
+    if text.is_empty() { what.to_owned() } else { format!("{what}: {text}") }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_refusal_is_a_sentence_with_its_advice_whole() {
+        let said = |reply, text: &str| {
+            HandshakeError::Refused { kind: OptionKind::Go, reply, text: text.to_owned() }.to_string()
+        };
+        let tls = said(OptionReplyKind::ErrTlsRequired, "cut sh…");
+        assert!(tls.contains("nbds:") && !tls.contains("Err") && !tls.contains('…'), "{tls}");
+        assert_eq!(
+            said(OptionReplyKind::ErrUnknown, "no such export"),
+            "the server does not have this export: no such export"
+        );
+        assert_eq!(said(OptionReplyKind::ErrPolicy, ""), "the server's policy forbids it");
+    }
 }
