@@ -135,7 +135,7 @@ fn our_client_believes_only_its_own_server() {
     // A server without TLS is none for a client that wants it.
     let plain = Served::new(MemoryDisk::new(SIZE), ServerOptions::default());
     let said = refusal(&plain.path, with_certificates(&dir));
-    assert!(said.contains("refused StartTls"), "{said}");
+    assert!(said.contains("does not begin TLS"), "{said}");
     plain.end();
 }
 
