@@ -7,8 +7,8 @@
 
 use proto::server::{Agreed, Directory, Ending, Handshake, Step};
 use proto::wire::{
-    CLIENT_OPTION_MAGIC, ClientFlags, MAX_CONTEXTS, MAX_OPTION_BYTES, OPTION_REPLY_MAGIC, max_options,
-    OptionKind, OptionReplyKind, Reader, TransmissionFlags,
+    CLIENT_OPTION_MAGIC, ClientFlags, MAX_CONTEXTS, MAX_OPTION_BYTES, OPTION_REPLY_MAGIC, OptionKind,
+    OptionReplyKind, Reader, TransmissionFlags, max_options,
 };
 
 use super::exports::{EXPORT_BYTES, Exports, flags};
@@ -109,7 +109,11 @@ fn take_answer(output: &mut &[u8], option: OptionKind) -> OptionReplyKind {
 
 fn check_output(outcome: &Outcome, taken: &[u8]) {
     let options = options(taken);
-    assert!(options.len() <= max_options(Exports.list().len()) as usize, "{} options were taken", options.len());
+    assert!(
+        options.len() <= max_options(Exports.list().len()) as usize,
+        "{} options were taken",
+        options.len()
+    );
     let mut output = &outcome.output[GREETING_BYTES..];
     let began = matches!(outcome.end, End::Transmission(_));
     let last = options.len().wrapping_sub(1);
