@@ -296,7 +296,7 @@ fn what_is_not_there_is_said_before_anything_is_read() {
             .to_vec()
     });
     let said = setting.fails(&[&uri.replace("///?", "///dusk?")]);
-    assert!(said.contains("///dusk?") && said.contains("refused Go"), "{said}");
+    assert!(said.contains("///dusk?") && said.contains("does not have this export"), "{said}");
     setting.captures(&uri.replace("///?", "///disk?"));
 
     let (_server, uri) = setting.nbdkit(&["memory", "0"]);
