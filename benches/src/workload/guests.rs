@@ -6,7 +6,7 @@
 
 use std::fs::File;
 use std::io::{BufWriter, Write};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
@@ -240,8 +240,8 @@ fn alone(socket: &Path, size: u64) -> Result<Sample> {
     Ok(sample)
 }
 
-/// The same writes to a sparse file: to holes, and then to what they filled. Then reads of a whole one, while somebody else
-/// writes to the same storage what the background would.
+/// The same writes to a sparse file: to holes, and then to what they filled. Then reads of what is there of another one, while
+/// somebody else writes what the background would, into its holes.
 fn plain(
     common: &Common,
     options: &Options,
@@ -250,7 +250,7 @@ fn plain(
     report: &mut Report,
 ) -> Result<Sample> {
     let size = options.size.as_u64();
-    let (file, other) = (dir.join("plain.raw"), dir.join("other.raw"));
+    let (file, half) = (dir.join("plain.raw"), dir.join("half.raw"));
     File::create(&file)?.set_len(size)?;
     let mut command = Command::new(common.programs.path("lifeboot-nbd")?);
     // As live-restore opens its target.
@@ -259,12 +259,15 @@ fn plain(
     let server = Server::listening(&mut command, socket)?;
     let mut sample = write_twice(socket)?;
     server.terminate()?;
-    write_image(&file, size)?;
+    // As much is there as of a live-restore's target; the rest is written past the server, into holes.
+    write_image(&half, HOME_BYTES)?;
+    File::options().write(true).open(&half)?.set_len(size)?;
+    std::fs::rename(&half, &file)?;
     settle();
     let server = Server::listening(&mut command, socket)?;
     let mut client = Client::connect(socket, ours::EXPORT)?;
     let guest = Server::start(&mut random_reads(socket))?;
-    let mut writes = plain_writes(&other, options);
+    let mut writes = plain_writes(&file, options);
     report.ran(Who::Plain.name(), child::line(&writes));
     let mut writer = writes.stdout(Stdio::null()).spawn().context("cannot start fio")?;
     sample.extend(home_reads(&mut client, || Ok(writer.try_wait()?.is_some()))?);
@@ -277,8 +280,16 @@ fn plain(
 /// The disk's bytes at the pace at which the source can give them: they are twice what is stored.
 fn plain_writes(file: &Path, options: &Options) -> Command {
     let mut fio = Command::new("fio");
-    fio.args(["--name=w", "--rw=write", "--direct=1", "--ioengine=io_uring", "--iodepth=4"]);
-    fio.arg(format!("--bs={CHUNK}")).arg(format!("--size={}", options.size.as_u64()));
+    fio.args([
+        "--name=w",
+        "--rw=write",
+        "--direct=1",
+        "--ioengine=io_uring",
+        "--iodepth=4",
+        "--fallocate=none",
+    ]);
+    fio.arg(format!("--bs={CHUNK}")).arg(format!("--offset={HOME_BYTES}"));
+    fio.arg(format!("--size={}", options.size.as_u64() - HOME_BYTES));
     fio.arg(format!("--rate={}", 2 * options.source_rate.as_u64()));
     fio.arg(format!("--filename={}", file.display()));
     fio
@@ -319,7 +330,7 @@ fn random_writes(socket: &Path) -> Command {
 }
 
 /// Data that shrinks to about half, no chunk like another.
-fn write_image(path: &PathBuf, size: u64) -> Result<()> {
+fn write_image(path: &Path, size: u64) -> Result<()> {
     let file = File::create(path).with_context(|| format!("cannot make {}", path.display()))?;
     let mut out = BufWriter::with_capacity(1 << 20, file);
     let mut random = Random(42);
