@@ -52,6 +52,8 @@ struct State {
     bytes: usize,
     is_writing: bool,
     left_out: u64,
+    /// Says how many lines were left out.
+    tell: Option<fn(u64)>,
     /// Somebody waited in vain: until something is written, nobody waits again.
     is_stuck: bool,
     is_closed: bool,
@@ -86,6 +88,13 @@ impl LogQueue {
         Self { owner: Arc::new(Owner(Arc::new(Shared { state: Mutex::new(state), ..Shared::default() }))) }
     }
 
+    /// The same of what is no log: `tell` says how many of its lines were left out, once they are read again.
+    #[must_use]
+    pub fn telling(self, tell: fn(u64)) -> Self {
+        self.owner.0.state.lock().tell = Some(tell);
+        self
+    }
+
     /// A queue before stderr.
     #[must_use]
     pub fn to_stderr() -> Self {
@@ -99,7 +108,7 @@ impl LogQueue {
     pub fn put(&self, line: &[u8]) {
         let shared = &self.owner.0;
         let mut state = shared.state.lock();
-        if state.bytes > 0 && state.bytes + line.len() > MAX_BYTES {
+        if !state.lines.is_empty() && state.bytes + line.len() > MAX_BYTES {
             state.left_out += 1;
             return;
         }
@@ -166,10 +175,8 @@ impl Shared {
             } else if state.left_out > 0 {
                 let left_out = std::mem::take(&mut state.left_out);
                 state.is_writing = true;
-                // It comes back as a line, in the form that lines have here.
-                parking_lot::MutexGuard::unlocked(&mut state, || {
-                    tracing::warn!(left_out, "lines of the log were left out: nobody read stderr")
-                });
+                let tell = state.tell.unwrap_or(tell_in_log);
+                parking_lot::MutexGuard::unlocked(&mut state, || tell(left_out));
             } else if state.is_closed {
                 return;
             } else {
@@ -180,6 +187,11 @@ impl Shared {
             self.written.notify_all();
         }
     }
+}
+
+/// It comes back as a line, in the form that lines have there.
+fn tell_in_log(left_out: u64) {
+    tracing::warn!(left_out, "lines of the log were left out: nobody read stderr");
 }
 
 impl Write for LogQueue {

@@ -78,8 +78,7 @@ impl Output {
     pub fn for_service(&self) -> Self {
         let mut output = self.clone();
         if !self.stdout_terminal {
-            // Without another thread it is as it was.
-            output.relay = Relay::start(io::stdout()).ok().map(Arc::new);
+            output.relay = Some(Arc::new(Relay::to(io::stdout())));
         }
         output
     }
