@@ -8,6 +8,8 @@
 //! alone writes there. Log lines, which come from threads that serve guests, are left in it and never waited for. What a verb says is
 //! waited for as if it wrote itself, so that it stands before what it says next on stdout; but not for longer than
 //! [`PATIENCE_AT_END`] where nobody reads.
+//!
+//! Bars are put aside only for what the same terminal shows: whoever waits for a pipe must not hold their lock meanwhile.
 
 mod progress;
 mod relay;
@@ -55,17 +57,19 @@ impl Output {
     /// Decides how to talk from `--json`, `-q`, and from whether stdout and stderr are terminals.
     #[must_use]
     pub fn new(json: bool, quiet: bool) -> Self {
+        let stderr_terminal = io::stderr().is_terminal();
         let bars = MultiProgress::new();
         let between = bars.clone();
         // Whoever closed stderr does not want to know; there is nobody left to tell that.
         let log = LogQueue::new(move |text| {
-            let _ = between.suspend(|| io::stderr().write_all(text));
+            let write = || io::stderr().write_all(text);
+            let _ = if stderr_terminal { between.suspend(write) } else { write() };
         });
         Self {
             json,
             quiet,
             stdout_terminal: io::stdout().is_terminal(),
-            stderr_terminal: io::stderr().is_terminal(),
+            stderr_terminal,
             bars,
             log,
             relay: None,
@@ -208,7 +212,8 @@ impl Output {
         };
         told(match &self.relay {
             Some(relay) => relay.write(bytes),
-            None => self.bars.suspend(write),
+            None if self.stdout_terminal && self.stderr_terminal => self.bars.suspend(write),
+            None => write(),
         })
     }
 

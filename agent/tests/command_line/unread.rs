@@ -1,12 +1,14 @@
 //! A stderr that nobody reads holds up neither a service nor the end of any verb.
 
+use std::fs::File;
 use std::io::{self, ErrorKind, Write};
+use std::os::unix::fs::FileExt;
 use std::os::unix::net::UnixStream;
 use std::process::Stdio;
 
 use rustix::process::{Pid, Signal, kill_process};
 
-use crate::support::Scratch;
+use crate::support::{MIB, Ran, Scratch};
 
 /// A pipe that is full, and its reader.
 fn full() -> (io::PipeReader, Stdio) {
@@ -16,6 +18,23 @@ fn full() -> (io::PipeReader, Stdio) {
     assert_eq!(error.kind(), ErrorKind::WouldBlock);
     rustix::io::ioctl_fionbio(&writer, false).unwrap();
     (reader, writer.into())
+}
+
+#[test]
+fn what_a_verb_has_found_is_told_on_stdout_though_nobody_reads_its_stderr() {
+    let scratch = Scratch::new();
+    scratch.disk("d.raw", 4 * MIB, &[(0, 2 << 20, 1)]);
+    scratch.run(&["capture", "web01", "d.raw"]).ends_with(0);
+    let file = File::options().write(true).open(scratch.pack()).unwrap();
+    file.write_all_at(b"another byte, and more", MIB).unwrap();
+    // The damage is named on stderr before stdout has the report.
+    for json in [&[][..], &["--json"]] {
+        let args = ["restore", "web01@latest", "out.raw", "--keep-going", "--force"];
+        let (_reader, stderr) = full();
+        let ran = scratch.command(&[&args[..], json].concat()).stderr(stderr).output().unwrap();
+        let told = Ran::of(ran).ends_with(3).stdout;
+        assert!(told.contains(if json.is_empty() { "128.0 KiB lost" } else { "\"damaged\"" }), "{told}");
+    }
 }
 
 #[test]
