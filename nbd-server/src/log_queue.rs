@@ -141,6 +141,15 @@ impl LogQueue {
         true
     }
 
+    /// Waits until all of it is written, however long nobody reads.
+    pub fn drain(&self) {
+        let shared = &self.owner.0;
+        let mut state = shared.state.lock();
+        while !state.is_settled() {
+            shared.written.wait(&mut state);
+        }
+    }
+
     /// Has panics said by this queue too, as of the program of this name: the usual way writes to stderr, and may wait.
     pub fn say_panics(&self, program: &'static str) {
         let queue = self.clone();
@@ -269,7 +278,8 @@ mod tests {
         let reading = thread::spawn(move || lines.iter().count());
         // What was left out is told as a line of the log; here nobody listens to that.
         drop(go);
-        while !queue.flush(LONG) {}
+        queue.drain();
+        assert!(queue.flush(Duration::ZERO), "nothing is left");
         queue.put(b"last");
         assert!(queue.flush(LONG));
         drop(queue);

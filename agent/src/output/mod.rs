@@ -18,7 +18,7 @@ mod text;
 
 use std::fmt;
 use std::io::{self, IsTerminal, Write};
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use indicatif::MultiProgress;
@@ -51,6 +51,8 @@ pub struct Output {
     log: LogQueue,
     /// Writes to stdout for a service.
     relay: Option<Arc<Relay>>,
+    /// Writes to stdout what is said before the work.
+    announcements: Arc<OnceLock<Relay>>,
 }
 
 impl Output {
@@ -73,6 +75,7 @@ impl Output {
             bars,
             log,
             relay: None,
+            announcements: Arc::default(),
         }
     }
 
@@ -145,9 +148,19 @@ impl Output {
     }
 
     /// As [`Self::line`], of work that is still to be done, and harms nothing: that it cannot be told is no reason to leave it
-    /// undone. The report at its end tells whether stdout can be written.
+    /// undone, nor is a pipe that nobody reads; that is waited for as stderr is. The report at its end tells whether stdout
+    /// can be written.
     pub fn announce(&self, line: impl fmt::Display) {
-        if let Err(error) = self.line(line) {
+        if self.json || self.quiet {
+            return;
+        }
+        let told = if self.stdout_terminal || self.relay.is_some() {
+            self.line(line)
+        } else {
+            let relay = self.announcements.get_or_init(|| Relay::to(io::stdout()));
+            told(relay.write(format!("{line}\n").as_bytes()).and_then(|()| relay.settle(PATIENCE_AT_END)))
+        };
+        if let Err(error) = told {
             tracing::debug!(%error, "not told");
         }
     }
@@ -205,6 +218,10 @@ impl Output {
     /// # Errors
     /// As [`Self::document`].
     pub fn stdout(&self, bytes: &[u8]) -> anyhow::Result<()> {
+        // What was announced stands before it.
+        if let Some(relay) = self.announcements.get() {
+            relay.drain();
+        }
         let write = || {
             let mut stdout = io::stdout().lock();
             stdout.write_all(bytes)?;

@@ -1,4 +1,4 @@
-//! Stdout of a service, written by a thread of its own: a reader who is slow, or has stopped, holds up nobody.
+//! Stdout, written by a thread of its own: a reader who is slow, or has stopped, holds up no service, and no work that is only announced.
 //!
 //! It is a [`LogQueue`] that remembers why it could not write. A write that blocks for ever ends with the process.
 
@@ -52,6 +52,11 @@ impl Relay {
         let is_written = self.queue.flush(patience);
         self.check()?;
         if is_written { Ok(()) } else { Err(io::ErrorKind::TimedOut.into()) }
+    }
+
+    /// Waits until all is written, or cannot be, however long nobody reads it.
+    pub(super) fn drain(&self) {
+        self.queue.drain();
     }
 
     fn check(&self) -> io::Result<()> {

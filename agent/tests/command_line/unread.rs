@@ -1,14 +1,14 @@
-//! A stderr that nobody reads holds up neither a service nor the end of any verb.
+//! A stderr that nobody reads holds up neither a service nor the end of any verb; a stdout that nobody reads no work.
 
 use std::fs::File;
-use std::io::{self, ErrorKind, Write};
+use std::io::{self, ErrorKind, Read, Write};
 use std::os::unix::fs::FileExt;
 use std::os::unix::net::UnixStream;
 use std::process::Stdio;
 
 use rustix::process::{Pid, Signal, kill_process};
 
-use crate::support::{MIB, Ran, Scratch};
+use crate::support::{MIB, Ran, Scratch, slow_live_restore};
 
 /// A pipe that is full, and its reader.
 fn full() -> (io::PipeReader, Stdio) {
@@ -18,6 +18,33 @@ fn full() -> (io::PipeReader, Stdio) {
     assert_eq!(error.kind(), ErrorKind::WouldBlock);
     rustix::io::ioctl_fionbio(&writer, false).unwrap();
     (reader, writer.into())
+}
+
+#[test]
+fn a_save_is_made_before_anybody_reads_of_it() {
+    let scratch = Scratch::new();
+    scratch.disk("d.raw", 8 * MIB, &[(0, 3 << 20, 1)]);
+    scratch.run(&["capture", "web01", "d.raw"]).ends_with(0);
+    let saves = |made: u64| {
+        let (mut reader, stdout) = full();
+        let mut child = scratch.command(&["save", "t.raw"]).stdout(stdout).spawn().unwrap();
+        while (scratch.json(&["snapshots"]).as_array().unwrap().len() as u64) < made {
+            assert_eq!(child.try_wait().unwrap(), None, "it ended, and saved nothing");
+            std::thread::yield_now();
+        }
+        let mut told = String::new();
+        reader.read_to_string(&mut told).unwrap();
+        assert_eq!(child.wait().unwrap().code(), Some(0));
+        let lines: Vec<&str> = told.trim_start_matches('.').lines().collect();
+        assert!(
+            matches!(lines[..], [saving, saved] if saving.starts_with("saving ") && saved.starts_with("saved "))
+        );
+    };
+    let mut live = slow_live_restore(&scratch);
+    saves(2);
+    kill_process(Pid::from_child(&live), Signal::TERM).unwrap();
+    assert_eq!(live.wait().unwrap().code(), Some(0));
+    saves(3);
 }
 
 #[test]
