@@ -408,6 +408,7 @@ impl Session {
             target_full_episodes: Stats::read(&self.stats.full_episodes),
             target_errors: Stats::read(&self.stats.target_errors),
             commits: Stats::read(&self.stats.commits),
+            background: fills.background,
             limit: fills.limit.rate(),
             paced_to: self.pace.rate(),
             trace_left: fills.plan.trace_left(),

@@ -84,6 +84,8 @@ pub struct StatsSnapshot {
     pub target_errors: u64,
     /// Times that the journal was brought up to date.
     pub commits: u64,
+    /// Whether the background brings home what nobody asked for.
+    pub background: bool,
     /// Bytes a second that the background may take; 0 is no limit.
     pub limit: u64,
     /// Bytes a second that it may take for the guests' sake (`--guest-p99`); 0 is no limit.

@@ -276,9 +276,14 @@ impl Watcher for Narrator<'_> {
         Self::say(self.output.event(&Event::Progress(Each::of(statuses))));
         if !self.output.is_json() {
             let size = statuses.iter().map(|status| status.size).sum();
-            self.bar
-                .get_or_insert_with(|| self.output.progress("copying home", Some(size)))
-                .set(statuses.iter().map(|status| status.home_bytes).sum());
+            let begin = || {
+                if statuses.iter().all(Status::is_without_background) {
+                    self.output.level("home", size)
+                } else {
+                    self.output.progress("copying home", Some(size))
+                }
+            };
+            self.bar.get_or_insert_with(begin).set(statuses.iter().map(|status| status.home_bytes).sum());
         }
         for (told, status) in self.waiting.iter_mut().zip(statuses) {
             if status.waiting == *told {

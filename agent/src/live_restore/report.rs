@@ -38,23 +38,20 @@ impl RateMeter {
 pub(super) fn status(disk: &ServedDisk, stats: &StatsSnapshot) -> Status {
     let record = &disk.record;
     let layout = record.layout();
-    let left = stats.disk_bytes.saturating_sub(stats.home_bytes);
     let fetched = disk.fetched();
-    let bytes_per_second = disk.rates.home.load(Ordering::Relaxed);
     let phase = match stats.phase {
         live::Phase::Filling => Phase::Running,
         live::Phase::Complete => Phase::Complete,
         live::Phase::Poisoned => Phase::Poisoned,
         live::Phase::Parked => Phase::Stopped,
     };
-    Status {
+    let mut status = Status {
         pid: Some(std::process::id()),
         uri: disk.uris().into_iter().next(),
         home_bytes: stats.home_bytes,
         stable_bytes: stats.stable_bytes,
         guest_bytes: stats.guest_bytes,
-        bytes_per_second,
-        seconds_left: (bytes_per_second > 0 && left > 0).then(|| left.div_ceil(bytes_per_second)),
+        bytes_per_second: disk.rates.home.load(Ordering::Relaxed),
         fetched_bytes: fetched.stored_bytes,
         fetched_plain_bytes: fetched.plain_bytes,
         fetched_bytes_per_second: disk.rates.fetched.load(Ordering::Relaxed),
@@ -81,8 +78,11 @@ pub(super) fn status(disk: &ServedDisk, stats: &StatsSnapshot) -> Status {
         fallbacks: disk.fetching.as_ref().map(Fetching::fallbacks).unwrap_or_default(),
         waiting: waiting(stats),
         handed_over: disk.is_marked(),
+        background: Some(stats.background),
         ..Status::at_rest(record, phase)
-    }
+    };
+    status.seconds_left = status.expected_seconds();
+    status
 }
 
 fn waiting(stats: &StatsSnapshot) -> Option<String> {

@@ -274,7 +274,7 @@ impl Running {
             .service
             .statuses()
             .into_iter()
-            .map(|status| Status { uri: None, limit: None, connections: None, ..status })
+            .map(|status| Status { uri: None, background: None, limit: None, connections: None, ..status })
             .collect();
         story.keep_damage(&statuses);
         let end = told?;

@@ -255,7 +255,13 @@ impl Output {
     /// Begins to show progress of `what` over `total` bytes, if that is known already.
     #[must_use]
     pub fn progress(&self, what: impl fmt::Display, total: Option<u64>) -> Progress {
-        Progress::start(self, what.to_string(), total)
+        Progress::start(self, what.to_string(), total, true)
+    }
+
+    /// As [`Self::progress`], of what may never reach `total`: no time left is shown.
+    #[must_use]
+    pub fn level(&self, what: impl fmt::Display, total: u64) -> Progress {
+        Progress::start(self, what.to_string(), Some(total), false)
     }
 
     fn tell(&self, kind: &'static str, message: &str, advice: Option<&str>, exit_code: Option<u8>) {

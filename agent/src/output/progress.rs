@@ -28,6 +28,8 @@ struct Shared {
     started: Instant,
     done: AtomicU64,
     total: AtomicU64,
+    /// It is expected to be done some time.
+    has_end: bool,
     shown_as: ShownAs,
 }
 
@@ -51,16 +53,16 @@ struct Line<'a> {
 }
 
 impl Progress {
-    pub(super) fn start(output: &Output, what: String, total: Option<u64>) -> Self {
+    pub(super) fn start(output: &Output, what: String, total: Option<u64>, has_end: bool) -> Self {
         let started = Instant::now();
         let shown_as = match (output.quiet, output.json, output.stderr_terminal) {
             (true, ..) | (false, false, false) => ShownAs::Nothing,
             (false, true, _) => ShownAs::Lines { last: Mutex::new(started) },
-            (false, false, true) => ShownAs::Bar(bar(output, &what, total)),
+            (false, false, true) => ShownAs::Bar(bar(output, &what, total, has_end)),
         };
         let total = AtomicU64::new(total.unwrap_or(0));
-        let shared =
-            Shared { output: output.clone(), what, started, done: AtomicU64::new(0), total, shown_as };
+        let (output, done) = (output.clone(), AtomicU64::new(0));
+        let shared = Shared { output, what, started, done, total, has_end, shown_as };
         Self { shared: Arc::new(shared) }
     }
 
@@ -71,7 +73,7 @@ impl Progress {
         }
         if let ShownAs::Bar(bar) = &self.shared.shown_as {
             bar.set_length(total);
-            bar.set_style(style(Some(total)));
+            bar.set_style(style(Some(total), self.shared.has_end));
         }
     }
 
@@ -124,7 +126,8 @@ impl Shared {
             bytes_done,
             bytes_total: (total > 0).then_some(total),
             bytes_per_second: rate as u64,
-            seconds_left: (total > 0 && rate > 0.0).then_some((left as f64 / rate).ceil() as u64),
+            seconds_left: (self.has_end && total > 0 && rate > 0.0)
+                .then_some((left as f64 / rate).ceil() as u64),
         });
     }
 }
@@ -139,22 +142,23 @@ impl Drop for Shared {
     }
 }
 
-fn bar(output: &Output, what: &str, total: Option<u64>) -> ProgressBar {
+fn bar(output: &Output, what: &str, total: Option<u64>, has_end: bool) -> ProgressBar {
     let bar = ProgressBar::with_draw_target(total, ProgressDrawTarget::stderr_with_hz(REDRAWS_PER_SECOND));
-    bar.set_style(style(total));
+    bar.set_style(style(total, has_end));
     bar.set_message(what.to_owned());
     let bar = output.bars.add(bar);
     bar.enable_steady_tick(Duration::from_millis(500));
     bar
 }
 
-fn style(total: Option<u64>) -> ProgressStyle {
-    let template = match total {
-        Some(_) => "{msg} [{bar:30}] {percent:>3}% {size} at {rate}, {left} left",
-        None => "{msg} {spinner} {size} at {rate}",
+fn style(total: Option<u64>, has_end: bool) -> ProgressStyle {
+    let template = match (total, has_end) {
+        (Some(_), true) => "{msg} [{bar:30}] {percent:>3}% {size} at {rate}, {left} left",
+        (Some(_), false) => "{msg} [{bar:30}] {percent:>3}% {size} at {rate}",
+        (None, _) => "{msg} {spinner} {size} at {rate}",
     };
     ProgressStyle::with_template(template)
-        .expect("the template is a constant, and a test draws it")
+        .expect("the templates are constants, and a test draws them")
         .progress_chars("=> ")
         .with_key("size", |state: &ProgressState, w: &mut dyn fmt::Write| {
             let _ = match state.len() {
@@ -176,12 +180,78 @@ fn style(total: Option<u64>) -> ProgressStyle {
 
 #[cfg(test)]
 mod tests {
+    use std::io;
+
+    use indicatif::TermLike;
+
     use super::*;
 
+    /// A terminal that shows one line.
+    #[derive(Clone, Debug, Default)]
+    struct Screen(Arc<Mutex<String>>);
+
+    impl TermLike for Screen {
+        fn width(&self) -> u16 {
+            200
+        }
+
+        fn move_cursor_up(&self, _: usize) -> io::Result<()> {
+            Ok(())
+        }
+
+        fn move_cursor_down(&self, _: usize) -> io::Result<()> {
+            Ok(())
+        }
+
+        fn move_cursor_right(&self, _: usize) -> io::Result<()> {
+            Ok(())
+        }
+
+        fn move_cursor_left(&self, _: usize) -> io::Result<()> {
+            Ok(())
+        }
+
+        fn write_line(&self, text: &str) -> io::Result<()> {
+            self.write_str(text)
+        }
+
+        fn write_str(&self, text: &str) -> io::Result<()> {
+            self.0.lock().push_str(text);
+            Ok(())
+        }
+
+        fn clear_line(&self) -> io::Result<()> {
+            self.0.lock().clear();
+            Ok(())
+        }
+
+        fn flush(&self) -> io::Result<()> {
+            Ok(())
+        }
+    }
+
+    /// What a bar looks like with so much done.
+    fn drawn(total: Option<u64>, has_end: bool, done: u64) -> String {
+        let screen = Screen::default();
+        let bar =
+            ProgressBar::with_draw_target(total, ProgressDrawTarget::term_like(Box::new(screen.clone())));
+        bar.set_style(style(total, has_end));
+        bar.set_position(done);
+        bar.force_draw();
+        screen.0.lock().clone()
+    }
+
     #[test]
-    fn both_styles_are_valid_and_count() {
-        let _ = style(Some(1));
-        let _ = style(None);
+    fn what_has_no_end_is_drawn_without_a_time_left() {
+        assert!(drawn(Some(400), true, 100).contains("100 B of 400 B at"));
+        assert!(drawn(Some(400), true, 100).contains("left"));
+        assert!(drawn(Some(400), false, 100).contains("100 B of 400 B at"));
+        assert!(!drawn(Some(400), false, 100).contains("left"));
+        assert!(!drawn(None, true, 100).contains("left"));
+    }
+
+    #[test]
+    fn clones_count_together() {
         let progress = Output::new(false, true).progress("testing", Some(100));
         progress.advance(10);
         let clone = progress.clone();

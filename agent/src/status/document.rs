@@ -76,7 +76,7 @@ pub struct Status {
     pub guest_bytes: u64,
     /// Bytes brought home a second, lately.
     pub bytes_per_second: u64,
-    /// When the rest will be home at this rate.
+    /// When the rest will be home at this rate; `None` where nobody copies it home.
     pub seconds_left: Option<u64>,
     /// Stored bytes fetched from the repository since this agent began.
     pub fetched_bytes: u64,
@@ -94,6 +94,9 @@ pub struct Status {
     pub amplification: Option<f64>,
     /// How guests' misses went since this agent began.
     pub misses: Misses,
+    /// Whether the background brings home what nobody asked for, while an agent runs.
+    #[serde(default)]
+    pub background: Option<bool>,
     /// Bytes a second that the background of all the agent's disks together may take, while an agent runs; 0 is no limit.
     pub limit: Option<u64>,
     /// Connections to the agent, for whichever of its disks, while one runs.
@@ -138,6 +141,7 @@ impl Status {
             missed_bytes: 0,
             amplification: None,
             misses: Misses::default(),
+            background: None,
             limit: None,
             connections: None,
             damaged_bytes: 0,
@@ -158,6 +162,22 @@ impl Status {
     #[must_use]
     pub const fn is_settled(&self) -> bool {
         self.is_damaged() && self.home_bytes + self.damaged_bytes >= self.size
+    }
+
+    /// Whether an agent serves it that brings home only what guests ask for.
+    #[must_use]
+    pub fn is_without_background(&self) -> bool {
+        self.background == Some(false)
+    }
+
+    /// How long the rest takes at the rate of the last seconds; `None` where nobody copies it home: guests may never ask for it.
+    #[must_use]
+    pub fn expected_seconds(&self) -> Option<u64> {
+        let left = self.size.saturating_sub(self.home_bytes);
+        if left == 0 || self.bytes_per_second == 0 || self.is_without_background() {
+            return None;
+        }
+        Some(left.div_ceil(self.bytes_per_second))
     }
 
     /// Names what is damaged on stderr, and says how the verb ended.
@@ -193,4 +213,23 @@ pub(super) fn percent(bytes: u64, size: u64) -> f64 {
         return 100.0;
     }
     (bytes as f64 / size as f64 * 1000.0).floor() / 10.0
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::live_restore::a_record;
+
+    fn running() -> Status {
+        let status = Status::at_rest(&a_record(), Phase::Running);
+        Status { size: 1000, home_bytes: 790, bytes_per_second: 100, background: Some(true), ..status }
+    }
+
+    #[test]
+    fn a_time_is_left_where_somebody_copies_the_rest_home() {
+        assert_eq!(running().expected_seconds(), Some(3));
+        assert_eq!(Status { home_bytes: 1000, ..running() }.expected_seconds(), None);
+        assert_eq!(Status { bytes_per_second: 0, ..running() }.expected_seconds(), None);
+        assert_eq!(Status { background: Some(false), ..running() }.expected_seconds(), None);
+    }
 }

@@ -120,6 +120,9 @@ fn state_of(status: &Status) -> &'static str {
         }
         _ if status.handed_over => "complete, and being handed over to the machine",
         Phase::Running if status.is_settled() => "running: all is home but what is damaged",
+        Phase::Running if status.is_without_background() => {
+            "running: nothing is copied in the background, only what guests ask for comes home"
+        }
         Phase::Running => "running: copying home",
         Phase::Complete if status.pid.is_some() => "complete, and still served",
         Phase::Complete => "complete",

@@ -8,7 +8,7 @@ use std::process::Child;
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
 
-use crate::support::{MIB, Scratch, slow_live_restore};
+use crate::support::{MIB, Scratch, live_restore, slow_live_restore};
 
 /// A live-restore that runs, of a disk that will not be home soon.
 fn running() -> (Scratch, Child) {
@@ -80,6 +80,26 @@ fn peers_that_are_silent_huge_or_gone_keep_nobody_from_an_answer() {
     drop(silent);
     end(live);
     assert_eq!(scratch.json(&["status", "t.raw"])["phase"], "stopped");
+}
+
+#[test]
+fn without_a_background_it_is_said_that_nothing_is_copied() {
+    let scratch = Scratch::new();
+    scratch.disk("d.raw", 8 * MIB, &[(0, 4 << 20, 1)]);
+    scratch.run(&["capture", "web01", "d.raw"]).ends_with(0);
+    let live = live_restore(&scratch, &["--no-background"]);
+    let told = scratch.run(&["status", "t.raw"]).ends_with(0).stdout;
+    assert!(told.contains("running: nothing is copied in the background"), "{told}");
+    assert!(told.contains("50.0 %") && !told.contains("copying home"), "{told}");
+    assert!(!told.contains("time left"), "{told}");
+    let status = scratch.json(&["status", "t.raw"]);
+    assert_eq!((&status["background"], &status["seconds_left"]), (&Value::Bool(false), &Value::Null));
+    end(live);
+    // Of no agent it cannot be told.
+    assert_eq!(scratch.json(&["status", "t.raw"])["background"], Value::Null);
+    let live = live_restore(&scratch, &["--limit", "20"]);
+    assert_eq!(scratch.json(&["status", "t.raw"])["background"], true);
+    end(live);
 }
 
 #[test]

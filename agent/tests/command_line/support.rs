@@ -139,7 +139,12 @@ impl Scratch {
 
 /// A live-restore to `t.raw`, so slow that it does not end by itself, once it is ready.
 pub(crate) fn slow_live_restore(scratch: &Scratch) -> Child {
-    let args = ["live-restore", "web01@latest", "t.raw", "--listen", "unix:s", "--limit", "20"];
+    live_restore(scratch, &["--limit", "20"])
+}
+
+/// A live-restore to `t.raw`, once it is ready.
+pub(crate) fn live_restore(scratch: &Scratch, further: &[&str]) -> Child {
+    let args = [&["live-restore", "web01@latest", "t.raw", "--listen", "unix:s"], further].concat();
     let mut child = scratch.command(&args).stdout(Stdio::piped()).spawn().unwrap();
     let mut lines = BufReader::new(child.stdout.take().unwrap()).lines();
     // Whoever does not read on is no reason for it to end.
