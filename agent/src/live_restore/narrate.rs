@@ -274,7 +274,9 @@ impl Watcher for Narrator<'_> {
 
     fn progress(&mut self, statuses: &[Status]) {
         Self::say(self.output.event(&Event::Progress(Each::of(statuses))));
-        if !self.output.is_json() {
+        if !statuses.iter().any(Status::is_coming_home) {
+            self.bar = None;
+        } else if !self.output.is_json() {
             let size = statuses.iter().map(|status| status.size).sum();
             let begin = || {
                 if statuses.iter().all(Status::is_without_background) {

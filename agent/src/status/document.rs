@@ -170,11 +170,18 @@ impl Status {
         self.background == Some(false)
     }
 
-    /// How long the rest takes at the rate of the last seconds; `None` where nobody copies it home: guests may never ask for it.
+    /// Whether something is coming home that can be had, for whomever.
+    #[must_use]
+    pub fn is_coming_home(&self) -> bool {
+        self.phase == Phase::Running && !self.is_settled()
+    }
+
+    /// How long the rest takes at the rate of the last seconds; `None` where nobody copies it home: guests may never ask for it,
+    /// and what is damaged cannot be had.
     #[must_use]
     pub fn expected_seconds(&self) -> Option<u64> {
         let left = self.size.saturating_sub(self.home_bytes);
-        if left == 0 || self.bytes_per_second == 0 || self.is_without_background() {
+        if left == 0 || self.bytes_per_second == 0 || self.is_without_background() || !self.is_coming_home() {
             return None;
         }
         Some(left.div_ceil(self.bytes_per_second))
@@ -231,5 +238,8 @@ mod tests {
         assert_eq!(Status { home_bytes: 1000, ..running() }.expected_seconds(), None);
         assert_eq!(Status { bytes_per_second: 0, ..running() }.expected_seconds(), None);
         assert_eq!(Status { background: Some(false), ..running() }.expected_seconds(), None);
+        let damaged = |damaged_bytes| Status { damaged_bytes, ..running() };
+        assert_eq!(damaged(209).expected_seconds(), Some(3));
+        assert_eq!(damaged(210).expected_seconds(), None, "all is home but what is damaged");
     }
 }

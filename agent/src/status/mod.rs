@@ -155,7 +155,9 @@ fn table(status: &Status) -> Table {
     );
     row("written by the guest", human_size(status.guest_bytes));
     if status.pid.is_some() {
-        row("rate", format!("{}/s", human_size(status.bytes_per_second)));
+        if status.is_coming_home() {
+            row("rate", format!("{}/s", human_size(status.bytes_per_second)));
+        }
         if let Some(limit) = status.limit.filter(|limit| *limit > 0) {
             row("limit", format!("{}/s", human_size(limit)));
         }

@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use serde::Serialize;
 
-use super::{Phase, Status, at_rest, session_of, state_of};
+use super::{Status, at_rest, session_of, state_of};
 use crate::cli::{Context, Interrupt, Outcome};
 use crate::live_restore::{Request, Strip, ask};
 use crate::output::{Output, human_count, human_duration, human_size};
@@ -131,7 +131,7 @@ fn home(status: &Status) -> String {
         human_size(status.home_bytes),
         human_size(status.size)
     );
-    if status.phase == Phase::Running {
+    if status.is_coming_home() {
         text.push_str(&format!(" at {}/s", human_size(status.bytes_per_second)));
         if let Some(seconds) = status.seconds_left {
             text.push_str(&format!(", {} left", human_duration(Duration::from_secs(seconds))));
@@ -207,10 +207,27 @@ fn line(seen: &Seen) -> String {
 mod tests {
     use super::*;
     use crate::live_restore::a_record;
+    use crate::status::Phase;
 
     fn disks(count: usize) -> Vec<Seen> {
         let one = || Seen { status: Status::at_rest(&a_record(), Phase::Stopped), strip: Some("#".into()) };
         std::iter::repeat_with(one).take(count).collect()
+    }
+
+    #[test]
+    fn a_rate_is_shown_while_something_is_coming_home() {
+        let running = |damaged_bytes| {
+            let status = Status::at_rest(&a_record(), Phase::Running);
+            let home_bytes = status.size - 1000;
+            Seen { status: Status { home_bytes, damaged_bytes, bytes_per_second: 7, ..status }, strip: None }
+        };
+        assert!(
+            line(&running(999)).contains("running: copying home; 99.9 % home, 1.0 GiB of 1.0 GiB at 7 B/s")
+        );
+        let settled = line(&running(1000));
+        assert!(
+            settled.contains("all is home but what is damaged; 99.9 % home, 1.0 GiB of 1.0 GiB; damaged")
+        );
     }
 
     #[test]

@@ -4,7 +4,10 @@ use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
-use crate::support::{MIB, Scratch, assert_same, noise};
+use rustix::process::{Pid, Signal, kill_process};
+use serde_json::Value;
+
+use crate::support::{MIB, Scratch, assert_same, live_restore, noise};
 
 /// A repository with one disk of noise, one byte in the middle of its pack flipped.
 fn damaged() -> Scratch {
@@ -115,6 +118,29 @@ fn a_damaged_node_of_the_map_is_one_place_and_its_bytes_are_not_called_restored(
     let ran = scratch.run(&["restore", "web01@latest", "again.raw", "--keep-going"]).ends_with(3);
     assert!(ran.stdout.contains("130.0 MiB, 320.0 KiB of it data, 64.0 MiB lost"), "{ran:?}");
     assert_eq!(ran.stderr.lines().count(), 2, "{ran:?}");
+}
+
+#[test]
+fn a_live_restore_that_has_brought_home_what_it_could_has_no_rate_and_no_time_left() {
+    let scratch = damaged();
+    let mut live = live_restore(&scratch, &[]);
+    let home_or_damaged = |status: &Value| {
+        let bytes = |name: &str| status[name].as_u64().unwrap();
+        bytes("damaged_bytes") > 0 && bytes("home_bytes") + bytes("damaged_bytes") == bytes("size")
+    };
+    let status = loop {
+        let ran = scratch.run(&["status", "t.raw", "--json"]);
+        let status = ran.json();
+        if home_or_damaged(&status) {
+            break status;
+        }
+    };
+    assert_eq!(status["seconds_left"], Value::Null);
+    let told = scratch.run(&["status", "t.raw"]).ends_with(3).stdout;
+    assert!(told.contains("running: all is home but what is damaged"), "{told}");
+    assert!(!told.lines().any(|row| row.starts_with("rate") || row.starts_with("time left")), "{told}");
+    kill_process(Pid::from_child(&live), Signal::TERM).unwrap();
+    assert_eq!(live.wait().unwrap().code(), Some(3));
 }
 
 #[test]
