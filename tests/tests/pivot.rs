@@ -84,6 +84,8 @@ fn fio_in_a_guest_verifies_across_the_move_by_reopening() {
     let told = handed_over(&mut live);
     assert_eq!(told["node"], "lifeboot", "{told}");
     live.process().wait_success().unwrap();
+    let said = refused(&captured, &[]);
+    assert!(said.contains("a machine runs from") && !said.contains("start the machine"), "{said}");
     finish(machine, running, &captured);
 
     // The session is over, and says so.

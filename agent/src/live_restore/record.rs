@@ -6,6 +6,7 @@ use serde::{Deserialize, Serialize};
 
 use super::identity::TargetIdentity;
 use crate::cli::Failure;
+use crate::in_use;
 use crate::live::{BootId, DiskLayout};
 
 const VERSION: u32 = 2;
@@ -115,6 +116,20 @@ impl SessionRecord {
             return Ok(());
         }
         let target = self.target.display();
+        if in_use::is_locked(&self.target) {
+            return Err(Failure::new(
+                format!(
+                    "a machine runs from {target} itself, and holds a lock on it: it was moved onto it, which is a disk of its own now, \
+                     and the session in {} is over",
+                    dir.display()
+                ),
+                format!(
+                    "let it run, there is nothing left to restore, and start it from {target} from now on; should it hang, waiting on \
+                     the export because its agent was killed during the move, give this command --qmp SOCKET, which asks its QEMU and \
+                     goes on; `lifeboot discard {target}` removes the session and leaves the disk"
+                ),
+            ));
+        }
         Err(Failure::new(
             format!(
                 "the session in {} is over: a running machine was moved onto {target}, which is a disk of its own now, or was \
@@ -194,5 +209,23 @@ pub(super) mod tests {
         let over = SessionRecord { handed_over: true, ..record() };
         let refused = format!("{:#}", anyhow::Error::from(over.check_not_handed_over(dir).unwrap_err()));
         assert!(refused.contains("a disk of its own"), "{refused}");
+    }
+
+    #[test]
+    fn a_machine_that_runs_from_its_target_is_not_told_to_be_started() {
+        let target = tempfile::NamedTempFile::new().unwrap();
+        let over = SessionRecord { handed_over: true, target: target.path().to_owned(), ..record() };
+        let refused = || {
+            let failure = over.check_not_handed_over(Path::new("/x")).unwrap_err();
+            let (what, advice) = crate::cli::told(&failure.into());
+            (what, advice.unwrap())
+        };
+        let (what, advice) = refused();
+        assert!(what.contains("is over") && advice.contains("start the machine from"), "{what}: {advice}");
+        // It lives until this process closes the file, as looking at it does.
+        rustix::fs::fcntl_lock(target.as_file(), rustix::fs::FlockOperation::LockExclusive).unwrap();
+        let (what, advice) = refused();
+        assert!(what.contains("a machine runs from") && advice.contains("let it run"), "{what}: {advice}");
+        assert!(!advice.contains("start the machine"), "{advice}");
     }
 }
