@@ -49,6 +49,11 @@ pub(crate) fn is_locked(path: &Path) -> bool {
     File::open(path).and_then(|file| locks::holder(&file)).is_ok_and(|holder| holder.is_some())
 }
 
+/// The process of another lifeboot that has locked this file as its target, where that can be told.
+pub(crate) fn other_lifeboot(file: &File) -> Option<u32> {
+    locks::other_lifeboot(file)
+}
+
 /// Opens a block device that nobody else uses, for reading and writing.
 ///
 /// # Errors

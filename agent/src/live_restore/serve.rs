@@ -15,7 +15,7 @@
 //! guests' requests finish, what is not complete is parked, and `tell` returns. A `Running` that is dropped untold parks too.
 
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use block::{Engine, OpenDevice};
 use nbd_server::{Export, ExportNames, Server, ServerHandle, ShardContext, ShardTask};
@@ -47,6 +47,9 @@ pub(crate) use super::story::{Until, Watcher};
 const FILLS_PER_SHARD: usize = 32;
 /// Each disk has at least so many of them.
 const LEAST_FILLS: usize = 8;
+
+/// How long after it has its addresses a start has locked its targets, in general.
+const OTHERS_START: Duration = Duration::from_millis(500);
 
 /// A service that runs: guests may connect.
 pub(crate) struct Running {
@@ -124,7 +127,7 @@ pub(crate) fn start(
                 interrupt.check()?;
                 std::thread::sleep(take_over::LOOK_INTERVAL);
             }
-            bound => break bound?,
+            bound => break bound.map_err(|error| in_use_rather_than(error, &wanted, interrupt))?,
         }
     };
     bound.claims.extend(claims);
@@ -173,6 +176,24 @@ fn bind(
         None
     });
     Ok(Bound { server, exports: late.to_vec(), metrics, claims, has_taken_over: true })
+}
+
+/// That another lifeboot has one of the targets, where that is why an address is in use: the same command, given twice.
+fn in_use_rather_than(error: anyhow::Error, wanted: &[Wanted], interrupt: &Interrupt) -> anyhow::Error {
+    if !is_address_in_use(&error) {
+        return error;
+    }
+    let begun = Instant::now();
+    loop {
+        let used = |wanted: &Wanted| target::in_use_by_another(&wanted.target, wanted.state.path());
+        if let Some(used) = wanted.iter().find_map(used) {
+            return used;
+        }
+        if begun.elapsed() >= OTHERS_START || interrupt.is_raised() {
+            return error;
+        }
+        std::thread::sleep(take_over::LOOK_INTERVAL);
+    }
 }
 
 fn is_address_in_use(error: &anyhow::Error) -> bool {
@@ -341,10 +362,7 @@ fn claim(wanted: &Wanted, is_settled: bool) -> anyhow::Result<Option<Claim>> {
         }
         record.check_not_handed_over(dir)?;
     }
-    Err(match super::control::ask_status(dir) {
-        Ok(Some(by)) => target::in_use(&wanted.target, Some(&by)),
-        _ => error,
-    })
+    Err(target::in_use_by_another(&wanted.target, dir).unwrap_or(error))
 }
 
 /// Opens the disks one after another: all of them, or none.

@@ -17,8 +17,10 @@ use rustix::fs::FlockOperation;
 
 use super::control;
 use super::made::{Made, Undo};
+use super::state_dir::absolute;
 use crate::blank;
 use crate::cli::{Failure, Interrupt};
+use crate::in_use;
 use crate::status::Status;
 
 /// How long a successor waits for the operations that a killed agent left in flight.
@@ -60,6 +62,25 @@ pub(super) struct Taken {
 /// Makes or finds the target of a new session of a disk of `size` bytes, and locks it. One that holds anything is
 /// refused without `force`. The guard takes back what was made.
 pub(super) fn take(
+    path: &Path,
+    state: &Path,
+    size: u64,
+    force: bool,
+    engine: Engine,
+    interrupt: &Interrupt,
+) -> anyhow::Result<(Taken, Made)> {
+    match take_as_it_is(path, state, size, force, engine, interrupt) {
+        // Somebody else has made it meanwhile: now it is there.
+        Err(error) if was_just_made(&error) => take_as_it_is(path, state, size, force, engine, interrupt),
+        taken => taken,
+    }
+}
+
+fn was_just_made(error: &anyhow::Error) -> bool {
+    error.downcast_ref::<io::Error>().is_some_and(|error| error.kind() == io::ErrorKind::AlreadyExists)
+}
+
+fn take_as_it_is(
     path: &Path,
     state: &Path,
     size: u64,
@@ -184,26 +205,61 @@ fn holds_data(path: &Path, place: &str) -> anyhow::Error {
 /// Refuses where an agent serves this session: there is no need to try anything then.
 pub(super) fn check_unserved(path: &Path, state: &Path) -> anyhow::Result<()> {
     match control::ask_status(state) {
-        Ok(Some(by)) => Err(in_use(path, Some(&by))),
+        Ok(Some(by)) => Err(served_by(path, &by)),
         _ => Ok(()),
     }
 }
 
-/// A target is in use: by this agent, if it is known.
-pub(super) fn in_use(path: &Path, by: Option<&Status>) -> anyhow::Error {
-    let who = match by {
-        Some(status) => format!(
-            "by the agent with the process id {}, which restores {}",
-            status.pid.unwrap_or_default(),
-            status.snapshot
-        ),
-        None => "by another program".to_owned(),
-    };
+/// A target is in use by this agent.
+pub(super) fn served_by(path: &Path, by: &Status) -> anyhow::Error {
     Failure::new(
-        format!("the target {} is in use {who}", path.display()),
+        format!(
+            "the target {} is in use by the agent with the process id {}, which restores {}",
+            path.display(),
+            by.pid.unwrap_or_default(),
+            by.snapshot
+        ),
         "`lifeboot status TARGET` shows how far it is; end it (SIGTERM parks it) before another one begins",
     )
     .into()
+}
+
+/// A target is locked, and no agent answers for it.
+fn locked(path: &Path, target: impl AsFd) -> anyhow::Error {
+    let file = target.as_fd().try_clone_to_owned().map(File::from);
+    file.ok().and_then(|file| locked_by_lifeboot(path, &file)).unwrap_or_else(|| {
+        Failure::new(
+            format!("the target {} is in use: another program has locked it", path.display()),
+            "end that program (`lslocks` names it), or name another target",
+        )
+        .into()
+    })
+}
+
+fn locked_by_lifeboot(path: &Path, target: &File) -> Option<anyhow::Error> {
+    let pid = in_use::other_lifeboot(target)?;
+    let path = path.display();
+    let failure = Failure::new(
+        format!(
+            "the target {path} is in use by another lifeboot, the process {pid}, which does not serve it, or not yet"
+        ),
+        format!(
+            "if that is just starting, `lifeboot status {path}` shows in a moment how far it is; if it does something else with the \
+             target, run this command again when it has ended"
+        ),
+    );
+    Some(failure.into())
+}
+
+/// That another lifeboot serves this target or has locked it, where that can be told.
+pub(super) fn in_use_by_another(path: &Path, state: &Path) -> Option<anyhow::Error> {
+    let path = absolute(path).ok()?;
+    if let Ok(Some(by)) = control::ask_status(state) {
+        return Some(served_by(&path, &by));
+    }
+    // A FIFO in its place must not block us.
+    let target = OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK).open(&path).ok()?;
+    locked_by_lifeboot(&path, &target)
 }
 
 /// Takes the lock. An agent that is alive is told of at once; what a dead one left in flight is waited for.
@@ -226,8 +282,11 @@ pub(super) fn lock(
             }
         }
         let by = control::ask_status(state).ok().flatten();
-        if by.is_some() || begun.elapsed() >= patience {
-            return Err(in_use(path, by.as_ref()));
+        if let Some(by) = by {
+            return Err(served_by(path, &by));
+        }
+        if begun.elapsed() >= patience {
+            return Err(locked(path, &target));
         }
         if !said {
             said = true;
@@ -302,7 +361,8 @@ mod tests {
         let other = File::open(&path).unwrap();
         rustix::fs::flock(&other, FlockOperation::LockExclusive).unwrap();
         let error = take_file(&path, true).unwrap_err();
-        assert!(error.to_string().contains("in use"), "{error}");
+        // This is of the same name.
+        assert!(error.to_string().contains("in use by another lifeboot, the process"), "{error}");
         assert_eq!(std::fs::read(&path).unwrap(), b"precious");
     }
 }

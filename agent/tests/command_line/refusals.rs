@@ -1,8 +1,10 @@
 //! What bad input gets: a clear word, an exit code, and nothing lost.
 
 use std::fs::File;
+use std::io::{BufRead, BufReader};
 use std::os::unix::fs::PermissionsExt;
-use std::process::{Command, Stdio};
+use std::os::unix::net::UnixListener;
+use std::process::{Child, Command, Stdio};
 
 use crate::support::{MIB, Ran, Scratch, is_root, write};
 
@@ -171,6 +173,49 @@ fn a_target_in_use_is_refused_even_by_force() {
     drop(holder);
     assert_eq!(std::fs::read(&path).unwrap(), before);
     scratch.run(&["restore", "web01@latest", "out.raw", "--force"]).ends_with(0);
+}
+
+/// A program of this name that has made and locked `t.raw`, and ends with its stdin.
+fn locker(scratch: &Scratch, name: &str) -> Child {
+    std::os::unix::fs::symlink("/usr/bin/flock", scratch.path(name)).unwrap();
+    let mut child = Command::new(scratch.path(name))
+        .args(["t.raw", "sh", "-c", "echo locked; exec cat"])
+        .current_dir(scratch.path("."))
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut line = String::new();
+    BufReader::new(child.stdout.as_mut().unwrap()).read_line(&mut line).unwrap();
+    assert_eq!(line, "locked\n");
+    child
+}
+
+#[test]
+fn a_target_that_another_lifeboot_has_and_does_not_serve_yet_is_told_as_that() {
+    let scratch = with_snapshot();
+    let begin = |address: &str| {
+        let args = ["live-restore", "web01@latest", "t.raw", "--exit-when-done", "--listen", address];
+        scratch.run(&args)
+    };
+    let end = |mut locker: Child| {
+        drop(locker.stdin.take());
+        assert!(locker.wait().unwrap().success());
+    };
+    let locker_of_ours = locker(&scratch, "lifeboot");
+    let who = format!("in use by another lifeboot, the process {}", locker_of_ours.id());
+    let words = ["t.raw", &who, "lifeboot status"];
+    begin("unix:s").fails(&words);
+    // The same command twice wants the same address too.
+    let _listener = UnixListener::bind(scratch.path("busy")).unwrap();
+    begin("unix:busy").fails(&words);
+    end(locker_of_ours);
+    begin("unix:busy").fails(&["busy", "listens there"]);
+    let stranger = locker(&scratch, "stranger");
+    begin("unix:s").fails(&["t.raw", "another program has locked it"]);
+    end(stranger);
+    assert!(!scratch.path("t.raw.lifeboot").exists(), "nothing was begun");
+    begin("unix:s").ends_with(0);
 }
 
 #[test]
