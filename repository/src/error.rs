@@ -148,6 +148,13 @@ impl Error {
         self
     }
 
+    /// The same of a name that nobody typed: none is offered in its place.
+    #[must_use]
+    pub fn without_nearest(mut self) -> Self {
+        self.0.nearest.clear();
+        self
+    }
+
     /// The sort of failure.
     pub fn kind(&self) -> ErrorKind {
         self.0.kind

@@ -15,6 +15,8 @@ use crate::storage::read_all;
 pub(crate) const DIR: &str = "snapshots";
 /// How many of a group's newest snapshots are offered beside its latest.
 const NEWEST_OFFERED: usize = 2;
+/// How many of a group's snapshots are offered in the place of one that is not there.
+const NEAREST_OFFERED: usize = 3;
 /// How many manifests are tried to find one that can be read in the place of one that cannot.
 const READABLE_TRIED: usize = 8;
 
@@ -119,8 +121,15 @@ impl Repository {
     /// The snapshot of exactly that name.
     ///
     /// # Errors
-    /// `NotFound`, with the nearest names; `Damaged`, `NewerFormat` for its manifest.
+    /// `NotFound`, with the nearest names of those that can be read; `Damaged`, `NewerFormat` for its manifest.
     pub fn snapshot(&self, name: &SnapshotName) -> Result<Snapshot> {
+        match self.snapshot_if_there(name)? {
+            Some(snapshot) => Ok(snapshot),
+            None => Err(self.no_such_snapshot(name)?),
+        }
+    }
+
+    fn snapshot_if_there(&self, name: &SnapshotName) -> Result<Option<Snapshot>> {
         let path = path(name);
         let describe = || self.storage().describe(&path);
         let bytes = match read_all(&**self.storage(), &path, frame::MAX_LEN) {
@@ -128,11 +137,11 @@ impl Repository {
             Ok(None) => {
                 return Err(Error::damaged(format!("the manifest of {name} is too long")).at(describe()));
             }
-            Err(error) if error.kind() == io::ErrorKind::NotFound => return Err(self.no_such_snapshot(name)?),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
             Err(error) => return Err(Error::io(format!("cannot read snapshot {name}"), error).at(describe())),
         };
         let manifest = Manifest::decode(&bytes, name).map_err(|error| error.within(name).at(describe()))?;
-        Ok(Snapshot::new(manifest))
+        Ok(Some(Snapshot::new(manifest)))
     }
 
     fn no_such_snapshot(&self, name: &SnapshotName) -> Result<Error> {
@@ -142,7 +151,9 @@ impl Repository {
         }
         let distance = |time: Timestamp| time.as_second().abs_diff(name.time().as_second());
         names.sort_by_key(|other| distance(other.time()));
-        let nearest = names.iter().take(3).map(ToString::to_string).collect();
+        let can_be_had = |other: &&SnapshotName| matches!(self.snapshot_if_there(other), Ok(Some(_)));
+        let near = names.iter().take(READABLE_TRIED).filter(can_be_had);
+        let nearest = near.take(NEAREST_OFFERED).map(ToString::to_string).collect();
         Ok(Error::new(ErrorKind::NotFound, format!("there is no snapshot {name}"))
             .at(self.path())
             .offer(nearest))

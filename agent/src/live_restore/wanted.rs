@@ -69,7 +69,9 @@ fn not_there(record: &SessionRecord, error: repository::Error) -> Failure {
 /// The disk that a session restores, in `repository`.
 pub(crate) fn base_of(repository: &Repository, record: &SessionRecord) -> anyhow::Result<DiskEntry> {
     let name = record.snapshot.parse().map_err(|error| gone(record, error))?;
-    let snapshot = repository.snapshot(&name).map_err(|error| not_there(record, error))?;
+    // The record's name is not misspelt, and no other snapshot does for it.
+    let had = repository.snapshot(&name).map_err(repository::Error::without_nearest);
+    let snapshot = had.map_err(|error| not_there(record, error))?;
     let disk = snapshot.manifest().disks.iter().find(|disk| {
         disk.name.as_str() == record.disk && map_name(disk) == record.map && disk.size == record.size
     });

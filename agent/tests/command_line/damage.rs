@@ -181,6 +181,45 @@ fn in_the_place_of_a_damaged_manifest_one_that_can_be_read_is_offered() {
 }
 
 #[test]
+fn what_cannot_be_had_is_not_offered_in_the_place_of_another() {
+    let scratch = damaged();
+    for _ in 0..2 {
+        scratch.run(&["capture", "web01", "d.raw"]).ends_with(0);
+    }
+    let listed = scratch.json(&["snapshots"]);
+    let name = |index: usize| listed[index]["snapshot"].as_str().unwrap();
+    let files = scratch.names("repo/snapshots/web01");
+    let manifest = |index: usize| scratch.path("repo/snapshots/web01").join(&files[index]);
+    flip(&manifest(1), 60);
+    std::fs::remove_file(manifest(2)).unwrap();
+    std::os::unix::fs::symlink("nowhere", manifest(2)).unwrap();
+    let ran = scratch.run(&["show", "web01@2001-01-01T00:00:00Z"]);
+    ran.fails(&[&format!("did you mean {}?", name(0))]);
+}
+
+#[test]
+fn a_session_whose_manifest_is_gone_is_offered_no_other_snapshot() {
+    let scratch = Scratch::new();
+    scratch.disk("d.raw", 8 * MIB, &[(0, 3 << 20, 1)]);
+    for group in ["web01", "web01", "web02"] {
+        scratch.run(&["capture", group, "d.raw"]).ends_with(0);
+    }
+    let mut live = live_restore(&scratch, &["--limit", "20"]);
+    kill_process(Pid::from_child(&live), Signal::TERM).unwrap();
+    assert_eq!(live.wait().unwrap().code(), Some(0));
+    // The snapshot alone, and then all of its group.
+    for _ in 0..2 {
+        let files = scratch.names("repo/snapshots/web01");
+        std::fs::remove_file(scratch.path("repo/snapshots/web01").join(files.last().unwrap())).unwrap();
+        for verb in [&["save", "t.raw"][..], &["live-restore", "web01@latest", "t.raw", "--listen", "unix:s"]]
+        {
+            let ran = scratch.run(verb).fails(&["which this repository does not have", "forgotten there"]);
+            assert!(!ran.stderr.contains("did you mean"), "{ran:?}");
+        }
+    }
+}
+
+#[test]
 fn a_configuration_that_is_cut_short_is_named_and_one_of_a_new_repository_takes_its_place() {
     let scratch = Scratch::new();
     let disk = scratch.disk("d.raw", 4 * MIB, &[(0, 2 << 20, 1)]);
