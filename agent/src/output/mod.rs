@@ -29,7 +29,7 @@ use relay::Relay;
 
 pub use progress::Progress;
 pub use table::{Align, Table};
-pub use text::{human_count, human_duration, human_size, human_time};
+pub use text::{human_count, human_duration, human_size, human_time, tenths_of_percent};
 
 /// How long a service that ends waits for whoever reads its stdout.
 const LAST_WORDS: Duration = Duration::from_secs(1);

@@ -9,7 +9,7 @@ use indicatif::{ProgressBar, ProgressDrawTarget, ProgressState, ProgressStyle};
 use parking_lot::Mutex;
 use serde::Serialize;
 
-use super::{Output, human_duration, human_size};
+use super::{Output, human_duration, human_size, tenths_of_percent};
 
 /// How often a JSON line is written.
 const LINE_INTERVAL: Duration = Duration::from_secs(1);
@@ -153,8 +153,8 @@ fn bar(output: &Output, what: &str, total: Option<u64>, has_end: bool) -> Progre
 
 fn style(total: Option<u64>, has_end: bool) -> ProgressStyle {
     let template = match (total, has_end) {
-        (Some(_), true) => "{msg} [{bar:30}] {percent:>3}% {size} at {rate}, {left} left",
-        (Some(_), false) => "{msg} [{bar:30}] {percent:>3}% {size} at {rate}",
+        (Some(_), true) => "{msg} [{bar:30}] {share:>3}% {size} at {rate}, {left} left",
+        (Some(_), false) => "{msg} [{bar:30}] {share:>3}% {size} at {rate}",
         (None, _) => "{msg} {spinner} {size} at {rate}",
     };
     ProgressStyle::with_template(template)
@@ -165,6 +165,10 @@ fn style(total: Option<u64>, has_end: bool) -> ProgressStyle {
                 Some(total) => write!(w, "{} of {}", human_size(state.pos()), human_size(total)),
                 None => write!(w, "{}", human_size(state.pos())),
             };
+        })
+        .with_key("share", |state: &ProgressState, w: &mut dyn fmt::Write| {
+            // Indicatif rounds to the nearest: what is not done would be 100.
+            let _ = write!(w, "{}", tenths_of_percent(state.pos(), state.len().unwrap_or(0)) / 10);
         })
         .with_key("rate", |state: &ProgressState, w: &mut dyn fmt::Write| {
             let _ = write!(w, "{}/s", human_size(state.per_sec() as u64));
@@ -248,6 +252,13 @@ mod tests {
         assert!(drawn(Some(400), false, 100).contains("100 B of 400 B at"));
         assert!(!drawn(Some(400), false, 100).contains("left"));
         assert!(!drawn(None, true, 100).contains("left"));
+    }
+
+    #[test]
+    fn what_is_not_all_done_is_not_drawn_as_that() {
+        assert!(drawn(Some(1 << 40), true, (1 << 40) - 1).contains("]  99% "));
+        assert!(drawn(Some(1 << 40), true, 1 << 40).contains("] 100% "));
+        assert!(drawn(Some(1000), false, 9).contains("]   0% "));
     }
 
     #[test]

@@ -22,6 +22,15 @@ pub fn human_size(bytes: u64) -> String {
     format!("{value:.1} {}", UNITS[unit])
 }
 
+/// So much of `total`, in tenths of a percent, rounded down: 1000 only where it is all.
+#[must_use]
+pub fn tenths_of_percent(part: u64, total: u64) -> u64 {
+    if part >= total {
+        return 1000;
+    }
+    u64::try_from(u128::from(part) * 1000 / u128::from(total)).unwrap_or(1000)
+}
+
 /// `1 chunk`, `2 chunks`.
 #[must_use]
 pub fn human_count(count: u64, one: &str, many: &str) -> String {
@@ -63,6 +72,16 @@ mod tests {
         ] {
             assert_eq!(human_size(bytes), text);
         }
+    }
+
+    #[test]
+    fn only_all_of_it_is_a_hundred_percent() {
+        for total in [1, 999, 1000, 1 << 30, 1 << 54, u64::MAX] {
+            assert_eq!(tenths_of_percent(total, total), 1000);
+            assert!(tenths_of_percent(total - 1, total) < 1000, "{total}");
+        }
+        assert_eq!(tenths_of_percent(1, 3), 333);
+        assert_eq!(tenths_of_percent(0, 0), 1000);
     }
 
     #[test]

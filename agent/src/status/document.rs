@@ -6,7 +6,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::cli::Outcome;
 use crate::live_restore::SessionRecord;
-use crate::output::Output;
+use crate::output::{Output, tenths_of_percent};
 use crate::source::FallbackUse;
 
 /// What a session is doing.
@@ -216,10 +216,7 @@ impl Status {
 
 /// So much of `size`, in percent; 100 only when it is all.
 pub(super) fn percent(bytes: u64, size: u64) -> f64 {
-    if bytes >= size {
-        return 100.0;
-    }
-    (bytes as f64 / size as f64 * 1000.0).floor() / 10.0
+    tenths_of_percent(bytes, size) as f64 / 10.0
 }
 
 #[cfg(test)]
