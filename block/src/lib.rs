@@ -30,4 +30,4 @@ pub use mapped::MappedFile;
 pub use parts::BufPart;
 pub use pool::{BufferPool, PoolOptions};
 pub use range::{BLOCK_SIZE, ByteRange};
-pub use turns::short_turns;
+pub use turns::{GiveWay, short_turns};

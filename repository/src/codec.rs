@@ -3,7 +3,7 @@
 use std::io;
 
 use crate::error::{Error, ErrorKind, Result};
-use crate::hash::chunk_ids;
+use crate::hash::{id_with_pauses, ids_with_pauses};
 use crate::id::ChunkId;
 use crate::record::{Codec, KeyRef, Location};
 
@@ -103,6 +103,7 @@ impl ChunkEncoder {
 /// Decodes and verifies chunks.
 pub struct ChunkDecoder {
     zstd: zstd::bulk::Decompressor<'static>,
+    pause: Box<dyn FnMut() + Send>,
 }
 
 impl ChunkDecoder {
@@ -112,7 +113,13 @@ impl ChunkDecoder {
     /// `Io` if zstd has no memory.
     pub fn new() -> Result<Self> {
         let zstd = zstd::bulk::Decompressor::new().map_err(|error| Error::io("cannot set up zstd", error))?;
-        Ok(Self { zstd })
+        Ok(Self { zstd, pause: Box::new(|| ()) })
+    }
+
+    /// Calls `pause` between pieces of work, which take some ten microseconds up to a few hundred: for a thread that makes way for
+    /// others meanwhile.
+    pub fn with_pauses(self, pause: impl FnMut() + Send + 'static) -> Self {
+        Self { pause: Box::new(pause), ..self }
     }
 
     /// Decodes `stored`, which was read from `at`, into all of `out`, and checks that it is the chunk `id`.
@@ -123,7 +130,7 @@ impl ChunkDecoder {
     /// `Damaged` when the lengths, the CRC, the compressed form or the hash do not hold; `UnknownCodec`, `UnknownKey` for what a newer release wrote.
     pub fn decode(&mut self, at: &Location, stored: &[u8], id: &ChunkId, out: &mut [u8]) -> Result<()> {
         self.expand(at, stored, id, out)?;
-        if ChunkId::of(out) != *id {
+        if id_with_pauses(out, &mut self.pause) != *id {
             return Err(unlike_its_hash(at, id));
         }
         Ok(())
@@ -136,7 +143,7 @@ impl ChunkDecoder {
             chunks.iter_mut().map(|chunk| self.expand(chunk.at, chunk.stored, chunk.id, chunk.out)).collect();
         let expanded: Vec<usize> = (0..chunks.len()).filter(|at| results[*at].is_ok()).collect();
         let plain: Vec<&[u8]> = expanded.iter().map(|at| &*chunks[*at].out).collect();
-        for (at, id) in expanded.into_iter().zip(chunk_ids(&plain)) {
+        for (at, id) in expanded.into_iter().zip(ids_with_pauses(&plain, &mut self.pause)) {
             if id != *chunks[at].id {
                 results[at] = Err(unlike_its_hash(chunks[at].at, chunks[at].id));
             }
@@ -160,6 +167,7 @@ impl ChunkDecoder {
             )
             .hint("use the release and the key that wrote it"));
         }
+        (self.pause)();
         match at.codec {
             Codec::PLAIN if stored.len() == out.len() => out.copy_from_slice(stored),
             Codec::PLAIN => return Err(damaged("is stored plain in another length")),

@@ -1,5 +1,6 @@
 //! From a chunk's stored bytes to the chunk, verified; from a copy of the repository where they are wrong.
 
+use block::GiveWay;
 use repository::{ChunkDecoder, ChunkId, Repository};
 
 use super::fallback::Fallbacks;
@@ -19,7 +20,10 @@ pub struct RepositoryDecoder {
 
 impl RepositoryDecoder {
     pub(super) fn new(repository: Repository, fallbacks: Fallbacks, fetched: Fetched) -> Self {
-        Self { decoder: ChunkDecoder::new(), repository, fallbacks, fetched }
+        // Guests and who serves them wait for a processor that a decoder has, some milliseconds unless it makes way.
+        let mut way = GiveWay::default();
+        let decoder = ChunkDecoder::new().map(|decoder| decoder.with_pauses(move || way.now()));
+        Self { decoder, repository, fallbacks, fetched }
     }
 }
 
