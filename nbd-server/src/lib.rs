@@ -20,6 +20,7 @@ mod directory;
 mod error;
 mod export;
 pub mod handover;
+pub mod hangup;
 mod listen;
 mod log_limit;
 pub mod log_queue;

@@ -20,7 +20,10 @@ struct Running {
 
 impl Running {
     fn start(file: &Path, addresses: &[&str], arguments: &[&str]) -> Self {
-        let mut command = Command::new(BINARY);
+        Self::start_as(Command::new(BINARY), file, addresses, arguments)
+    }
+
+    fn start_as(mut command: Command, file: &Path, addresses: &[&str], arguments: &[&str]) -> Self {
         command.arg(file).args(arguments).stdout(Stdio::piped());
         for address in addresses {
             command.args(["--listen", address]);
@@ -95,6 +98,30 @@ fn it_serves_a_file_prints_where_and_ends_on_either_signal() {
         assert!(!socket.exists());
     }
     assert!(std::fs::read(&file).unwrap()[4096..104_096] == [9; 100_000]);
+}
+
+#[test]
+fn sighup_ends_it_as_sigterm_does_unless_it_was_started_to_outlive_its_terminal() {
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("disk");
+    std::fs::write(&file, vec![7; 1 << 20]).unwrap();
+    let socket = dir.path().join("s");
+    let address = format!("unix:{}", socket.display());
+    let start = |how: &str| {
+        let mut command = Command::new("env");
+        command.args([how, BINARY]);
+        Running::start_as(command, &file, &[&address], &[])
+    };
+    assert_eq!(start("--default-signal=HUP").end(Signal::HUP), Some(0));
+    assert!(!socket.exists());
+
+    let running = start("--ignore-signal=HUP");
+    kill_process(Pid::from_child(&running.child), Signal::HUP).unwrap();
+    for _ in 0..100 {
+        let mut client = Client::connect(&socket, wish("", ReplyStyle::Simple)).unwrap();
+        assert!(client.read(0, 4096).data == [7; 4096]);
+    }
+    assert_eq!(running.end(Signal::TERM), Some(0));
 }
 
 #[test]

@@ -6,6 +6,7 @@ use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
+use nbd_server::hangup::{Asks, Hangup};
 use tokio::signal::unix::{SignalKind, signal};
 
 /// A signal asked the program to end.
@@ -52,36 +53,22 @@ pub struct Interrupt {
     wishes: Arc<AtomicU8>,
     /// Somebody sees to each of them: none ends the program at once.
     is_seen_to: Arc<AtomicBool>,
-    /// What SIGHUP does in place of ending the program.
+    /// What SIGHUP does in place of ending the program, unless it says that the program's terminal is gone.
     on_hangup: Arc<OnceLock<OnHangup>>,
 }
 
-struct OnHangup {
-    /// Where SIGHUP came of a terminal that is gone, it is a wish to end all the same.
-    had_terminal: bool,
-    call: Box<dyn Fn() + Send + Sync>,
-}
+/// What a SIGHUP that asks for it has read anew.
+struct OnHangup(Box<dyn Fn() + Send + Sync>);
 
 impl fmt::Debug for OnHangup {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("OnHangup").field("had_terminal", &self.had_terminal).finish_non_exhaustive()
+        f.debug_struct("OnHangup").finish_non_exhaustive()
     }
-}
-
-impl OnHangup {
-    fn is_meant(&self) -> bool {
-        !self.had_terminal || has_terminal()
-    }
-}
-
-/// Whether the program has a terminal that it belongs to, and that is still there.
-fn has_terminal() -> bool {
-    std::fs::File::open("/dev/tty").is_ok()
 }
 
 impl Interrupt {
     /// Takes SIGINT, SIGTERM and SIGHUP: the first raises the flag, another one a second later or more
-    /// ends the program, whatever it leaves behind.
+    /// ends the program, whatever it leaves behind. Where SIGHUP was ignored, as `nohup` has it, it goes on being so.
     ///
     /// # Errors
     /// Where the operating system refuses the handlers or the thread.
@@ -89,6 +76,7 @@ impl Interrupt {
         let interrupt = Self::default();
         let watched = interrupt.clone();
         let runtime = tokio::runtime::Builder::new_current_thread().enable_io().build()?;
+        let start = Hangup::at_start();
         let entered = runtime.enter();
         let mut sources = [
             signal(SignalKind::interrupt())?,
@@ -106,11 +94,16 @@ impl Interrupt {
                         _ = terminate.recv() => libc::SIGTERM,
                         _ = hangup.recv() => libc::SIGHUP,
                     };
-                    if number == libc::SIGHUP
-                        && let Some(hook) = watched.on_hangup.get().filter(|hook| hook.is_meant())
-                    {
-                        (hook.call)();
-                        continue;
+                    if number == libc::SIGHUP {
+                        let hook = watched.on_hangup.get();
+                        match (start.asks(hook.is_some()), hook) {
+                            (Asks::End, _) => {}
+                            (Asks::Reload, Some(OnHangup(reload))) => {
+                                reload();
+                                continue;
+                            }
+                            (Asks::Reload | Asks::Nothing, _) => continue,
+                        }
                     }
                     let now = Instant::now();
                     if last.is_some_and(|last| !is_another(last, now)) {
@@ -131,7 +124,7 @@ impl Interrupt {
     /// From now on SIGHUP calls this, which must be short, in place of ending the program; unless it came because the program's
     /// terminal is gone. Only the first call has an effect.
     pub(crate) fn on_hangup(&self, call: impl Fn() + Send + Sync + 'static) {
-        let _ = self.on_hangup.set(OnHangup { had_terminal: has_terminal(), call: Box::new(call) });
+        let _ = self.on_hangup.set(OnHangup(Box::new(call)));
     }
 
     /// Has whoever asks this one end, as a signal would.

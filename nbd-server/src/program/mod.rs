@@ -11,6 +11,7 @@ use std::time::Duration;
 use anyhow::{Context, Result};
 use block::{Engine, FileDisk, FileOptions};
 use nbd_server::handover::{Arrival, Departure, MeetingPoint};
+use nbd_server::hangup::{Asks, Hangup};
 use nbd_server::log_queue::LogQueue;
 use nbd_server::stdio::Stdio;
 use nbd_server::{Export, LateRequests, ListenAddress, Server, ServerHandle, ServerOptions, TlsServer};
@@ -103,8 +104,8 @@ fn run(
     runtime.block_on(async {
         let mut terminate = signal(SignalKind::terminate()).context("cannot wait for SIGTERM")?;
         let mut interrupt = signal(SignalKind::interrupt()).context("cannot wait for SIGINT")?;
-        let hangup = tls.is_some().then(|| signal(SignalKind::hangup()));
-        let hangup = hangup.transpose().context("cannot wait for SIGHUP")?;
+        let start = Hangup::at_start();
+        let hangups = signal(SignalKind::hangup()).context("cannot wait for SIGHUP")?;
         let handle = server.run(shards, engine)?;
         let (departs, departed) = oneshot::channel::<Departure>();
         if let Some((point, identity)) = &meeting {
@@ -123,7 +124,7 @@ fn run(
             _ = terminate.recv() => {}
             _ = interrupt.recv() => {}
             () = ended(&handle) => {}
-            () = reload(tls.as_ref(), hangup) => {}
+            () = hung_up(tls.as_ref(), start, hangups) => {}
             Ok(successor) = departed => departure = Some(successor),
         }
         handle.shutdown();
@@ -150,11 +151,14 @@ fn say_addresses(handle: &ServerHandle, name: &str, secure: bool) {
     }
 }
 
-/// Reads what TLS rests on anew, as often as a SIGHUP asks for it. Without TLS it never ends, and SIGHUP ends the process.
-async fn reload(tls: Option<&TlsServer>, hangup: Option<Signal>) {
-    let (Some(tls), Some(mut hangup)) = (tls, hangup) else { return std::future::pending().await };
-    while hangup.recv().await.is_some() {
-        tls.reload_and_say();
+/// Sees to each SIGHUP, until one asks the program to end.
+async fn hung_up(tls: Option<&TlsServer>, start: Hangup, mut hangups: Signal) {
+    while hangups.recv().await.is_some() {
+        match (start.asks(tls.is_some()), tls) {
+            (Asks::Reload, Some(tls)) => tls.reload_and_say(),
+            (Asks::End, _) => return,
+            (Asks::Reload | Asks::Nothing, _) => {}
+        }
     }
 }
 
