@@ -84,6 +84,15 @@ fn a_session_holds_its_snapshot_until_it_is_home() {
 }
 
 #[test]
+fn an_agent_that_ends_once_the_disk_is_home_leaves_no_lease() {
+    let captured = Captured::new("lease-ends", DISK_BYTES, 87).unwrap();
+    let mut live = captured.start(&["--exit-when-done"]).unwrap();
+    live.process().wait_success().unwrap();
+    assert_eq!(leases(captured.repository.path()), Vec::<PathBuf>::new());
+    assert!(!captured.work.file("target.raw.lifeboot/lease.json").exists());
+}
+
+#[test]
 fn a_session_that_is_discarded_holds_nothing() {
     let captured = Captured::new("lease-discard", DISK_BYTES, 82).unwrap();
     let live = captured.start(&["--no-background"]).unwrap();

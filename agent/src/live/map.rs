@@ -118,6 +118,11 @@ impl BlockMap {
         self.home() == self.block_count
     }
 
+    /// Every block is home, on stable storage, and the journal says so.
+    pub(super) fn is_all_stable(&self) -> bool {
+        self.p().count() == self.block_count
+    }
+
     /// Bytes that came home since the last commit began.
     pub(super) fn uncommitted_bytes(&self) -> u64 {
         self.uncommitted.load(Ordering::Relaxed) * BLOCK_SIZE

@@ -301,6 +301,12 @@ impl Session {
         }
     }
 
+    /// Whether the whole disk is home on stable storage, and the journal says so: nothing is needed of the backup any more.
+    #[must_use]
+    pub fn is_all_stable(&self) -> bool {
+        self.map.is_all_stable()
+    }
+
     /// Ends once the session is no longer in `phase`: at once, where it is not.
     pub async fn has_left(&self, phase: Phase) {
         loop {

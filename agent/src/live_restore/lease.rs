@@ -134,8 +134,14 @@ impl Leased {
                 release(&self.state);
                 false
             }
-            // It may be gone on with.
-            Phase::Parked | Phase::Poisoned => false,
+            // An agent that ends as soon as the disk is home parks before anybody looks again.
+            Phase::Parked if self.session.is_all_stable() => {
+                release(&self.state);
+                false
+            }
+            // It may be gone on with. While it is being parked, what is home may become stable yet.
+            Phase::Parked => true,
+            Phase::Poisoned => false,
         }
     }
 
