@@ -278,14 +278,17 @@ impl Watcher for Narrator<'_> {
             self.bar = None;
         } else if !self.output.is_json() {
             let size = statuses.iter().map(|status| status.size).sum();
+            let home = statuses.iter().map(|status| status.home_bytes).sum();
             let begin = || {
-                if statuses.iter().all(Status::is_without_background) {
+                let bar = if statuses.iter().all(Status::is_without_background) {
                     self.output.level("home", size)
                 } else {
                     self.output.progress("copying home", Some(size))
-                }
+                };
+                bar.begin_at(home);
+                bar
             };
-            self.bar.get_or_insert_with(begin).set(statuses.iter().map(|status| status.home_bytes).sum());
+            self.bar.get_or_insert_with(begin).set(home);
         }
         for (told, status) in self.waiting.iter_mut().zip(statuses) {
             if status.waiting == *told {

@@ -27,6 +27,8 @@ struct Shared {
     what: String,
     started: Instant,
     done: AtomicU64,
+    /// What was done when it began.
+    before: AtomicU64,
     total: AtomicU64,
     /// It is expected to be done some time.
     has_end: bool,
@@ -61,8 +63,8 @@ impl Progress {
             (false, false, true) => ShownAs::Bar(bar(output, &what, total, has_end)),
         };
         let total = AtomicU64::new(total.unwrap_or(0));
-        let (output, done) = (output.clone(), AtomicU64::new(0));
-        let shared = Shared { output, what, started, done, total, has_end, shown_as };
+        let (output, done, before) = (output.clone(), AtomicU64::new(0), AtomicU64::new(0));
+        let shared = Shared { output, what, started, done, before, total, has_end, shown_as };
         Self { shared: Arc::new(shared) }
     }
 
@@ -74,6 +76,15 @@ impl Progress {
         if let ShownAs::Bar(bar) = &self.shared.shown_as {
             bar.set_length(total);
             bar.set_style(style(Some(total), self.shared.has_end));
+        }
+    }
+
+    /// So many bytes were done before it began: they count as done, and not for the rate.
+    pub fn begin_at(&self, bytes: u64) {
+        self.shared.before.store(bytes, Ordering::Relaxed);
+        self.shared.done.store(bytes, Ordering::Relaxed);
+        if let ShownAs::Bar(bar) = &self.shared.shown_as {
+            begin_bar_at(bar, bytes);
         }
     }
 
@@ -118,7 +129,8 @@ impl Shared {
         let bytes_done = self.done.load(Ordering::Relaxed);
         let total = self.total.load(Ordering::Relaxed);
         let elapsed = now.duration_since(self.started).as_secs_f64();
-        let rate = if elapsed > 0.0 { bytes_done as f64 / elapsed } else { 0.0 };
+        let since = bytes_done.saturating_sub(self.before.load(Ordering::Relaxed));
+        let rate = if elapsed > 0.0 { since as f64 / elapsed } else { 0.0 };
         let left = total.saturating_sub(bytes_done);
         self.output.stderr_json(&Line {
             event: "progress",
@@ -151,6 +163,11 @@ fn bar(output: &Output, what: &str, total: Option<u64>, has_end: bool) -> Progre
     bar
 }
 
+fn begin_bar_at(bar: &ProgressBar, bytes: u64) {
+    bar.set_position(bytes);
+    bar.reset_eta();
+}
+
 fn style(total: Option<u64>, has_end: bool) -> ProgressStyle {
     let template = match (total, has_end) {
         (Some(_), true) => "{msg} [{bar:30}] {share:>3}% {size} at {rate}, {left} left",
@@ -174,9 +191,9 @@ fn style(total: Option<u64>, has_end: bool) -> ProgressStyle {
             let _ = write!(w, "{}/s", human_size(state.per_sec() as u64));
         })
         .with_key("left", |state: &ProgressState, w: &mut dyn fmt::Write| {
-            // Nothing was done yet, so nothing is known.
-            let _ = match state.pos() {
-                0 => write!(w, "unknown"),
+            // Nothing was done lately, so nothing is known.
+            let _ = match state.per_sec() {
+                rate if rate < 1.0 => write!(w, "unknown"),
                 _ => write!(w, "{}", human_duration(state.eta())),
             };
         })
@@ -236,13 +253,27 @@ mod tests {
 
     /// What a bar looks like with so much done.
     fn drawn(total: Option<u64>, has_end: bool, done: u64) -> String {
+        drawn_after(total, has_end, |bar| bar.set_position(done))
+    }
+
+    fn drawn_after(total: Option<u64>, has_end: bool, work: impl FnOnce(&ProgressBar)) -> String {
         let screen = Screen::default();
         let bar =
             ProgressBar::with_draw_target(total, ProgressDrawTarget::term_like(Box::new(screen.clone())));
         bar.set_style(style(total, has_end));
-        bar.set_position(done);
+        work(&bar);
         bar.force_draw();
         screen.0.lock().clone()
+    }
+
+    #[test]
+    fn what_was_done_before_counts_as_done_and_not_for_the_rate() {
+        let text = drawn_after(Some(4 << 30), true, |bar| begin_bar_at(bar, 3 << 30));
+        assert!(text.contains("75% 3.0 GiB of 4.0 GiB at 0 B/s, unknown left"), "{text}");
+        let progress = Output::new(false, true).progress("testing", Some(100));
+        progress.begin_at(60);
+        progress.advance(10);
+        assert_eq!(progress.done(), 70);
     }
 
     #[test]
