@@ -35,9 +35,14 @@ impl Access {
             || peer.is_some_and(|peer| self.networks.iter().any(|network| network.contains(peer)))
     }
 
-    /// Refuses to listen where anybody could read along.
+    /// Whether what goes over TCP there could be read and changed on the way.
+    pub(crate) fn is_open(&self, at: SocketAddr) -> bool {
+        !self.tls_is_required && !at.ip().to_canonical().is_loopback()
+    }
+
+    /// Refuses to listen where anybody could read along, unless that is wanted.
     pub(crate) fn check_tcp(&self, address: &ListenAddress, at: SocketAddr) -> Result<(), Error> {
-        if self.insecure || self.tls_is_required || at.ip().to_canonical().is_loopback() {
+        if self.insecure || !self.is_open(at) {
             return Ok(());
         }
         Err(Error::new(

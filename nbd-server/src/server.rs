@@ -85,6 +85,14 @@ impl Server {
     /// Where an export cannot be named on the wire.
     pub fn listening(listeners: Vec<Listener>, exports: Vec<Export>, options: ServerOptions) -> Result<Self> {
         export::check(&exports)?;
+        let is_open =
+            |listener: &&Listener| listener.tcp_address().is_some_and(|at| options.access.is_open(at));
+        for listener in listeners.iter().filter(is_open) {
+            tracing::warn!(
+                "{} can be reached from other machines without TLS: whoever is on the way there can read and change the disks",
+                listener.address()
+            );
+        }
         let listeners = listeners.into_iter().map(Arc::new).collect();
         Ok(Self { listeners, only: None, exports: exports.into(), options, on_shard_start: None })
     }

@@ -125,6 +125,22 @@ fn sighup_ends_it_as_sigterm_does_unless_it_was_started_to_outlive_its_terminal(
 }
 
 #[test]
+fn who_listens_beyond_this_machine_without_tls_is_told_what_that_means() {
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("disk");
+    std::fs::write(&file, vec![7; 4096]).unwrap();
+    let log = dir.path().join("log");
+    for (address, is_open) in [("tcp:0.0.0.0:0", true), ("tcp:127.0.0.1:0", false)] {
+        let mut command = Command::new(BINARY);
+        command.stderr(std::fs::File::create(&log).unwrap());
+        let running = Running::start_as(command, &file, &[address], &["--insecure"]);
+        assert_eq!(running.end(Signal::TERM), Some(0));
+        let said = std::fs::read_to_string(&log).unwrap();
+        assert_eq!(said.contains("without TLS"), is_open, "{said}");
+    }
+}
+
+#[test]
 fn a_read_only_file_is_not_written() {
     let dir = tempfile::tempdir().unwrap();
     let file = dir.path().join("disk");

@@ -106,6 +106,11 @@ impl Listener {
         Ok(Self { socket, address, file })
     }
 
+    /// Where it listens on TCP.
+    pub(crate) fn tcp_address(&self) -> Option<SocketAddr> {
+        self.socket.local_addr().ok()?.as_socket()
+    }
+
     /// The same under the name that it was given when it was made: a host has names.
     pub(crate) fn called(mut self, address: ListenAddress) -> Self {
         self.address = address;
