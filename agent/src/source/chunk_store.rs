@@ -30,8 +30,8 @@ pub trait ChunkStore: Send + Sync + 'static {
     fn place(&self, key: Key) -> Result<Self::Place, SourceError>;
     /// Fills `stored` with the bytes from where `first` begins.
     fn read(&self, first: &Self::Place, stored: &mut [u8]) -> Result<(), SourceError>;
-    /// A decoder for one thread.
-    fn decoder(&self) -> Self::Decoder;
+    /// A decoder for one thread, which calls `pause` between pieces of its work.
+    fn decoder(&self, pause: impl FnMut() + Send + 'static) -> Self::Decoder;
     /// The plain length of a chunk in bytes.
     fn plain_len(&self, key: Key) -> usize;
 }

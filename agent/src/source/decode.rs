@@ -5,7 +5,7 @@
 
 use std::sync::Arc;
 
-use block::{AlignedBuf, BufPart};
+use block::{AlignedBuf, BufPart, GiveWay};
 use parking_lot::{Condvar, MutexGuard};
 
 use super::chunk_store::{ChunkStore, Decode, Key, Placed, Undecoded};
@@ -62,7 +62,10 @@ impl<S: ChunkStore> Shared<S> {
     }
 
     fn decode_those(&self, at_least: Urgency, wakes: &Condvar) {
-        let mut decoder = self.store.decoder();
+        // Guests and who serves them wait for a processor that a decoder has, some milliseconds unless it makes way; a decoder of
+        // what guests wait for too, or reads of what is home wait for those that are not.
+        let mut way = GiveWay::default();
+        let mut decoder = self.store.decoder(move || way.now());
         let mut state = self.state.lock();
         loop {
             if state.closed {

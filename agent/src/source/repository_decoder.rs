@@ -1,6 +1,5 @@
 //! From a chunk's stored bytes to the chunk, verified; from a copy of the repository where they are wrong.
 
-use block::GiveWay;
 use repository::{ChunkDecoder, ChunkId, Repository};
 
 use super::fallback::Fallbacks;
@@ -19,10 +18,14 @@ pub struct RepositoryDecoder {
 }
 
 impl RepositoryDecoder {
-    pub(super) fn new(repository: Repository, fallbacks: Fallbacks, fetched: Fetched) -> Self {
-        // Guests and who serves them wait for a processor that a decoder has, some milliseconds unless it makes way.
-        let mut way = GiveWay::default();
-        let decoder = ChunkDecoder::new().map(|decoder| decoder.with_pauses(move || way.now()));
+    /// It calls `pause` between pieces of its work.
+    pub(super) fn new(
+        pause: impl FnMut() + Send + 'static,
+        repository: Repository,
+        fallbacks: Fallbacks,
+        fetched: Fetched,
+    ) -> Self {
+        let decoder = ChunkDecoder::new().map(|decoder| decoder.with_pauses(pause));
         Self { decoder, repository, fallbacks, fetched }
     }
 }

@@ -187,8 +187,8 @@ impl ChunkStore for RepositoryStore {
         }
     }
 
-    fn decoder(&self) -> RepositoryDecoder {
-        RepositoryDecoder::new(self.repository.clone(), self.fallbacks.clone(), self.fetched.clone())
+    fn decoder(&self, pause: impl FnMut() + Send + 'static) -> RepositoryDecoder {
+        RepositoryDecoder::new(pause, self.repository.clone(), self.fallbacks.clone(), self.fetched.clone())
     }
 
     fn plain_len(&self, key: Key) -> usize {
@@ -251,7 +251,7 @@ mod tests {
             store.read(&place, &mut stored)?;
             let mut out = vec![0; CHUNK as usize];
             let undecoded = Undecoded { place: &place, stored: &stored, out: &mut out };
-            store.decoder().decode_each(&mut [undecoded]).remove(0)?;
+            store.decoder(|| ()).decode_each(&mut [undecoded]).remove(0)?;
             assert!(out == bytes_of(chunk));
             Ok(())
         };

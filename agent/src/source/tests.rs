@@ -84,7 +84,7 @@ impl ChunkStore for Arc<Memory> {
         Ok(())
     }
 
-    fn decoder(&self) -> Plain {
+    fn decoder(&self, _: impl FnMut() + Send + 'static) -> Plain {
         Plain(Arc::clone(self))
     }
 
