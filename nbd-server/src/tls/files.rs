@@ -14,10 +14,10 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use rustls::RootCertStore;
 use rustls::crypto::CryptoProvider;
 use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, CertificateRevocationListDer, PrivateKeyDer};
+use rustls::{CipherSuite, RootCertStore};
 
 use super::der::{Certificate, Moment};
 use crate::{Error, ErrorKind, Result};
@@ -51,9 +51,36 @@ impl Side {
     }
 }
 
-/// The one provider of cryptography: named wherever TLS is set up, because a process may have several.
+/// The one provider of cryptography: named wherever TLS is set up, because a process may have several. Of its ciphers, all of which
+/// are good enough, it prefers the fastest here: disks are read at the pace at which they are encrypted.
 pub(crate) fn provider() -> Arc<CryptoProvider> {
-    Arc::new(rustls::crypto::aws_lc_rs::default_provider())
+    let mut provider = rustls::crypto::aws_lc_rs::default_provider();
+    let fastest = if has_aes() { FAST_WITH_AES } else { FAST_WITHOUT_AES };
+    // The others keep their order.
+    provider.cipher_suites.sort_by_key(|suite| !fastest.contains(&suite.suite()));
+    Arc::new(provider)
+}
+
+/// AES with a key of 128 bits takes 10 rounds, with one of 256 bits 14.
+const FAST_WITH_AES: [CipherSuite; 3] = [
+    CipherSuite::TLS13_AES_128_GCM_SHA256,
+    CipherSuite::TLS_ECDHE_ECDSA_WITH_AES_128_GCM_SHA256,
+    CipherSuite::TLS_ECDHE_RSA_WITH_AES_128_GCM_SHA256,
+];
+const FAST_WITHOUT_AES: [CipherSuite; 3] = [
+    CipherSuite::TLS13_CHACHA20_POLY1305_SHA256,
+    CipherSuite::TLS_ECDHE_ECDSA_WITH_CHACHA20_POLY1305_SHA256,
+    CipherSuite::TLS_ECDHE_RSA_WITH_CHACHA20_POLY1305_SHA256,
+];
+
+/// Whether the processor has instructions for AES.
+fn has_aes() -> bool {
+    #[cfg(target_arch = "x86_64")]
+    return std::arch::is_x86_feature_detected!("aes");
+    #[cfg(target_arch = "aarch64")]
+    return std::arch::is_aarch64_feature_detected!("aes");
+    #[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
+    return true;
 }
 
 pub(super) fn invalid(context: String) -> Error {

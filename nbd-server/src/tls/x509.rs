@@ -50,6 +50,8 @@ impl X509 {
         let mut config = builder
             .with_single_cert(identity.chain, identity.key)
             .map_err(|error| self.dir.mismatch(Side::Server, &error))?;
+        // Clients of GnuTLS would have the slowest.
+        config.ignore_client_order = true;
         // A session that is taken up again would pass by the list and the certificates of now; disks stay connected for days.
         config.session_storage = Arc::new(NoServerSessionStorage {});
         config.send_tls13_tickets = 0;

@@ -113,6 +113,16 @@ fn the_printed_uris_are_those_of_tls_and_nbdinfo_takes_them() {
 }
 
 #[test]
+fn of_the_ciphers_that_both_have_it_is_not_the_slowest_that_is_taken() {
+    let (mut served, credentials) = Served::with_certificates("tls-cipher", &["-vv"]);
+    let [_, uri] = served.uris(&certificates(credentials.dir()));
+    // GnuTLS asks for AES with 256 bits first.
+    run(Command::new("nbdinfo").args(["--size", &uri])).unwrap();
+    let line = served.process.wait_for_text("TLS has begun").unwrap();
+    assert!(line.contains("TLS13_AES_128_GCM") || line.contains("TLS13_CHACHA20"), "{line}");
+}
+
+#[test]
 fn nbdcopy_copies_out_and_in_over_many_connections() {
     let (served, credentials) = Served::with_certificates("tls-copy", &[]);
     for uri in served.uris(&certificates(credentials.dir())) {
