@@ -12,8 +12,9 @@ use proto::wire::{ReplyStyle, RequestHeader};
 use super::batch::Batch;
 use super::perform;
 use super::request::{Request, Shared};
+use crate::socket::Socket;
 
-/// From this size on, cached bytes are sent from the file, and holes are looked for.
+/// From this size on, holes are looked for, and cached bytes are sent from the file over a unix socket.
 const LARGE_BYTES: u64 = 32 << 10;
 /// Up to this size, bytes that are in memory elsewhere are copied into the batch.
 const INLINE_BYTES: u64 = 128 << 10;
@@ -29,8 +30,8 @@ const _: () = assert!(INLINE_BYTES as usize + 64 <= Batch::MAX_RUN);
 /// What a connection reads from.
 pub(super) struct Reads {
     pub(super) device: Rc<dyn BlockDevice>,
-    /// Whether the socket takes bytes from files: under TLS they must be read to be encrypted.
-    sends_files: bool,
+    /// The shortest READ whose cached bytes are sent from the file.
+    from_file: u64,
     data: RefCell<KnownData>,
 }
 
@@ -45,8 +46,13 @@ pub(super) enum Plan {
 }
 
 impl Reads {
-    pub(super) fn new(device: Rc<dyn BlockDevice>, sends_files: bool) -> Self {
-        Self { device, sends_files, data: RefCell::default() }
+    pub(super) fn new(device: Rc<dyn BlockDevice>, socket: &Socket) -> Self {
+        let from_file = match socket {
+            Socket::Unix(_) => LARGE_BYTES,
+            // They are copied there all the same, and shorter replies go out together.
+            Socket::Tcp(_) | Socket::Tls(_) => INLINE_BYTES + 1,
+        };
+        Self { device, from_file, data: RefCell::default() }
     }
 
     /// Answers from memory if that takes no waiting.
@@ -89,7 +95,7 @@ impl Reads {
 
     /// Queues `range` to be sent from the device's file, if it is in memory there. `last` where the reply ends with it.
     fn send_resident(&self, header: &RequestHeader, range: ByteRange, shared: &Shared, last: bool) -> bool {
-        if !self.sends_files {
+        if header.len < self.from_file {
             return false;
         }
         let Some((file, offset)) = self.device.resident(range) else { return false };

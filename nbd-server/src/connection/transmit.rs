@@ -68,7 +68,7 @@ pub(super) async fn transmit(
 ) -> End {
     let Negotiated { socket, agreed, device, rest } = negotiated;
     socket.enlarge_send_buffer();
-    let sends_files = socket.is_plain();
+    let reads = Rc::new(Reads::new(device, &socket));
     tracing::debug!(export = %Cut(&agreed.info.name), replies = ?agreed.replies, contexts = agreed.contexts.len(), "a client transmits");
     let admission = Admission {
         size: agreed.info.size,
@@ -91,7 +91,7 @@ pub(super) async fn transmit(
         intake: Intake::new(&rest),
         state: State::Header,
         admission,
-        reads: Rc::new(Reads::new(device, sends_files)),
+        reads,
         contexts: agreed.contexts.into(),
         shared,
         shard,
