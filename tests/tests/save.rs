@@ -439,6 +439,36 @@ fn the_first_backup_after_a_restore_reads_what_the_guest_wrote_and_equals_a_full
     ensure_restores(&captured, name(&killed), &captured.target);
 }
 
+/// Writes to the target as a machine does that was started from it.
+fn write_past(captured: &Captured, at: u64, byte: u8) {
+    let target = fs::File::options().write(true).open(&captured.target).unwrap();
+    target.write_all_at(&[byte; 8192], at).unwrap();
+}
+
+#[test]
+fn what_a_machine_wrote_to_its_own_disk_is_in_every_backup_after_it() {
+    let captured = Captured::new("written-past", DISK_BYTES, 15).unwrap();
+    let mut live = captured.start(&["--exit-when-done"]).unwrap();
+    live.process().wait_success().unwrap();
+    write_past(&captured, 5 * CHUNK, 0x51);
+    let saved = save(&captured, &[]);
+    ensure_restores(&captured, name(&saved), &captured.target);
+
+    write_past(&captured, 9 * CHUNK, 0x52);
+    let live = captured.start(&[]).unwrap();
+    let served = capture(&captured, &[]);
+    ensure_restores(&captured, name(&served), &captured.target);
+    live.park().unwrap();
+    let parked = capture(&captured, &[]);
+    ensure_restores(&captured, name(&parked), &captured.target);
+
+    // What was learnt then is not forgotten where the host goes down.
+    write_past(&captured, 11 * CHUNK, 0x53);
+    captured.start(&[]).unwrap().kill().unwrap();
+    let killed = save(&captured, &[]);
+    ensure_restores(&captured, name(&killed), &captured.target);
+}
+
 #[test]
 fn the_target_of_an_unfinished_restore_is_captured_on_top_of_what_it_restores() {
     let captured = Captured::new("incremental-part", DISK_BYTES, 14).unwrap();

@@ -81,6 +81,9 @@ pub struct SessionParts {
     pub last_boot: Option<BootId>,
     /// By what a target is checked when a session is resumed; without it nothing is checked.
     pub check: Option<Arc<dyn ChunkCheck>>,
+    /// Whether somebody has written to the target past the session since it was parked, where it was: then all that is home counts as
+    /// written by the guest.
+    pub written_past: bool,
     /// Chunks in the order in which the background should fetch them, as runs of neighbours. What is
     /// left out comes afterwards.
     pub plan: Vec<Range<u64>>,

@@ -194,12 +194,16 @@ impl Session {
                 target.read(0, block::AlignedBuf::zeroed(0)).await.0?;
             }
         }
+        let is_written_past = resumed == Resumed::Parked && parts.written_past;
         let (p, v, g) = (map.p(), map.v(), map.g());
         for word in 0..p.word_count() {
             let is_unflushed = resumed.is_from_journal_alone() && !makes(Mistake::UnflushedWritesForgotten);
             let unflushed_writes = if is_unflushed { p.word(word) } else { 0 };
             if !believes_live_file && !makes(Mistake::GuestForgottenOnResume) {
                 g.or_word(word, guest.word(word) | unflushed_writes);
+            }
+            if is_written_past {
+                g.or_word(word, p.word(word));
             }
             v.or_word(word, p.word(word));
             if makes(Mistake::StableFromLiveFile) {

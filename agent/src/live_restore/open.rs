@@ -30,6 +30,7 @@ use super::parts::{Parts, make_journal, new_id, open_journal, parse_id};
 use super::pointer;
 use super::record::SessionRecord;
 use super::rest::locked_record;
+use super::stamp;
 use super::state_dir::{JOURNAL, StateDir};
 use super::stopped::{stopped_status, unusable_journal};
 use super::take_over;
@@ -229,7 +230,8 @@ impl Found<'_> {
         }
         let journal = open_journal(&state.file(JOURNAL), wish.engine)?;
         let words = distrust::open_live(state, &record, parts.layout)?;
-        let (parts, fetching, boot) = parts.into_session(&record, words);
+        let written_past = !wish.moved && stamp::was_written_past(state, &record, path);
+        let (parts, fetching, boot) = parts.into_session(&record, words, written_past);
         let id = SessionId(parse_id(&record.session)?);
         let raise_epoch = |resumed: Resumed| {
             if !resumed.is_from_journal_alone() {
@@ -322,7 +324,7 @@ impl Found<'_> {
         let journal = make_journal(&state.file(JOURNAL), layout, wish.engine)?;
         let target = taken.prepare()?;
         record.identity = identity_of(&target)?;
-        let (parts, fetching, boot) = parts.into_session(&record, words);
+        let (parts, fetching, boot) = parts.into_session(&record, words, false);
         let session = wish.engine.run(async {
             let (target, journal) = (target.open()?, journal.open()?);
             anyhow::Ok(Session::create(parts, SessionId(id), is_zero, &*target, &*journal).await?)

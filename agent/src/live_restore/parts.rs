@@ -70,6 +70,7 @@ impl Parts {
         self,
         record: &SessionRecord,
         live: LiveWords,
+        written_past: bool,
     ) -> (SessionParts, Option<Fetching>, BootId) {
         let parts = SessionParts {
             identity: journal_identity(record),
@@ -79,6 +80,7 @@ impl Parts {
             boot: self.boot,
             last_boot: record.last_boot(),
             check: self.check,
+            written_past,
             plan: self.plan,
             trace: self.trace,
             options: self.options,

@@ -16,7 +16,7 @@ use super::open::cannot_resume;
 use super::parts::{MapCheck, journal_identity, parse_id};
 use super::record::SessionRecord;
 use super::state_dir::{JOURNAL, StateDir};
-use super::{distrust, target, wanted};
+use super::{distrust, stamp, target, wanted};
 use crate::cli::{Failure, Interrupt};
 use crate::live::{
     AtRest, BootId, ChunkCheck, ChunkSource, DiskLayout, Frozen, FrozenReader, RestParts, SessionId,
@@ -76,6 +76,7 @@ impl Rest {
             boot: BootId::current().context("cannot read the kernel's boot id")?,
             last_boot: record.last_boot(),
             check: Some(Arc::new(MapCheck(map)) as Arc<dyn ChunkCheck>),
+            written_past: !moved && stamp::was_written_past(state, record, path),
         };
         let journal = state.file(JOURNAL);
         let options = FileOptions::new(engine).direct(DirectIo::Off).read_only(true);

@@ -2,8 +2,12 @@
 //!
 //! When a session is parked, and everything is on stable storage, the target's size, inode, and times of modification and change
 //! are written down. As long as they are the same, nobody has written to the file, and `G` names all that differs from
-//! the backup: then the first backup after the restore need not read the whole disk. It is a permission to save work and
-//! nothing else: where the file is missing, older, or cannot be understood, the whole disk is read.
+//! the backup: then the first backup after the restore need not read the whole disk. Where the file is missing, older, or cannot be
+//! understood, the whole disk is read.
+//!
+//! Where they are not the same, somebody has, such as a machine that was started from its disk once that was home. A session that is
+//! saved or gone on with then counts all that is home as written by the guest: `G` alone would leave that machine's writes out of
+//! every later backup.
 //!
 //! Times are as fine as the kernel's clock ticks. A write in the tick of our own last one would leave them as they are, so
 //! that tick is waited out before they are read. A block device has no such times.
@@ -99,11 +103,9 @@ pub(crate) fn changed_since_parked(
         Ok(None) => return Some("a block device does not tell whether it was written to since".to_owned()),
         Err(error) => return Some(format!("the target cannot be looked at: {error}")),
     };
-    let parked = match std::fs::read(state.file(FILE)).map(|text| serde_json::from_slice::<Parked>(&text)) {
-        Ok(Ok(parked)) if parked.version == VERSION && parked.session == record.session => parked,
-        _ => return Some("there is no record of how it was when it was parked".to_owned()),
+    let Some(then) = parked(state, record) else {
+        return Some("there is no record of how it was when it was parked".to_owned());
     };
-    let then = parked.target;
     if now == then {
         return None;
     }
@@ -114,6 +116,23 @@ pub(crate) fn changed_since_parked(
     } else {
         "it was written to, or its owner or mode were changed, since it was parked".to_owned()
     })
+}
+
+/// Whether the target, a file, has changed since its session was parked, as far as that was written down: a machine may have been
+/// started from it. Of a session that was not parked since it tells nothing.
+pub(super) fn was_written_past(state: &StateDir, record: &SessionRecord, target: &Path) -> bool {
+    let now = std::fs::File::open(target).and_then(|file| Stamp::of(&file));
+    match (now, parked(state, record)) {
+        (Ok(Some(now)), Some(then)) => now != then,
+        _ => false,
+    }
+}
+
+/// How the target was when this session was parked last.
+fn parked(state: &StateDir, record: &SessionRecord) -> Option<Stamp> {
+    let text = std::fs::read(state.file(FILE)).ok()?;
+    let parked: Parked = serde_json::from_slice(&text).ok()?;
+    (parked.version == VERSION && parked.session == record.session).then_some(parked.target)
 }
 
 #[cfg(test)]

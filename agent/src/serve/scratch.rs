@@ -33,6 +33,7 @@ pub(super) fn open(
         boot: BootId::current().context("cannot read the kernel's boot id")?,
         last_boot: None,
         check: None,
+        written_past: false,
         plan: Vec::new(),
         trace: Vec::new(),
         options: SessionOptions { background: false, ..SessionOptions::default() },

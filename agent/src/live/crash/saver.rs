@@ -133,6 +133,7 @@ impl Story {
             boot: parts.boot,
             last_boot: parts.last_boot,
             check: parts.check,
+            written_past: false,
         };
         let shown = Executor::new(self.rng.next_u64()).block_on(STEP_LIMIT, async move {
             let Ok(rest) = AtRest::open(parts, &target, Some(&journal)).await else { return Ok(None) };

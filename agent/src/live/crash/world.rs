@@ -118,6 +118,7 @@ impl World {
             last_boot: Some(BootId([self.last_boot; 16])),
             // What a guest wrote and did not flush cannot be told from another disk then.
             check: (!self.is_unsure).then(|| Arc::clone(&self.source) as _),
+            written_past: false,
             plan: plan(&mut self.rng, self.disk.chunk_count()),
             trace: (0..self.rng.below(6)).map(|_| self.rng.below(self.disk.chunk_count())).collect(),
             options,

@@ -49,6 +49,8 @@ pub struct RestParts {
     pub last_boot: Option<BootId>,
     /// By what the target is checked; without it nothing is checked.
     pub check: Option<Arc<dyn ChunkCheck>>,
+    /// As in [`crate::live::SessionParts`].
+    pub written_past: bool,
 }
 
 /// A session at rest, frozen as it is.
@@ -110,7 +112,9 @@ impl AtRest {
             if let Some(live) = believed {
                 home.or_word(word, live.v().word(word));
                 guest.or_word(word, live.g().word(word));
-            } else if ended.is_from_journal_alone() {
+            }
+            let is_written_past = ended == Resumed::Parked && parts.written_past;
+            if is_written_past || (believed.is_none() && ended.is_from_journal_alone()) {
                 guest.or_word(word, home.word(word));
             }
         }

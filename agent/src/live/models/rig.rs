@@ -68,6 +68,7 @@ impl Rig {
             boot: BootId([boot; 16]),
             last_boot: None,
             check: None,
+            written_past: false,
             plan: Vec::new(),
             trace: Vec::new(),
             options: SessionOptions { log_pages: Some(LOG_PAGES), ..SessionOptions::default() },

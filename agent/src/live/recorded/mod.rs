@@ -91,6 +91,7 @@ fn parts(backup: &Arc<Backup>, live: LiveWords, boot: BootId) -> SessionParts {
         boot,
         last_boot: None,
         check: None,
+        written_past: false,
         plan: Vec::new(),
         trace: Vec::new(),
         options: SessionOptions {

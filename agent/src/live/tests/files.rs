@@ -33,6 +33,7 @@ fn parts(dir: &Path, source: &Arc<TestSource>) -> SessionParts {
         boot: BootId::current().unwrap(),
         last_boot: None,
         check: Some(Arc::clone(source) as _),
+        written_past: false,
         plan: Vec::new(),
         trace: Vec::new(),
         options: SessionOptions::default(),

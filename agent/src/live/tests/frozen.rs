@@ -346,6 +346,7 @@ fn at_rest(rig: &mut Rig) -> crate::live::Result<(AtRest, Vec<u8>)> {
         boot: rig.boot,
         last_boot: rig.last_boot,
         check: Some(Arc::clone(&rig.source) as _),
+        written_past: false,
     };
     let (target, journal, backup) = (rig.target.clone(), rig.journal.clone(), rig.source.all());
     rig.run(async move {

@@ -170,6 +170,7 @@ impl Rig {
             boot: self.boot,
             last_boot: self.last_boot,
             check: Some(Arc::clone(&self.source) as _),
+            written_past: false,
             plan: Vec::new(),
             trace: self.trace.clone(),
             options: self.options,
