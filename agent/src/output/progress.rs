@@ -75,7 +75,11 @@ impl Progress {
         }
         if let ShownAs::Bar(bar) = &self.shared.shown_as {
             bar.set_length(total);
-            bar.set_style(style(Some(total), self.shared.has_end));
+            bar.set_style(style(
+                Some(total),
+                self.shared.has_end,
+                self.shared.before.load(Ordering::Relaxed),
+            ));
         }
     }
 
@@ -84,7 +88,9 @@ impl Progress {
         self.shared.before.store(bytes, Ordering::Relaxed);
         self.shared.done.store(bytes, Ordering::Relaxed);
         if let ShownAs::Bar(bar) = &self.shared.shown_as {
-            begin_bar_at(bar, bytes);
+            let total = self.shared.total.load(Ordering::Relaxed);
+            bar.set_style(style((total > 0).then_some(total), self.shared.has_end, bytes));
+            bar.set_position(bytes);
         }
     }
 
@@ -156,19 +162,23 @@ impl Drop for Shared {
 
 fn bar(output: &Output, what: &str, total: Option<u64>, has_end: bool) -> ProgressBar {
     let bar = ProgressBar::with_draw_target(total, ProgressDrawTarget::stderr_with_hz(REDRAWS_PER_SECOND));
-    bar.set_style(style(total, has_end));
+    bar.set_style(style(total, has_end, 0));
     bar.set_message(what.to_owned());
     let bar = output.bars.add(bar);
     bar.enable_steady_tick(Duration::from_millis(500));
     bar
 }
 
-fn begin_bar_at(bar: &ProgressBar, bytes: u64) {
-    bar.set_position(bytes);
-    bar.reset_eta();
+/// Bytes a second. Indicatif's own rate is that of the last seconds, but takes what was done `before` for work.
+fn rate(state: &ProgressState, before: u64) -> f64 {
+    match before {
+        0 => state.per_sec(),
+        _ => state.pos().saturating_sub(before) as f64 / state.elapsed().as_secs_f64().max(0.001),
+    }
 }
 
-fn style(total: Option<u64>, has_end: bool) -> ProgressStyle {
+/// `before`: how much was done when it began.
+fn style(total: Option<u64>, has_end: bool, before: u64) -> ProgressStyle {
     let template = match (total, has_end) {
         (Some(_), true) => "{msg} [{bar:30}] {share:>3}% {size} at {rate}, {left} left",
         (Some(_), false) => "{msg} [{bar:30}] {share:>3}% {size} at {rate}",
@@ -187,14 +197,15 @@ fn style(total: Option<u64>, has_end: bool) -> ProgressStyle {
             // Indicatif rounds to the nearest: what is not done would be 100.
             let _ = write!(w, "{}", tenths_of_percent(state.pos(), state.len().unwrap_or(0)) / 10);
         })
-        .with_key("rate", |state: &ProgressState, w: &mut dyn fmt::Write| {
-            let _ = write!(w, "{}/s", human_size(state.per_sec() as u64));
+        .with_key("rate", move |state: &ProgressState, w: &mut dyn fmt::Write| {
+            let _ = write!(w, "{}/s", human_size(rate(state, before) as u64));
         })
-        .with_key("left", |state: &ProgressState, w: &mut dyn fmt::Write| {
-            // Nothing was done lately, so nothing is known.
-            let _ = match state.per_sec() {
+        .with_key("left", move |state: &ProgressState, w: &mut dyn fmt::Write| {
+            let left = state.len().unwrap_or(0).saturating_sub(state.pos());
+            let _ = match rate(state, before) {
+                // Nothing was done lately, so nothing is known.
                 rate if rate < 1.0 => write!(w, "unknown"),
-                _ => write!(w, "{}", human_duration(state.eta())),
+                rate => write!(w, "{}", human_duration(Duration::from_secs_f64(left as f64 / rate))),
             };
         })
 }
@@ -253,22 +264,24 @@ mod tests {
 
     /// What a bar looks like with so much done.
     fn drawn(total: Option<u64>, has_end: bool, done: u64) -> String {
-        drawn_after(total, has_end, |bar| bar.set_position(done))
+        drawn_after(total, has_end, 0, done)
     }
 
-    fn drawn_after(total: Option<u64>, has_end: bool, work: impl FnOnce(&ProgressBar)) -> String {
+    fn drawn_after(total: Option<u64>, has_end: bool, before: u64, done: u64) -> String {
         let screen = Screen::default();
         let bar =
             ProgressBar::with_draw_target(total, ProgressDrawTarget::term_like(Box::new(screen.clone())));
-        bar.set_style(style(total, has_end));
-        work(&bar);
+        bar.set_style(style(total, has_end, before));
+        // As on a terminal: it is drawn now and then, whatever is done.
+        bar.enable_steady_tick(Duration::from_millis(500));
+        bar.set_position(done);
         bar.force_draw();
         screen.0.lock().clone()
     }
 
     #[test]
     fn what_was_done_before_counts_as_done_and_not_for_the_rate() {
-        let text = drawn_after(Some(4 << 30), true, |bar| begin_bar_at(bar, 3 << 30));
+        let text = drawn_after(Some(4 << 30), true, 3 << 30, 3 << 30);
         assert!(text.contains("75% 3.0 GiB of 4.0 GiB at 0 B/s, unknown left"), "{text}");
         let progress = Output::new(false, true).progress("testing", Some(100));
         progress.begin_at(60);
