@@ -103,6 +103,27 @@ fn a_target_whose_session_is_kept_elsewhere_is_known_to_be_no_disk_until_it_is_o
 }
 
 #[test]
+fn a_copy_of_a_target_has_no_part_in_its_session() {
+    let captured = Captured::new("elsewhere-copy", DISK_BYTES, 53).unwrap();
+    let state = captured.work.file("state");
+    let in_state = ["--state", state.to_str().unwrap()];
+    let live = captured.start(&[&in_state[..], &["--limit", "4KiB"]].concat()).unwrap();
+    let (stopped, _) = live.park().unwrap();
+    fs::create_dir(captured.work.file("dir")).unwrap();
+    let copy = captured.work.file("dir/target.raw");
+    fs::copy(&captured.target, &copy).unwrap();
+    fs::copy(beside(&captured), captured.work.file("dir/target.raw.lifeboot")).unwrap();
+    let said = ["is a copy of", captured.target.to_str().unwrap()];
+    ends(lifeboot(["discard", "--yes"]).unwrap().arg(&copy), 1, &said);
+    ends(lifeboot(["status"]).unwrap().arg(&copy), 1, &said);
+    ends(&mut capture(&captured, &copy), 1, &said);
+    // The session goes on; and once it is over, the copy is no disk yet.
+    let mut live = stopped.start_with(&in_state).unwrap();
+    live.wait_complete().unwrap();
+    ends(&mut capture(&captured, &copy), 1, &said);
+}
+
+#[test]
 fn another_name_of_a_target_is_the_target() {
     let captured = Captured::new("hard-link", DISK_BYTES, 52).unwrap();
     let live = captured.start(&["--limit", "4KiB"]).unwrap();

@@ -201,7 +201,9 @@ impl Found<'_> {
             )
             .into());
         }
+        let look = stamp::Look::at(state, found, path);
         let target = target::reopen(path, state.path(), wish.engine, interrupt)?;
+        let written_past = !wish.moved && look.is_written_past(state, found);
         // Until now somebody else may have served it, moved a machine onto it, or given it up.
         let mut record = locked_record(state, found)?;
         if !wish.is_settled {
@@ -230,7 +232,6 @@ impl Found<'_> {
         }
         let journal = open_journal(&state.file(JOURNAL), wish.engine)?;
         let words = distrust::open_live(state, &record, parts.layout)?;
-        let written_past = !wish.moved && stamp::was_written_past(state, &record, path);
         let (parts, fetching, boot) = parts.into_session(&record, words, written_past);
         let id = SessionId(parse_id(&record.session)?);
         let raise_epoch = |resumed: Resumed| {

@@ -111,6 +111,17 @@ pub(super) fn remove(target: &Path, session: &str) -> anyhow::Result<()> {
         .with_context(|| format!("cannot remove {}", path.display()))
 }
 
+/// Whether the file at `target` is another than the session's, and that one is where it was.
+fn is_copied(target: &Path, record: &SessionRecord) -> bool {
+    let is_the_sessions = |path: &Path| {
+        let identity = TargetIdentity::at(path).ok().flatten()?;
+        Some(identity.is_same(&record.identity))
+    };
+    record.was_begun()
+        && is_the_sessions(target) == Some(false)
+        && is_the_sessions(&record.target) == Some(true)
+}
+
 impl StateDir {
     /// Of a file whose session is beside it, or where a file beside it says; or beside another name of the file.
     pub(super) fn beside(target: &Path, has_links: bool) -> anyhow::Result<Self> {
@@ -127,6 +138,25 @@ impl StateDir {
                     ),
                     format!(
                         "put it back (is its file system mounted?); if that session was given up, remove {}",
+                        beside(target).display()
+                    ),
+                )
+                .into());
+            }
+            if let Ok(Some(record)) = state.record()
+                && is_copied(target, &record)
+            {
+                return Err(Failure::new(
+                    format!(
+                        "{} is a copy of {}, and no session's target: the live-restore that is kept in {} is that one's",
+                        target.display(),
+                        record.target.display(),
+                        state.path().display()
+                    ),
+                    format!(
+                        "name {}; a copy goes on by itself only with a copy of that directory; what says where it is, {}, was copied \
+                         along: remove it together with the copy",
+                        record.target.display(),
                         beside(target).display()
                     ),
                 )

@@ -121,10 +121,28 @@ pub(crate) fn changed_since_parked(
 /// Whether the target, a file, has changed since its session was parked, as far as that was written down: a machine may have been
 /// started from it. Of a session that was not parked since it tells nothing.
 pub(super) fn was_written_past(state: &StateDir, record: &SessionRecord, target: &Path) -> bool {
-    let now = std::fs::File::open(target).and_then(|file| Stamp::of(&file));
-    match (now, parked(state, record)) {
-        (Ok(Some(now)), Some(then)) => now != then,
-        _ => false,
+    Look::at(state, record, target).is_written_past(state, record)
+}
+
+/// How a target was before it was opened for writing, which changes it.
+pub(super) struct Look {
+    now: Option<Stamp>,
+    parked: Option<Stamp>,
+}
+
+impl Look {
+    pub(super) fn at(state: &StateDir, record: &SessionRecord, target: &Path) -> Self {
+        let now = std::fs::File::open(target).and_then(|file| Stamp::of(&file));
+        Self { now: now.ok().flatten(), parked: parked(state, record) }
+    }
+
+    /// As [`was_written_past`], under the target's lock. Whoever served it until then has parked it meanwhile, and knows what was
+    /// written.
+    pub(super) fn is_written_past(&self, state: &StateDir, record: &SessionRecord) -> bool {
+        self.parked == parked(state, record)
+            && self.now.is_some()
+            && self.parked.is_some()
+            && self.now != self.parked
     }
 }
 
