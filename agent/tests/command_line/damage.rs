@@ -161,13 +161,18 @@ fn a_manifest_that_is_damaged_is_named_in_the_list() {
     scratch.run(&["capture", "web01", "d.raw"]).ends_with(0).tells(&["warning", "web01"]);
 }
 
-#[test]
-fn in_the_place_of_a_damaged_manifest_one_that_can_be_read_is_offered() {
-    let scratch = damaged();
+/// The list of three snapshots then.
+fn captured_twice_more(scratch: &Scratch) -> Value {
     for _ in 0..2 {
         scratch.run(&["capture", "web01", "d.raw"]).ends_with(0);
     }
-    let listed = scratch.json(&["snapshots"]);
+    scratch.json(&["snapshots"])
+}
+
+#[test]
+fn in_the_place_of_a_damaged_manifest_one_that_can_be_read_is_offered() {
+    let scratch = damaged();
+    let listed = captured_twice_more(&scratch);
     let name = |index: usize| listed[index]["snapshot"].as_str().unwrap();
     let files = scratch.names("repo/snapshots/web01");
     let damage = |index: usize| flip(&scratch.path("repo/snapshots/web01").join(&files[index]), 60);
@@ -183,10 +188,7 @@ fn in_the_place_of_a_damaged_manifest_one_that_can_be_read_is_offered() {
 #[test]
 fn what_cannot_be_had_is_not_offered_in_the_place_of_another() {
     let scratch = damaged();
-    for _ in 0..2 {
-        scratch.run(&["capture", "web01", "d.raw"]).ends_with(0);
-    }
-    let listed = scratch.json(&["snapshots"]);
+    let listed = captured_twice_more(&scratch);
     let name = |index: usize| listed[index]["snapshot"].as_str().unwrap();
     let files = scratch.names("repo/snapshots/web01");
     let manifest = |index: usize| scratch.path("repo/snapshots/web01").join(&files[index]);

@@ -108,12 +108,12 @@ impl AtRest {
             };
             check_contents(&**check, &*parts.source, target, &evidence).await?;
         }
+        let is_written_past = ended == Resumed::Parked && parts.written_past;
         for word in 0..home.word_count() {
             if let Some(live) = believed {
                 home.or_word(word, live.v().word(word));
                 guest.or_word(word, live.g().word(word));
             }
-            let is_written_past = ended == Resumed::Parked && parts.written_past;
             if is_written_past || (believed.is_none() && ended.is_from_journal_alone()) {
                 guest.or_word(word, home.word(word));
             }
