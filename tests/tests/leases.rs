@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use e2e::captured::Captured;
 use e2e::lifeboot::lifeboot;
-use e2e::process::{PATIENCE, run, run_any, run_json};
+use e2e::process::{PATIENCE, Process, run, run_any, run_json};
 use serde_json::Value;
 
 const DISK_BYTES: u64 = 16 << 20;
@@ -102,6 +102,45 @@ fn a_session_that_is_discarded_holds_nothing() {
     run(lifeboot(["discard", "--yes"]).unwrap().arg(&captured.target)).unwrap();
     assert_eq!(leases(captured.repository.path()), Vec::<PathBuf>::new());
     assert!(!captured.work.file("target.raw.lifeboot").exists());
+}
+
+#[test]
+fn a_copied_session_has_a_lease_of_its_own_and_leaves_that_of_the_original() {
+    let captured = Captured::new("lease-copied", DISK_BYTES, 85).unwrap();
+    let live = captured.start(&["--no-background"]).unwrap();
+    // By session: a lease is renewed by another file.
+    let sessions = |count| {
+        let names =
+            wait_leases(&captured, count).into_iter().map(|path| path.file_name().unwrap().to_owned());
+        let mut names: Vec<String> = names.map(|name| name.to_string_lossy()[..32].to_owned()).collect();
+        names.sort();
+        names
+    };
+    let original = sessions(1);
+    let (stopped, _) = live.park().unwrap();
+    let copy = |name: &str| {
+        let target = captured.work.file(name);
+        run(Command::new("cp").args(["-a", "--sparse=always"]).arg(&captured.target).arg(&target)).unwrap();
+        let session = captured.work.file("target.raw.lifeboot");
+        run(Command::new("cp").arg("-a").arg(session).arg(captured.work.file(&format!("{name}.lifeboot"))))
+            .unwrap();
+        target
+    };
+    let (copied, moved) = (copy("copied.raw"), copy("moved.raw"));
+    // One that was never served, discarded beside the original that is.
+    let _live = stopped.start_with(&["--no-background"]).unwrap();
+    run(lifeboot(["discard", "--yes"]).unwrap().arg(&copied)).unwrap();
+    assert_eq!(sessions(1), original);
+    // And one that is served to its end: its own lease goes with it.
+    let mut verb = captured.repository.verb("live-restore", &["vm@latest"]).unwrap();
+    let ends = ["--moved", "--no-background", "--listen"];
+    verb.arg(&moved).args(ends).arg(format!("unix:{}", captured.work.file("m.sock").display()));
+    let mut served = Process::spawn(&verb).unwrap();
+    let both = sessions(2);
+    assert!(served.terminate().unwrap().success());
+    assert_eq!(sessions(2), both);
+    run(lifeboot(["discard", "--yes"]).unwrap().arg(&moved)).unwrap();
+    assert_eq!(sessions(1), original);
 }
 
 #[test]

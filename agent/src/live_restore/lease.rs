@@ -4,6 +4,10 @@
 //! is discarded. A parked session's lease stays, and ends by itself a week after it was renewed last. Where it stands is kept
 //! beside the session (`lease.json`), for `discard`, which is told of no repository.
 //!
+//! A session may be copied, with its target: then two need the snapshot, and neither gives up the other's lease. So the note also says
+//! what directory it was made in. One that was copied along names another's lease: that one is left alone, and the copy leaves one
+//! under an id of its own.
+//!
 //! A repository may only be read, or be away: that is said once, and everything goes on. So all of it is done by a thread of its own,
 //! which no guest waits for.
 
@@ -18,13 +22,15 @@ use parking_lot::{Condvar, Mutex};
 use repository::{Lease, Repository, SnapshotName};
 use serde::{Deserialize, Serialize};
 
+use super::identity::TargetIdentity;
+use super::parts::{id_text, new_id};
 use super::service::ServedDisk;
 use super::state_dir;
 use crate::live::{Phase, Session};
 
 /// Where the lease stands, beside the session.
 pub(super) const FILE: &str = "lease.json";
-const VERSION: u32 = 1;
+const VERSION: u32 = 2;
 /// How old a lease is when it is renewed: well below a third of its span, for hosts that are down over a weekend.
 const RENEWED_AFTER: SignedDuration = SignedDuration::from_hours(24);
 /// How soon one that could not be written is tried again.
@@ -39,8 +45,11 @@ const LOOKED_AFTER: Duration = Duration::from_secs(1);
 #[serde(deny_unknown_fields)]
 struct Kept {
     version: u32,
+    /// The id that the lease is left under: the session's, or a copy's own.
     session: String,
     repository: PathBuf,
+    /// What the session's directory is, where it was left.
+    directory: Option<String>,
 }
 
 /// Leaves, renews and removes the leases of an agent's disks, until it is dropped.
@@ -111,7 +120,8 @@ impl Leased {
         let record = &disk.record;
         let (snapshot, name): (SnapshotName, _) = (record.snapshot.parse().ok()?, record.disk.parse().ok()?);
         let host = rustix::system::uname().nodename().to_string_lossy().into_owned();
-        let lease = Lease::new(&record.session, &snapshot, name, &host, Timestamp::now());
+        let id = lease_id(disk.state.path(), &record.session);
+        let lease = Lease::new(&id, &snapshot, name, &host, Timestamp::now());
         Some(Self {
             repository: repository.clone(),
             session: Arc::clone(disk.session()),
@@ -130,17 +140,13 @@ impl Leased {
                 self.renew();
                 true
             }
-            Phase::Complete => {
-                release(&self.state);
-                false
-            }
-            // An agent that ends as soon as the disk is home parks before anybody looks again.
-            Phase::Parked if self.session.is_all_stable() => {
-                release(&self.state);
-                false
-            }
             // It may be gone on with. While it is being parked, what is home may become stable yet.
-            Phase::Parked => true,
+            Phase::Parked if !self.session.is_all_stable() => true,
+            // An agent that ends as soon as the disk is home parks before anybody looks again.
+            Phase::Complete | Phase::Parked => {
+                release(&self.state);
+                false
+            }
             Phase::Poisoned => false,
         }
     }
@@ -173,7 +179,8 @@ impl Leased {
     fn leave(&self, lease: &Lease) -> anyhow::Result<()> {
         // First where it stands: what is left in the repository can then be found again.
         let repository = std::path::absolute(self.repository.path())?;
-        let kept = Kept { version: VERSION, session: lease.session.clone(), repository };
+        let session = lease.session.clone();
+        let kept = Kept { version: VERSION, session, repository, directory: directory(&self.state) };
         keep(&self.state, &kept).context("cannot note where the lease is left")?;
         Ok(self.repository.keep_lease(lease)?)
     }
@@ -186,19 +193,43 @@ fn keep(state: &Path, kept: &Kept) -> io::Result<()> {
     state_dir::replace(&state.join(FILE), kept)
 }
 
+/// What is noted in a session's directory; nothing where that is not understood.
 fn read(state: &Path) -> Option<Kept> {
     let kept: Kept = serde_json::from_slice(&std::fs::read(state.join(FILE)).ok()?).ok()?;
     (kept.version == VERSION).then_some(kept)
 }
 
+impl Kept {
+    /// Whether it was noted in this directory, and not in one that this is a copy of.
+    fn is_of(&self, state: &Path) -> bool {
+        self.directory.is_some() && self.directory == directory(state)
+    }
+}
+
+/// What a session's directory is, by whatever name.
+fn directory(state: &Path) -> Option<String> {
+    TargetIdentity::at(state).ok().flatten()?.name
+}
+
+/// The id under which the session that is kept in this directory leaves its lease.
+fn lease_id(state: &Path, session: &str) -> String {
+    match read(state) {
+        Some(kept) if kept.is_of(state) => kept.session,
+        Some(_) => id_text(new_id()),
+        None => session.to_owned(),
+    }
+}
+
 /// Removes the lease of the session that is kept in this directory, and the note of where it stands. Where that cannot be done the
-/// lease ends by itself.
+/// lease ends by itself; so does one that was left from elsewhere.
 pub(super) fn release(state: &Path) {
     let Some(kept) = read(state) else { return };
-    let removed =
-        Repository::open(&kept.repository).and_then(|repository| repository.remove_lease(&kept.session));
-    if let Err(error) = removed {
-        tracing::warn!(%error, "the session's lease stays in the repository, and ends by itself within a week or so");
+    if kept.is_of(state) {
+        let removed =
+            Repository::open(&kept.repository).and_then(|repository| repository.remove_lease(&kept.session));
+        if let Err(error) = removed {
+            tracing::warn!(%error, "the session's lease stays in the repository, and ends by itself within a week or so");
+        }
     }
     let _ = std::fs::remove_file(state.join(FILE));
 }

@@ -26,7 +26,7 @@ use super::distrust;
 use super::fetching::{Fetching, SharedPool};
 use super::identity::TargetIdentity;
 use super::made::Made;
-use super::parts::{Parts, make_journal, new_id, open_journal, parse_id};
+use super::parts::{Parts, id_text, make_journal, new_id, open_journal, parse_id};
 use super::pointer;
 use super::record::SessionRecord;
 use super::rest::locked_record;
@@ -300,7 +300,7 @@ impl Found<'_> {
         let id = new_id();
         let mut record = SessionRecord {
             version: SessionRecord::version(),
-            session: id.iter().map(|byte| format!("{byte:02x}")).collect(),
+            session: id_text(id),
             snapshot: snapshot.name().to_string(),
             disk: disk.name.to_string(),
             size: disk.size,

@@ -131,6 +131,11 @@ pub(super) fn new_id() -> [u8; 16] {
     id
 }
 
+/// An id as records have it: 32 hexadecimal digits.
+pub(super) fn id_text(id: [u8; 16]) -> String {
+    format!("{:032x}", u128::from_be_bytes(id))
+}
+
 pub(super) fn parse_id(text: &str) -> anyhow::Result<[u8; 16]> {
     let number = u128::from_str_radix(text, 16).with_context(|| format!("{text:?} is no session's id"))?;
     Ok(number.to_be_bytes())
