@@ -8,9 +8,9 @@ use block::Engine;
 use jiff::Timestamp;
 use repository::{Consistency, GroupName, Repository, SnapshotName};
 
-use super::report;
 use super::session::Scan;
 use super::source::Source;
+use super::{report, warn_if_not_latest};
 use crate::cli::{Context, Failure, Outcome};
 use crate::save::{Disk, Order, SaveRequest, ask_to_save, store};
 use crate::status::DamagedRange;
@@ -130,6 +130,7 @@ impl Composed<'_> {
             ));
         }
         let outcome = if damaged.is_empty() { Outcome::Done } else { Outcome::Damaged };
-        report(output, &snapshot, self.sources, looked_at, Vec::new(), outcome, self.started)
+        let warnings = warn_if_not_latest(output, self.repository, name).into_iter().collect();
+        report(output, &snapshot, self.sources, looked_at, warnings, outcome, self.started)
     }
 }

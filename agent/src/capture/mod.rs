@@ -19,7 +19,7 @@ use anyhow::Context as _;
 use block::{Engine, IoEngine};
 use repository::{
     CaptureOptions, CaptureWriter, ChunkEncoder, Consistency, DiskMap, DiskName, DiskWriter, GroupName,
-    MAX_NOTE_LEN, MAX_PLAIN_LEN, Repository, Snapshot, SnapshotMeta,
+    MAX_NOTE_LEN, MAX_PLAIN_LEN, Repository, Snapshot, SnapshotMeta, SnapshotName,
 };
 use serde::Serialize;
 
@@ -27,7 +27,7 @@ pub(crate) use pipeline::{Feed, feed};
 pub(crate) use reader::{PIECE_LEN, Piece};
 pub(crate) use stop::Stop;
 
-use crate::cli::{Context, Failure, Outcome, Size, UsageError, Verb};
+use crate::cli::{Context, Failure, Outcome, Size, UsageError, Verb, not_latest};
 use crate::output::{Output, human_count, human_duration, human_size};
 use composed::Composed;
 use reader::Plan;
@@ -214,7 +214,7 @@ impl Verb for Args {
         pipeline::run(engine, &sources, &plans, &disks, self.level, &progress, interrupt.clone())?;
         drop(progress);
 
-        let warnings = changes(&sources)?;
+        let mut warnings = changes(&sources)?;
         for warning in &warnings {
             context.output().warn(warning);
         }
@@ -229,6 +229,7 @@ impl Verb for Args {
         // From here on it either becomes a snapshot or fails: an interrupt comes too late.
         interrupt.check()?;
         let snapshot = writer.commit(meta)?;
+        warnings.extend(warn_if_not_latest(context.output(), &repository, &snapshot.name()));
         report(context.output(), &snapshot, &sources, &looked_at, warnings, Outcome::Done, started)
     }
 }
@@ -321,6 +322,13 @@ fn changes(sources: &[Source]) -> anyhow::Result<Vec<String>> {
         }
     }
     Ok(warnings)
+}
+
+/// Warns where the snapshot that was made is not the group's newest, and returns the words.
+fn warn_if_not_latest(output: &Output, repository: &Repository, made: &SnapshotName) -> Option<String> {
+    let warning = not_latest(repository, made)?;
+    output.warn(&warning);
+    Some(warning)
 }
 
 fn report(

@@ -8,6 +8,7 @@ mod failure;
 mod generate;
 mod init;
 mod interrupt;
+mod latest;
 mod limit;
 mod pivot;
 mod show;
@@ -23,6 +24,7 @@ pub use context::{Context, Global};
 pub(crate) use failure::told;
 pub use failure::{Failure, Outcome, UsageError};
 pub use interrupt::{Interrupt, Interrupted};
+pub(crate) use latest::not_latest;
 pub use units::{Rate, Size};
 
 /// One verb of the command line.

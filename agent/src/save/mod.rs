@@ -30,7 +30,7 @@ pub use live::SaveRequest;
 pub(crate) use live::answer;
 pub(crate) use store::{Disk, Order, Stored, View, store};
 
-use crate::cli::{Context, Failure, Interrupt, Outcome, UsageError, Verb};
+use crate::cli::{Context, Failure, Interrupt, Outcome, UsageError, Verb, not_latest};
 use crate::live::Resumed;
 use crate::live_restore::{self, Request, Rest, SessionRecord, StateDir};
 use crate::output::{Output, human_duration, human_size};
@@ -222,7 +222,7 @@ impl Args {
         let request = SaveRequest { dry_run: false, ..request };
         let report = ask_to_save(agent, &request, &interrupt, |bytes| progress.set(bytes))?;
         drop(progress);
-        report.conclude(context.output())
+        report.conclude(context.output(), repository)
     }
 
     /// Saves sessions that no agent serves.
@@ -281,7 +281,7 @@ impl Args {
         let stored = store(repository, &disks, order, engine, &progress, &interrupt, &|| Ok(()))?;
         drop(progress);
         report.complete(&stored, started);
-        report.conclude(context.output())
+        report.conclude(context.output(), repository)
     }
 }
 
@@ -469,7 +469,7 @@ impl Report {
     }
 
     /// Says what was done.
-    pub(crate) fn conclude(&self, output: &Output) -> anyhow::Result<Outcome> {
+    fn conclude(&self, output: &Output, repository: &Repository) -> anyhow::Result<Outcome> {
         for ReportedDamage { disk, range } in &self.damaged {
             output.damaged(format_args!(
                 "bytes {}..{} of {}/{disk}: not saved, they are as in {}: {}",
@@ -479,6 +479,9 @@ impl Report {
                 self.live_restore_of,
                 range.reason
             ));
+        }
+        if let Some(warning) = self.snapshot.parse().ok().and_then(|made| not_latest(repository, &made)) {
+            output.warn(warning);
         }
         let outcome = if self.damaged.is_empty() { Outcome::Done } else { Outcome::Damaged };
         outcome.once_told(

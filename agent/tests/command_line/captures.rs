@@ -165,3 +165,27 @@ fn both_engines_and_every_chunk_size_capture_and_restore() {
         assert_same(&disk, &scratch.path("out.raw"));
     }
 }
+
+#[test]
+fn what_a_clock_that_is_behind_made_is_said_not_to_be_the_latest() {
+    let scratch = Scratch::new();
+    scratch.disk("d.raw", MIB, &[(0, 4096, 1)]);
+    scratch.run(&["capture", "web01", "d.raw"]).ends_with(0);
+    let repository = repository::Repository::open(scratch.path("repo")).unwrap();
+    let ahead = repository::CaptureOptions {
+        time: Some("2190-01-01T00:00:00Z".parse().unwrap()),
+        ..repository::CaptureOptions::default()
+    };
+    let mut writer = repository.begin_capture(&"web01".parse().unwrap(), ahead).unwrap();
+    writer.add_attachment("vm.conf".parse().unwrap(), b"memory: 4096").unwrap();
+    writer.commit(repository::SnapshotMeta::default()).unwrap();
+    scratch.run(&["capture", "web01", "d.raw"]).ends_with(0).tells(&[
+        "web01@2190-01-01T00:00:00Z is dated later",
+        "web01@latest",
+        "clock",
+    ]);
+    let warned = scratch.json(&["capture", "web01", "d.raw"]);
+    assert!(warned["warnings"][0].as_str().unwrap().contains("is dated later"), "{warned}");
+    let told = scratch.run(&["capture", "other", "d.raw"]).ends_with(0).stderr;
+    assert!(!told.contains("clock"), "{told}");
+}
