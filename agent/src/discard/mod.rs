@@ -21,16 +21,22 @@
 use std::io::{self, BufRead as _, IsTerminal as _, Write as _};
 use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use anyhow::Context as _;
 use block::{Engine, FileDisk};
+use rustix::event::{PollFd, PollFlags, Timespec};
+use rustix::io::Errno;
 use serde::Serialize;
 
-use crate::cli::{Context, Failure, Outcome, UsageError, Verb};
+use crate::cli::{Context, Failure, Interrupt, Outcome, UsageError, Verb};
 use crate::in_use;
 use crate::live_restore::{self, SessionRecord, StateDir};
 use crate::output::{Output, human_size};
 use crate::status::{Phase, Status};
+
+/// How soon a signal is seen while an answer is waited for.
+const SIGNAL_INTERVAL: Duration = Duration::from_millis(100);
 
 /// Give up a live-restore: remove its session
 ///
@@ -143,7 +149,8 @@ impl Verb for Args {
                 Failure::new(what, "give it a stdout that can be written, then run the same command")
                     .because(error)
             })?;
-            self.ask(output)?;
+            self.ask(output, &interrupt)?;
+            check_still(&state, record.as_ref(), &path)?;
         }
         interrupt.check()?;
         state.discard(record.as_ref())?;
@@ -257,7 +264,7 @@ impl Args {
     }
 
     /// Asks, unless told not to.
-    fn ask(&self, output: &Output) -> anyhow::Result<()> {
+    fn ask(&self, output: &Output, interrupt: &Interrupt) -> anyhow::Result<()> {
         if self.yes {
             return Ok(());
         }
@@ -270,9 +277,8 @@ impl Args {
         }
         output.settle_stderr();
         eprint_prompt()?;
-        let mut answer = String::new();
-        io::stdin().lock().read_line(&mut answer).context("cannot read the answer")?;
-        if matches!(answer.trim(), "y" | "yes") {
+        let answer = read_answer(interrupt)?;
+        if matches!(answer.trim().to_ascii_lowercase().as_str(), "y" | "yes") {
             return Ok(());
         }
         Err(Failure::new("nothing was discarded", "answer y to discard it").into())
@@ -333,6 +339,42 @@ fn is_unreadable(error: &anyhow::Error) -> bool {
 fn eprint_prompt() -> anyhow::Result<()> {
     let mut stderr = io::stderr().lock();
     stderr.write_all(b"discard it? [y/N] ").and_then(|()| stderr.flush()).context("cannot ask")
+}
+
+/// A line from the terminal, unless a signal comes first.
+fn read_answer(interrupt: &Interrupt) -> anyhow::Result<String> {
+    let stdin = io::stdin();
+    let wait = Timespec::try_from(SIGNAL_INTERVAL).expect("it is short");
+    loop {
+        interrupt.check().inspect_err(|_| eprintln!())?;
+        let mut fds = [PollFd::new(&stdin, PollFlags::IN)];
+        match rustix::event::poll(&mut fds, Some(&wait)) {
+            Ok(0) | Err(Errno::INTR) => {}
+            Ok(_) => break,
+            Err(errno) => return Err(io::Error::from(errno)).context("cannot wait for the answer"),
+        }
+    }
+    let mut answer = String::new();
+    stdin.lock().read_line(&mut answer).context("cannot read the answer")?;
+    Ok(answer)
+}
+
+/// Fails where the session is not what was told before it was asked: there is no lock on a target that did not exist.
+fn check_still(state: &StateDir, record: Option<&SessionRecord>, path: &Path) -> anyhow::Result<()> {
+    if let Some(status) = live_restore::ask_status(state.path())? {
+        return Err(served(path, &status));
+    }
+    if record.is_some_and(|record| state.record().ok().flatten().as_ref() != Some(record)) {
+        return Err(Failure::new(
+            format!(
+                "nothing was discarded: the session of {} has changed while this was asked",
+                path.display()
+            ),
+            "run the same command again: it says what would be lost now",
+        )
+        .into());
+    }
+    Ok(())
 }
 
 fn served(path: &Path, status: &Status) -> anyhow::Error {

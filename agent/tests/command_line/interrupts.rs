@@ -1,12 +1,12 @@
 //! Ctrl-C, and readers that go away.
 
-use std::io::Read;
+use std::io::{Read, Write};
 use std::path::Path;
-use std::process::{Child, Stdio};
+use std::process::{Child, Command, Stdio};
 
 use rustix::process::{Pid, Signal, kill_process};
 
-use crate::support::{MIB, Scratch, noise, write};
+use crate::support::{MIB, Scratch, live_restore, noise, write};
 
 /// Waits until a directory has an entry whose name ends so; the child must still be at work then.
 fn wait_for_name(dir: &Path, end: &str, child: &mut Child) {
@@ -142,4 +142,47 @@ fn a_reader_that_has_seen_enough_is_no_failure() {
     let mut child = scratch.command(&["show", "nothing@latest"]).stderr(Stdio::piped()).spawn().unwrap();
     drop(child.stderr.take());
     assert_eq!(child.wait().unwrap().code(), Some(1));
+}
+
+#[test]
+fn at_the_question_of_a_discard_one_ctrl_c_is_a_no_and_a_capital_y_a_yes() {
+    let scratch = Scratch::new();
+    scratch.disk("d.raw", 8 * MIB, &[(0, 4 << 20, 1)]);
+    scratch.run(&["capture", "web01", "d.raw"]).ends_with(0);
+    let mut live = live_restore(&scratch, &["--no-background"]);
+    signal(&live, Signal::TERM);
+    assert!(live.wait().unwrap().success());
+    let inside = format!("exec {} discard t.raw", env!("CARGO_BIN_EXE_lifeboot"));
+    let discard = |answer: &[u8]| {
+        let mut script = Command::new("script")
+            .args(["-qec", &inside, "/dev/null"])
+            .current_dir(scratch.path("."))
+            .env("SHELL", "/bin/sh")
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let mut stdout = script.stdout.take().unwrap();
+        let mut text = Vec::new();
+        let asks = |text: &[u8]| text.windows(7).any(|part| part == b"? [y/N]");
+        while !asks(&text) {
+            let mut part = [0; 256];
+            let count = stdout.read(&mut part).unwrap();
+            assert!(count > 0, "it ended: {}", String::from_utf8_lossy(&text));
+            text.extend_from_slice(&part[..count]);
+        }
+        script.stdin.as_mut().unwrap().write_all(answer).unwrap();
+        stdout.read_to_end(&mut text).unwrap();
+        (script.wait().unwrap().code(), String::from_utf8_lossy(&text).into_owned())
+    };
+    // What a terminal makes of Ctrl-C is one SIGINT.
+    let (code, said) = discard(b"\x03");
+    assert_eq!(code, Some(130), "{said}");
+    assert!(said.contains("interrupted by Ctrl-C"), "{said}");
+    let (code, said) = discard(b"\n");
+    assert_eq!(code, Some(1), "{said}");
+    assert!(scratch.path("t.raw.lifeboot/session.json").exists());
+    let (code, said) = discard(b"Y\n");
+    assert_eq!(code, Some(0), "{said}");
+    assert!(!scratch.path("t.raw.lifeboot").exists());
 }
