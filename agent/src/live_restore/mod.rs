@@ -67,6 +67,7 @@ use narrate::Narrator;
 
 pub(crate) use carrier::Carrier;
 pub(crate) use control::Asked;
+pub(crate) use control::ask_unless_interrupted;
 pub use control::{LimitChanged, PivotProgress, Reply, Request, Strip, ask, ask_status, ask_telling};
 pub use damage::{KeptDamage, kept_damage};
 pub use handover::HandedOver;

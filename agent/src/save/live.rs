@@ -71,16 +71,16 @@ impl View for LiveView {
 pub(crate) async fn answer(request: SaveRequest, asked: &Asked) -> anyhow::Result<Report> {
     let service = Arc::clone(asked.service());
     let progress = Output::new(false, true).progress("saving", None);
-    let is_abandoned = Arc::new(AtomicBool::new(false));
-    let (counted, abandoned) = (progress.clone(), Arc::clone(&is_abandoned));
+    let abandoned = Arc::new(AtomicBool::new(false));
+    let (counted, is_abandoned) = (progress.clone(), Arc::clone(&abandoned));
     let interrupt = Interrupt::default();
     let raised = interrupt.clone();
     let agent = Arc::clone(&service);
     let work = asked.blocking_on_repository(move || {
         let check = || {
             service.check_ending()?;
-            if abandoned.load(Ordering::Relaxed) {
-                anyhow::bail!("whoever asked for it has gone away");
+            if is_abandoned.load(Ordering::SeqCst) {
+                anyhow::bail!("whoever asked for it does not want it any more");
             }
             Ok(())
         };
@@ -92,12 +92,15 @@ pub(crate) async fn answer(request: SaveRequest, asked: &Asked) -> anyhow::Resul
     loop {
         tokio::select! {
             done = &mut work => return done,
+            // Ctrl-C at the other end: what nobody waits for is not made.
+            () = asked.abandoned(), if !abandoned.load(Ordering::SeqCst) => {
+                abandoned.store(true, Ordering::SeqCst);
+                interrupt.raise();
+            }
             _ = ticks.tick() => {}
         }
         asked.progress(&SaveProgress { bytes_done: progress.done() });
-        // Ctrl-C at the other end: what nobody waits for is not made.
-        is_abandoned.store(asked.is_abandoned(), Ordering::Relaxed);
-        if asked.is_abandoned() || agent.check_ending().is_err() {
+        if agent.check_ending().is_err() {
             // Not only between two steps: a chunk may take long to be compressed, and guests pay for the view meanwhile.
             interrupt.raise();
         }

@@ -286,7 +286,7 @@ impl Args {
 }
 
 /// Has the agent of the session in `dir` save, and hears of its progress in bytes. Where this is interrupted the agent
-/// gives up.
+/// gives up, unless it has begun to make the snapshot: then that is what comes of it.
 pub(crate) fn ask_to_save(
     dir: &Path,
     request: &SaveRequest,
@@ -294,14 +294,13 @@ pub(crate) fn ask_to_save(
     mut tell: impl FnMut(u64),
 ) -> anyhow::Result<Report> {
     let tell = |progress: Option<serde_json::Value>| {
-        interrupt.check()?;
         if let Some(progress) = progress {
             let live::SaveProgress { bytes_done } = serde_json::from_value(progress)?;
             tell(bytes_done);
         }
         Ok(())
     };
-    let report = live_restore::ask_telling(dir, &Request::Save(request.clone()), tell)?;
+    let report = live_restore::ask_unless_interrupted(dir, &Request::Save(request.clone()), interrupt, tell)?;
     report.ok_or_else(|| {
         Failure::new(
             format!("the agent of the session in {} ended before it had saved", dir.display()),

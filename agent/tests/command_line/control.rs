@@ -119,3 +119,28 @@ fn the_limit_of_a_running_restore_is_changed_and_said() {
     scratch.run(&["limit", "d.raw", "1MiB"]).fails(&["no live-restore to d.raw is known"]);
     scratch.run(&["limit", "t.raw", "fast"]).ends_with(2).tells(&["not a rate"]);
 }
+
+#[test]
+fn what_is_said_of_a_save_that_was_taken_back_is_what_came_of_it() {
+    let (scratch, live) = running();
+    let repository = scratch.path("repo").display().to_string();
+    let request = serde_json::json!({
+        "request": "save", "repository": repository, "group": "saved", "time": "2026-11-22T00:00:00Z", "note": null, "level": 3,
+        "dry_run": false, "backup_of": null,
+    });
+    let mut made = 0;
+    // Whether it was too late depends on the machine; that it never is cannot be.
+    for _ in 0..200 {
+        let mut lines = answer(&scratch, format!("{request}\n{{\"request\":\"cancel\"}}\n").as_bytes());
+        let last = lines.pop().expect("it is answered");
+        made += usize::from(last["reply"] == "done");
+        assert_eq!(scratch.names("repo/snapshots").contains(&"saved".to_owned()), made > 0);
+        let there = if made > 0 { scratch.names("repo/snapshots/saved").len() } else { 0 };
+        assert_eq!(there, made, "{last}");
+        if last["reply"] == "failed" {
+            end(live);
+            return;
+        }
+    }
+    panic!("it was never given up");
+}

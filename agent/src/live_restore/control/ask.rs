@@ -3,18 +3,22 @@
 use std::io::{self, BufRead as _, BufReader, Read as _, Write as _};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-use anyhow::{Context as _, bail};
+use anyhow::{Context as _, anyhow};
+use serde::Serialize;
 use serde::de::DeserializeOwned;
 use serde_json::Value;
 
+use super::request::Afterwards;
 use super::{Reply, Request, short_path};
-use crate::cli::Failure;
+use crate::cli::{Failure, Interrupt};
 use crate::status::Status;
 
 /// How long the agent may be silent: it says at least every second that it is at work.
 const PATIENCE: Duration = Duration::from_secs(10);
+/// How long it may take to say what came of a request that is not wanted any more.
+const CANCEL_PATIENCE: Duration = Duration::from_secs(5);
 /// A longer line is refused.
 const MAX_REPLY_BYTES: u64 = 4 << 20;
 
@@ -42,21 +46,56 @@ pub fn ask_status(dir: &Path) -> anyhow::Result<Option<Status>> {
 pub fn ask_telling<T: DeserializeOwned>(
     dir: &Path,
     request: &Request,
+    tell: impl FnMut(Option<Value>) -> anyhow::Result<()>,
+) -> anyhow::Result<Option<T>> {
+    converse(dir, request, None, tell)
+}
+
+/// As [`ask_telling`]; once `interrupt` is raised the agent is told that it is not wanted any more, and still asked what came of it: it
+/// may have been done by then.
+///
+/// # Errors
+/// As [`ask_telling`], and [`crate::cli::Interrupted`] where it was given up, or the agent does not say in time.
+pub(crate) fn ask_unless_interrupted<T: DeserializeOwned>(
+    dir: &Path,
+    request: &Request,
+    interrupt: &Interrupt,
+    tell: impl FnMut(Option<Value>) -> anyhow::Result<()>,
+) -> anyhow::Result<Option<T>> {
+    converse(dir, request, Some(interrupt), tell)
+}
+
+fn converse<T: DeserializeOwned>(
+    dir: &Path,
+    request: &Request,
+    interrupt: Option<&Interrupt>,
     mut tell: impl FnMut(Option<Value>) -> anyhow::Result<()>,
 ) -> anyhow::Result<Option<T>> {
-    let Some(mut stream) = connect(dir)? else { return Ok(None) };
+    let Some(stream) = connect(dir)? else { return Ok(None) };
     let no_answer = |error| silent(dir, error);
     stream.set_read_timeout(Some(PATIENCE))?;
     stream.set_write_timeout(Some(PATIENCE))?;
-    let mut text = serde_json::to_vec(request)?;
-    text.push(b'\n');
-    if let Err(error) = stream.write_all(&text)
+    if let Err(error) = say(&stream, request)
         && !is_gone(&error)
     {
         return Err(no_answer(error));
     }
-    let mut lines = BufReader::new(stream);
+    let mut lines = BufReader::new(&stream);
+    let mut cancelled = None;
     loop {
+        if let Some(interrupted) = interrupt.and_then(|interrupt| interrupt.check().err()) {
+            let (since, _) = cancelled.get_or_insert_with(|| {
+                // Where that cannot be said it has ended, and its last line says how.
+                let _ = say(&stream, &Afterwards::Cancel);
+                (Instant::now(), interrupted)
+            });
+            if since.elapsed() >= CANCEL_PATIENCE {
+                return Err(anyhow::Error::new(interrupted).context(format!(
+                    "the agent of the session in {} was told to give it up, and has not said whether it did",
+                    dir.display()
+                )));
+            }
+        }
         let mut line = Vec::new();
         match (&mut lines).take(MAX_REPLY_BYTES).read_until(b'\n', &mut line) {
             Ok(_) => {}
@@ -73,12 +112,22 @@ pub fn ask_telling<T: DeserializeOwned>(
             Reply::Working => tell(None)?,
             Reply::Progress { progress } => tell(Some(progress))?,
             Reply::Done { result } => return Ok(Some(serde_json::from_value(result)?)),
-            Reply::Failed { message, advice: Some(advice) } => {
-                return Err(Failure::new(message, advice).into());
+            Reply::Failed { message, advice } => {
+                return Err(match (cancelled, advice) {
+                    (Some((_, interrupted)), _) => interrupted.into(),
+                    (None, Some(advice)) => Failure::new(message, advice).into(),
+                    (None, None) => anyhow!(message),
+                });
             }
-            Reply::Failed { message, advice: None } => bail!(message),
         }
     }
+}
+
+/// Sends a line.
+fn say(mut stream: &UnixStream, what: &impl Serialize) -> io::Result<()> {
+    let mut text = serde_json::to_vec(what)?;
+    text.push(b'\n');
+    stream.write_all(&text)
 }
 
 /// That an agent is there, and says nothing.

@@ -11,11 +11,12 @@ use std::time::Duration;
 use anyhow::Context as _;
 use serde::Serialize;
 use serde_json::Value;
-use tokio::io::{AsyncBufReadExt as _, AsyncReadExt as _, AsyncWriteExt as _, BufReader};
+use tokio::io::{AsyncBufRead, AsyncBufReadExt as _, AsyncReadExt as _, AsyncWriteExt as _, BufReader};
 use tokio::net::unix::OwnedWriteHalf;
 use tokio::net::{UnixListener, UnixStream};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot, watch};
 
+use super::request::Afterwards;
 use super::{Reply, Request, SOCKET, handlers, short_path};
 use crate::cli::Failure;
 use crate::live_restore::service::{ServedDisk, Service};
@@ -57,6 +58,8 @@ pub(crate) struct Asked {
     service: Arc<Service>,
     disk: usize,
     progress: mpsc::Sender<Value>,
+    /// Whether the requester has said that it is not wanted any more.
+    cancelled: watch::Receiver<bool>,
     _counted: Counted,
 }
 
@@ -87,9 +90,14 @@ impl Asked {
         move |progress| tell(&sender, progress)
     }
 
-    /// Whether the requester is known to have gone away.
-    pub(crate) fn is_abandoned(&self) -> bool {
-        self.progress.is_closed()
+    /// Waits until the requester has taken it back, or is known to have gone away.
+    pub(crate) async fn abandoned(&self) {
+        let mut cancelled = self.cancelled.clone();
+        tokio::select! {
+            () = self.progress.closed() => {}
+            // Its other end is there for as long as the requester.
+            Ok(_) = cancelled.wait_for(|is_cancelled| *is_cancelled) => {}
+        }
     }
 
     /// Does work that blocks on a thread of its own.
@@ -233,7 +241,8 @@ async fn converse(
     }
     let _counted = Counted::new(&tasks.conversations);
     let (progress, told) = mpsc::channel(PROGRESS_WAITING);
-    let asked = Asked { service, disk, progress, _counted: Counted::new(&tasks.requests) };
+    let (cancel, cancelled) = watch::channel(false);
+    let asked = Asked { service, disk, progress, cancelled, _counted: Counted::new(&tasks.requests) };
     let (answered, answer) = oneshot::channel();
     // A task of its own: whoever goes away does not take it along.
     tokio::spawn(async move {
@@ -241,7 +250,23 @@ async fn converse(
         drop(asked);
         let _ = answered.send(result);
     });
-    let _ = pass_on(&mut output, told, answer).await;
+    let listen = async {
+        if is_cancelled(&mut input).await {
+            let _ = cancel.send(true);
+        }
+        std::future::pending().await
+    };
+    tokio::select! {
+        () = listen => {}
+        _ = pass_on(&mut output, told, answer) => {}
+    }
+}
+
+/// Whether the next line takes the request back. One who says nothing more, or something else, still wants it.
+async fn is_cancelled(input: &mut (impl AsyncBufRead + Unpin)) -> bool {
+    let mut line = Vec::new();
+    let read = input.read_until(b'\n', &mut line).await;
+    read.is_ok() && serde_json::from_slice(&line).is_ok_and(|Afterwards::Cancel| true)
 }
 
 /// Passes on what a handler tells, until it has ended or the peer does not take it.

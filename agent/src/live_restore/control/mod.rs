@@ -16,14 +16,15 @@
 //!    what `done` carries. [`Asked`] gives the disk that was asked about ([`Asked::disk`]: session, engine handles,
 //!    record, state directory, fetching threads), and the whole agent ([`Asked::service`]: all disks, the I/O engine,
 //!    whether it ends).
-//! 3. The verb calls [`ask()`], or [`ask_telling`] where it shows progress. An error that carries a [`crate::cli::Failure`] reaches
+//! 3. The verb calls [`ask()`], or [`ask_telling`] where it shows progress, or `ask_unless_interrupted` where its handler gives up when it is
+//!    not wanted any more. An error that carries a [`crate::cli::Failure`] reaches
 //!    the other end with its advice.
 //!
 //! # What a handler may rely on
 //! - It runs as a task of its own on the control's one thread: **it must not block**. Work on disks or the repository goes
 //!   through [`Asked::blocking`]; what needs a `LiveDevice` makes one there, inside `service.engine.run`.
-//! - It runs to its end though its requester has gone away. One that is worth nothing then looks at
-//!   [`Asked::is_abandoned`] and leaves.
+//! - It runs to its end though its requester has gone away. One that is worth nothing then waits for
+//!   [`Asked::abandoned`] and leaves.
 //! - The agent's end waits for it, before the sessions are parked. So it looks at `asked.service().check_ending()`
 //!   between steps, and gives up in an orderly way. A repository that is dead lets nothing give up: work that needs one, and
 //!   may be cut off at any point, goes through [`Asked::blocking_on_repository`], and is left behind after a while.
@@ -34,6 +35,7 @@ mod handlers;
 mod listen;
 mod request;
 
+pub(crate) use ask::ask_unless_interrupted;
 pub use ask::{ask, ask_status, ask_telling};
 pub(super) use ask::{connect, is_gone, silent};
 pub(crate) use listen::Asked;

@@ -42,6 +42,14 @@ pub enum Request {
     },
 }
 
+/// The line that a requester may send after its request. On the wire it is `{"request":"cancel"}`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "request", rename_all = "snake_case")]
+pub(super) enum Afterwards {
+    /// It is not wanted any more. The last reply says what came of it all the same: `done` where it was too late.
+    Cancel,
+}
+
 /// What comes with the sockets of an agent whose place is taken.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct TakeOver {
@@ -112,6 +120,7 @@ mod tests {
         let failed = Reply::Failed { message: "no".into(), advice: None };
         let text = serde_json::to_string(&failed).unwrap();
         assert_eq!(text, r#"{"reply":"failed","message":"no","advice":null}"#);
+        assert_eq!(serde_json::to_string(&Afterwards::Cancel).unwrap(), r#"{"request":"cancel"}"#);
         assert_eq!(serde_json::to_string(&Reply::Working).unwrap(), r#"{"reply":"working"}"#);
     }
 }
