@@ -34,7 +34,7 @@ use super::stamp;
 use super::state_dir::{JOURNAL, StateDir};
 use super::stopped::{stopped_status, unusable_journal};
 use super::take_over;
-use super::target::{self, Contents};
+use super::target::{self, Candidate, Contents};
 use super::wanted;
 use crate::cli::{Failure, Interrupt};
 use crate::live::{ErrorKind, Phase, Resumed, Session, SessionId, SessionOptions};
@@ -294,8 +294,15 @@ impl Found<'_> {
         interrupt: &Interrupt,
     ) -> anyhow::Result<Opened> {
         let Self { wish, state, path, .. } = self;
-        let (taken, mut made) =
-            target::take(path, state.path(), disk.size, wish.force, wish.engine, interrupt)?;
+        let candidate = Candidate {
+            path,
+            state: state.path(),
+            size: disk.size,
+            force: wish.force,
+            engine: wish.engine,
+            interrupt,
+        };
+        let (taken, mut made) = candidate.take()?;
         let identity = TargetIdentity::of(taken.file()).context("cannot tell what the target is")?;
         let id = new_id();
         let mut record = SessionRecord {

@@ -121,7 +121,7 @@ pub(crate) fn changed_since_parked(
 /// Whether the target, a file, has changed since its session was parked, as far as that was written down: a machine may have been
 /// started from it. Of a session that was not parked since it tells nothing.
 pub(super) fn was_written_past(state: &StateDir, record: &SessionRecord, target: &Path) -> bool {
-    Look::at(state, record, target).is_written_past(state, record)
+    Look::at(state, record, target).is_of_changed()
 }
 
 /// How a target was before it was opened for writing, which changes it.
@@ -139,10 +139,12 @@ impl Look {
     /// As [`was_written_past`], under the target's lock. Whoever served it until then has parked it meanwhile, and knows what was
     /// written.
     pub(super) fn is_written_past(&self, state: &StateDir, record: &SessionRecord) -> bool {
-        self.parked == parked(state, record)
-            && self.now.is_some()
-            && self.parked.is_some()
-            && self.now != self.parked
+        self.is_of_changed() && self.parked == parked(state, record)
+    }
+
+    /// Both are known, and are not the same.
+    fn is_of_changed(&self) -> bool {
+        self.now.as_ref().zip(self.parked.as_ref()).is_some_and(|(now, parked)| now != parked)
     }
 }
 

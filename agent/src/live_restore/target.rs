@@ -59,79 +59,84 @@ pub(super) struct Taken {
     engine: Engine,
 }
 
-/// Makes or finds the target of a new session of a disk of `size` bytes, and locks it. One that holds anything is
-/// refused without `force`. The guard takes back what was made.
-pub(super) fn take(
-    path: &Path,
-    state: &Path,
-    size: u64,
-    force: bool,
-    engine: Engine,
-    interrupt: &Interrupt,
-) -> anyhow::Result<(Taken, Made)> {
-    match take_as_it_is(path, state, size, force, engine, interrupt) {
-        // Somebody else has made it meanwhile: now it is there.
-        Err(error) if was_just_made(&error) => take_as_it_is(path, state, size, force, engine, interrupt),
-        taken => taken,
-    }
+/// What is to become the target of a new session.
+#[derive(Clone, Copy)]
+pub(super) struct Candidate<'a> {
+    pub(super) path: &'a Path,
+    /// Where the session would be kept.
+    pub(super) state: &'a Path,
+    /// The disk's size in bytes.
+    pub(super) size: u64,
+    /// Overwrite what it holds.
+    pub(super) force: bool,
+    pub(super) engine: Engine,
+    pub(super) interrupt: &'a Interrupt,
 }
 
 fn was_just_made(error: &anyhow::Error) -> bool {
     error.downcast_ref::<io::Error>().is_some_and(|error| error.kind() == io::ErrorKind::AlreadyExists)
 }
 
-fn take_as_it_is(
-    path: &Path,
-    state: &Path,
-    size: u64,
-    force: bool,
-    engine: Engine,
-    interrupt: &Interrupt,
-) -> anyhow::Result<(Taken, Made)> {
-    let metadata = metadata(path)?;
-    let is_device = metadata.as_ref().is_some_and(|metadata| metadata.file_type().is_block_device());
-    if metadata.as_ref().is_some_and(|metadata| !metadata.is_file() && !is_device) {
-        return Err(Failure::new(
-            format!("the target {} is neither a file nor a block device", path.display()),
-            "name a raw file that may be made, or a block device",
-        )
-        .into());
-    }
-    let mut options = OpenOptions::new();
-    // A FIFO that takes its place must not block us.
-    options.read(true).write(true).create_new(metadata.is_none()).custom_flags(libc::O_NONBLOCK);
-    let cannot = || {
-        let doing = if metadata.is_none() { "make" } else { "open" };
-        format!("cannot {doing} the target {}", path.display())
-    };
-    let file = options.open(path).with_context(cannot)?;
-    // Nobody of ours can have left operations in flight. Whoever locks a file that was just made has found it, and
-    // it is not ours any more.
-    lock(&file, path, state, Duration::ZERO, interrupt)?;
-    let undo = match &metadata {
-        None => Undo::Remove,
-        Some(metadata) if metadata.is_file() && !blank::has_data(&file).with_context(cannot)? => {
-            Undo::Shorten(metadata.len())
+impl Candidate<'_> {
+    /// Makes or finds it, and locks it. One that holds anything is refused without `force`. The guard takes back what was
+    /// made.
+    pub(super) fn take(self) -> anyhow::Result<(Taken, Made)> {
+        match self.take_as_it_is() {
+            // Somebody else has made it meanwhile: now it is there.
+            Err(error) if was_just_made(&error) => self.take_as_it_is(),
+            taken => taken,
         }
-        Some(_) => Undo::Nothing,
-    };
-    let made = Made::new(&file, path, undo).with_context(cannot)?;
-    if is_device {
-        let disk =
-            FileDisk::from_file(file.try_clone().with_context(cannot)?, path, FileOptions::new(engine))?;
-        check_writable(&disk)?;
-        check_size(&disk, size)?;
-        if !force {
-            // Through the page cache, and another description: no alignment, and no lock.
-            let seen = File::open(path).and_then(|device| blank::first_data(&device, disk.size()));
-            if let Some(at) = seen.with_context(|| format!("cannot read the target {}", path.display()))? {
-                return Err(holds_data(path, &format!(" (at byte {at})")));
+    }
+
+    fn take_as_it_is(self) -> anyhow::Result<(Taken, Made)> {
+        let Self { path, state, size, force, engine, interrupt } = self;
+        let metadata = metadata(path)?;
+        let is_device = metadata.as_ref().is_some_and(|metadata| metadata.file_type().is_block_device());
+        if metadata.as_ref().is_some_and(|metadata| !metadata.is_file() && !is_device) {
+            return Err(Failure::new(
+                format!("the target {} is neither a file nor a block device", path.display()),
+                "name a raw file that may be made, or a block device",
+            )
+            .into());
+        }
+        let mut options = OpenOptions::new();
+        // A FIFO that takes its place must not block us.
+        options.read(true).write(true).create_new(metadata.is_none()).custom_flags(libc::O_NONBLOCK);
+        let cannot = || {
+            let doing = if metadata.is_none() { "make" } else { "open" };
+            format!("cannot {doing} the target {}", path.display())
+        };
+        let file = options.open(path).with_context(cannot)?;
+        // Nobody of ours can have left operations in flight. Whoever locks a file that was just made has found it, and
+        // it is not ours any more.
+        lock(&file, path, state, Duration::ZERO, interrupt)?;
+        let undo = match &metadata {
+            None => Undo::Remove,
+            Some(metadata) if metadata.is_file() && !blank::has_data(&file).with_context(cannot)? => {
+                Undo::Shorten(metadata.len())
             }
+            Some(_) => Undo::Nothing,
+        };
+        let made = Made::new(&file, path, undo).with_context(cannot)?;
+        if is_device {
+            let disk =
+                FileDisk::from_file(file.try_clone().with_context(cannot)?, path, FileOptions::new(engine))?;
+            check_writable(&disk)?;
+            check_size(&disk, size)?;
+            if !force {
+                // Through the page cache, and another description: no alignment, and no lock.
+                let seen = File::open(path).and_then(|device| blank::first_data(&device, disk.size()));
+                if let Some(at) =
+                    seen.with_context(|| format!("cannot read the target {}", path.display()))?
+                {
+                    return Err(holds_data(path, &format!(" (at byte {at})")));
+                }
+            }
+        } else if undo == Undo::Nothing && !force {
+            return Err(holds_data(path, ""));
         }
-    } else if undo == Undo::Nothing && !force {
-        return Err(holds_data(path, ""));
+        Ok((Taken { file, path: path.to_owned(), size, is_device, engine }, made))
     }
-    Ok((Taken { file, path: path.to_owned(), size, is_device, engine }, made))
 }
 
 impl Taken {
@@ -303,8 +308,12 @@ mod tests {
 
     const SIZE: u64 = 1 << 20;
 
+    fn candidate<'a>(path: &'a Path, force: bool, interrupt: &'a Interrupt) -> Candidate<'a> {
+        Candidate { path, state: path, size: SIZE, force, engine: Engine::THREADS, interrupt }
+    }
+
     fn take_file(path: &Path, force: bool) -> anyhow::Result<(FileDisk, Contents)> {
-        let (taken, made) = take(path, path, SIZE, force, Engine::THREADS, &Interrupt::default())?;
+        let (taken, made) = candidate(path, force, &Interrupt::default()).take()?;
         let contents = taken.contents();
         let prepared = taken.prepare()?;
         made.keep();
@@ -326,7 +335,8 @@ mod tests {
     fn taking_changes_nothing_before_it_is_prepared_and_is_undone() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("t.raw");
-        let try_take = |force| take(&path, &path, SIZE, force, Engine::THREADS, &Interrupt::default());
+        let interrupt = Interrupt::default();
+        let try_take = |force| candidate(&path, force, &interrupt).take();
         drop(try_take(false).unwrap());
         assert!(!path.exists());
         std::fs::write(&path, b"precious").unwrap();
