@@ -82,12 +82,13 @@ pub struct Args {
     #[arg(long, value_name = "TIME", default_value = "60s", value_parser = parse_time)]
     shutdown_timeout: Duration,
 
-    #[command(flatten)]
-    session: SessionArgs,
-
     /// QEMU's arguments
     #[arg(last = true, value_name = "QEMU ARGUMENTS")]
     arguments: Vec<OsString>,
+
+    // Last: its last heading is over all that follows.
+    #[command(flatten)]
+    session: SessionArgs,
 }
 
 impl Verb for Args {

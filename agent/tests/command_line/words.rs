@@ -28,6 +28,15 @@ fn every_verb_has_help_a_man_page_and_a_completion() {
 }
 
 #[test]
+fn the_arguments_of_boots_qemu_stand_among_its_arguments() {
+    let help = Scratch::empty().run(&["boot", "--help"]).ends_with(0).stdout;
+    let place = |text: &str| help.find(text).unwrap_or_else(|| panic!("no {text}: {help}"));
+    assert!(place("\nArguments:") < place("  [QEMU ARGUMENTS]..."), "{help}");
+    assert!(place("  [QEMU ARGUMENTS]...") < place("\nOptions:"), "{help}");
+    assert!(place("\nOptions:") < place("\nSource options:"), "{help}");
+}
+
+#[test]
 fn quiet_says_nothing_and_json_says_only_json() {
     let scratch = Scratch::new();
     scratch.disk("d.raw", MIB, &[(0, 1000, 1)]);
