@@ -155,6 +155,12 @@ impl Error {
         self
     }
 
+    /// The same with other advice, for whoever knows what it was done for.
+    #[must_use]
+    pub fn advising(self, advice: impl Into<String>) -> Self {
+        self.hint(advice)
+    }
+
     /// The sort of failure.
     pub fn kind(&self) -> ErrorKind {
         self.0.kind

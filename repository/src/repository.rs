@@ -310,6 +310,9 @@ impl fmt::Debug for Repository {
     }
 }
 
+/// Most who open a repository want what is in it: a new one would be of no use to them.
+const BRING_IT: &str = "look at the path, and whether its file system is mounted";
+
 fn read_config(storage: &dyn Storage) -> Result<Config> {
     let bytes = match read_all(storage, config::PATH, frame::MAX_LEN) {
         Ok(Some(bytes)) => bytes,
@@ -318,11 +321,11 @@ fn read_config(storage: &dyn Storage) -> Result<Config> {
         }
         Err(error) if matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory) => {
             return Err(match storage.list("") {
-                Ok(_) => Error::new(ErrorKind::NotARepository, "this directory is not a repository")
-                    .hint("init makes one in an empty directory"),
+                Ok(_) => {
+                    Error::new(ErrorKind::NotARepository, "this directory is not a repository").hint(BRING_IT)
+                }
                 Err(error) if error.kind() == io::ErrorKind::NotFound => {
-                    Error::new(ErrorKind::NotFound, "there is no such repository")
-                        .hint("look at the path; `lifeboot init` makes a new one")
+                    Error::new(ErrorKind::NotFound, "there is no such repository").hint(BRING_IT)
                 }
                 Err(error) if error.kind() == io::ErrorKind::NotADirectory => {
                     Error::new(ErrorKind::NotARepository, "this is a file, not a repository")

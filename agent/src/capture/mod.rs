@@ -137,7 +137,7 @@ impl Verb for Args {
         let chunk_size = self.chunk_size.map(Size::chunk_size).transpose()?;
         // The workers make their own; this one finds out whether there is such a level.
         ChunkEncoder::new(self.level).map_err(UsageError::new)?;
-        let repository = Repository::open(context.repository_path()?)?;
+        let repository = Repository::open(context.repository_path()?).map_err(offer_init)?;
         let engine = Engine::choose(self.io_engine)?;
         let interrupt = context.interrupt()?;
         let sources = named
@@ -231,6 +231,17 @@ impl Verb for Args {
         let snapshot = writer.commit(meta)?;
         warnings.extend(warn_if_not_latest(context.output(), &repository, &snapshot.name()));
         report(context.output(), &snapshot, &sources, &looked_at, warnings, Outcome::Done, started)
+    }
+}
+
+/// A repository that is not there may be one that is yet to be made: whoever captures can begin with an empty one.
+fn offer_init(error: repository::Error) -> repository::Error {
+    match (error.kind(), error.advice()) {
+        (repository::ErrorKind::NotFound | repository::ErrorKind::NotARepository, Some(advice)) => {
+            let advice = format!("{advice}; `lifeboot init` makes a new one");
+            error.advising(advice)
+        }
+        _ => error,
     }
 }
 

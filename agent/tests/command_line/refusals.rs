@@ -71,6 +71,30 @@ fn a_repository_that_is_none_is_refused() {
 }
 
 #[test]
+fn a_new_repository_is_offered_to_those_who_write_to_one_and_to_nobody_who_reads() {
+    let scratch = Scratch::empty();
+    scratch.disk("d.raw", MIB, &[]);
+    std::fs::create_dir(scratch.path("mountpoint")).unwrap();
+    for place in ["mountpoint", "gone"] {
+        scratch.run(&["capture", "g", "d.raw", "-r", place]).fails(&[
+            place,
+            "whether its file system is mounted",
+            "`lifeboot init` makes a new one",
+        ]);
+        let live = ["live-restore", "g@latest", "t.raw", "--listen", "unix:s"];
+        for reads in [&["restore", "g@latest", "out"][..], &["show", "g@latest"], &["snapshots"], &live] {
+            let ran = scratch.run(&[reads, &["-r", place]].concat()).fails(&[place, "is mounted"]);
+            assert!(!ran.stderr.contains("init"), "{ran:?}");
+        }
+    }
+    scratch.run(&["init"]).ends_with(0);
+    scratch.run(&["capture", "g", "d.raw"]).ends_with(0);
+    let args = ["restore", "g@latest", "out", "--fallback", "gone"];
+    let ran = scratch.run(&args).ends_with(0).tells(&["the copy gone", "is mounted"]);
+    assert!(!ran.stderr.contains("init"), "{ran:?}");
+}
+
+#[test]
 fn init_spares_what_is_there() {
     let scratch = Scratch::new();
     scratch.run(&["init"]).fails(&["repository already"]);

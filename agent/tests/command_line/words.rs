@@ -60,6 +60,6 @@ fn an_error_says_what_failed_on_what_and_what_to_do() {
     let ran = scratch.run(&["verify"]).ends_with(1);
     assert_eq!(
         ran.stderr,
-        "lifeboot: there is no such repository (repo); look at the path; `lifeboot init` makes a new one\n"
+        "lifeboot: there is no such repository (repo); look at the path, and whether its file system is mounted\n"
     );
 }
