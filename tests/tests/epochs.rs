@@ -71,12 +71,12 @@ fn a_guest_that_lived_on_while_its_targets_host_went_down_is_refused_with_the_re
         run_any(Command::new("qemu-io").args(["-f", "raw", "-c", "read 0 64k"]).arg(guest.uri())).unwrap();
     let said = String::from_utf8_lossy(&read.stdout);
     assert!(said.contains("read failed") || !read.status.success(), "the guest went on: {said}");
-    let logged = live.process().wait_for_text("disk0@1 is no more").unwrap();
+    let logged = live.process().wait_for_text("disk0@1 is over").unwrap();
     assert!(logged.contains("disk0@2"), "{logged}");
 
     // Everybody else is told what to do, or served.
     let said = refusal(&format!("nbd://127.0.0.1:{port}/disk0@1"));
-    for word in ["disk0@1 is no more", "start it anew with the export disk0@2"] {
+    for word in ["disk0@1 is over", "start the guest anew on disk0@2"] {
         assert!(said.contains(word), "{said}");
     }
     assert!(refusal(&format!("nbd://127.0.0.1:{port}/disk0@3")).contains("served as disk0@2"));

@@ -25,10 +25,11 @@ pub(super) fn why_refused(name: &str, disk: &str, epoch: u64) -> Option<String> 
     let asked: u64 = name.strip_prefix(disk)?.strip_prefix('@')?.parse().ok()?;
     let now = with_epoch(disk, epoch);
     Some(if asked < epoch {
+        // Clients show the beginning: what to do stands there.
         format!(
-            "{name} is no more: the restore went on from what was flushed (the host of its target went down, or its \
-             storage failed), so a guest that ran before may have lost what it wrote since its last flush; stop that \
-             guest, start it anew with the export {now}, and have it check its file systems"
+            "{name} is over: start the guest anew on {now} and check its file systems; the restore went on from what was \
+             flushed (the host of its target went down, or its storage failed), so a guest that ran before may have lost what it \
+             wrote since its last flush"
         )
     } else {
         format!("there is no {name}: the disk is served as {now}")
@@ -43,9 +44,11 @@ mod tests {
     fn an_older_epoch_is_refused_with_what_to_do_and_other_names_are_not_its_business() {
         assert_eq!(with_epoch("disk0", 3), "disk0@3");
         let older = why_refused("disk0@2", "disk0", 3).unwrap();
-        assert!(older.contains("disk0@2 is no more") && older.contains("the export disk0@3"), "{older}");
+        assert!(older.starts_with("disk0@2 is over: start the guest anew on disk0@3 and check"), "{older}");
         let never = why_refused("disk0@4", "disk0", 3).unwrap();
         assert!(never.contains("served as disk0@3"), "{never}");
+        let cut: String = older.chars().take(proto::wire::MAX_TEXT_CHARS).collect();
+        assert!(cut.contains("check its file systems"), "a client that cuts it says what to do: {cut}");
         for other in ["disk1@1", "disk0", "disk0@", "disk0@x", "disk0@-1", "@1"] {
             assert_eq!(why_refused(other, "disk0", 3), None, "{other}");
         }
