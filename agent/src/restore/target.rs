@@ -43,7 +43,7 @@ impl Target {
     /// Checks that `path` may be written with a disk of `size` bytes, and opens it for that.
     ///
     /// # Errors
-    /// Where it is too small, in use, not empty without `force`, or neither a file nor a block device.
+    /// Where it is a device that is too small, in use, not empty without `force`, or neither a file nor a block device.
     pub(super) fn open(
         path: &Path,
         size: u64,
@@ -95,9 +95,6 @@ impl Target {
         }
         let file = File::open(&path).with_context(|| format!("cannot open the target {}", path.display()))?;
         refuse_locked(&path, &file)?;
-        if 0 < existing.len() && existing.len() < size {
-            return Err(too_small(&path, existing.len(), size));
-        }
         if !force && blank::has_data(&file).with_context(|| format!("cannot look into {}", path.display()))? {
             return Err(Failure::new(
                 format_args!("the target {} is not empty ({})", path.display(), human_size(existing.len())),
@@ -295,7 +292,7 @@ fn too_small(path: &Path, size: u64, needed: u64) -> anyhow::Error {
             human_size(size),
             human_size(needed),
         ),
-        "name a larger device, or a file that does not exist yet",
+        "name a larger device, or a file, which is made as large as the disk",
     )
     .into()
 }

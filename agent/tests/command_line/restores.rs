@@ -57,14 +57,25 @@ fn a_file_that_was_never_written_to_is_an_empty_target() {
     let scratch = Scratch::new();
     let disk = scratch.disk("d.raw", 2 * MIB, &[(0, 100_000, 1)]);
     scratch.run(&["capture", "g", "d.raw"]).ends_with(0);
-    for (name, len) in [("zero.raw", 0), ("sized.raw", 2 * MIB)] {
+    for (name, len) in [("zero.raw", 0), ("small.raw", MIB), ("sized.raw", 2 * MIB), ("large.raw", 3 * MIB)] {
         let out = scratch.disk(name, len, &[]);
         scratch.run(&["restore", "g@latest", name]).ends_with(0);
         assert_same(&disk, &out);
     }
-    let small = scratch.disk("small.raw", MIB, &[]);
-    scratch.run(&["restore", "g@latest", "small.raw", "--force"]).fails(&["too small", "1048576", "2097152"]);
-    assert_eq!(std::fs::metadata(&small).unwrap().len(), MIB);
+}
+
+#[test]
+fn a_file_of_any_size_is_replaced_by_force() {
+    let scratch = Scratch::new();
+    let disk = scratch.disk("d.raw", 2 * MIB, &[(0, 100_000, 1)]);
+    scratch.run(&["capture", "g", "d.raw"]).ends_with(0);
+    for (name, len) in [("small.raw", MIB), ("large.raw", 3 * MIB)] {
+        let out = scratch.disk(name, len, &[(0, 5000, 2)]);
+        scratch.run(&["restore", "g@latest", name]).fails(&[name, "is not empty", "--force"]);
+        assert_eq!(std::fs::metadata(&out).unwrap().len(), len);
+        scratch.run(&["restore", "g@latest", name, "--force"]).ends_with(0);
+        assert_same(&disk, &out);
+    }
 }
 
 #[test]
