@@ -251,9 +251,17 @@ fn a_journal_that_is_missing_or_empty_is_never_made_anew() {
     let record = state_of(&target).join("session.json");
     let text = fs::read(&record).unwrap();
     fs::remove_file(&record).unwrap();
-    captured.refused(&target, &["--force"], &["session.json is missing", "begin anew with --force"]);
+    captured.refused(
+        &target,
+        &["--force"],
+        &["session.json is missing", "lifeboot discard", "begins with --force"],
+    );
     fs::write(&record, &text[..text.len() / 2]).unwrap();
-    captured.refused(&target, &["--force"], &["session.json is damaged", "begin anew with --force"]);
+    captured.refused(
+        &target,
+        &["--force"],
+        &["session.json is damaged", "lifeboot discard", "begins with --force"],
+    );
     fs::write(&record, &text).unwrap();
     let live = captured.start(&target, &[]);
     live.export().qemu_io(&["read -P 0xa2 0 1M"]).unwrap();

@@ -186,8 +186,10 @@ impl Session<'_> {
                 status.disk,
             ),
             format_args!(
-                "run its live-restore again until `lifeboot status {path}` says that it is complete; or `lifeboot save {path}` \
-                 takes what is known of the guest's writes on top of {}",
+                "run its live-restore again until `{}` says that it is complete; or `{}` takes what is known of the guest's writes \
+                 on top of {}",
+                state.command("status", self.path),
+                state.command("save", self.path),
                 status.snapshot,
             ),
         )

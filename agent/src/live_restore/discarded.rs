@@ -20,8 +20,10 @@ impl StateDir {
             // From here on there is no session.
             self.keep(&SessionRecord { boot: None, ..record.clone() })?;
         }
-        if let Some(record) = record {
-            pointer::remove(&record.target, &record.session)?;
+        match (record, &self.sought) {
+            (Some(record), _) => pointer::remove(&record.target, &record.session)?,
+            (None, Some(sought)) => pointer::remove_to(&sought.target, self.path())?,
+            (None, None) => {}
         }
         // While it is known where that is.
         lease::release(self.path());

@@ -34,6 +34,7 @@ mod order;
 mod parts;
 mod pointer;
 mod record;
+mod remedy;
 mod report;
 mod rest;
 mod scrape;

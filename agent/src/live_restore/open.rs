@@ -119,7 +119,7 @@ pub(super) fn find<'a>(wish: &'a Wish<'a>, state: &'a StateDir) -> anyhow::Resul
     let restored = match begun {
         Some(record) => {
             if !wish.is_settled {
-                record.check_not_handed_over(state.path())?;
+                record.check_not_handed_over(state)?;
             }
             wanted::check_asked(wish, &record)?;
             let disk = needed(wanted::of_record(wish, &record), state, &record)?;
@@ -197,7 +197,7 @@ impl Found<'_> {
             let dir = state.path().display();
             return Err(Failure::new(
                 format!("the target {} of the session in {dir} is gone", path.display()),
-                format!("put it back; or remove {dir} to give the session up and begin anew"),
+                format!("put it back; or {}, and then the same command begins anew", state.giving_up()),
             )
             .into());
         }
@@ -207,7 +207,7 @@ impl Found<'_> {
         // Until now somebody else may have served it, moved a machine onto it, or given it up.
         let mut record = locked_record(state, found)?;
         if !wish.is_settled {
-            record.check_not_handed_over(state.path())?;
+            record.check_not_handed_over(state)?;
         }
         if !state.file(JOURNAL).exists() {
             let what = format!("the journal {} is missing", state.file(JOURNAL).display());
@@ -279,8 +279,9 @@ impl Found<'_> {
             ),
             format!(
                 "name the target that the session belongs to (it was {}); if {path} is a copy of it as a whole, or it was \
-                 moved there, give --moved; to give the session up, remove {dir}",
-                record.target.display()
+                 moved there, give --moved; or {}",
+                record.target.display(),
+                self.state.giving_up()
             ),
         )
         .into()
@@ -359,17 +360,18 @@ fn identity_of(target: &FileDisk) -> anyhow::Result<TargetIdentity> {
 pub(super) fn cannot_resume(state: &StateDir, error: crate::live::Error) -> anyhow::Error {
     let dir = state.path().display();
     let what = format!("cannot go on with the session in {dir}");
+    let giving_up = state.giving_up();
     let advice = match error.kind() {
         ErrorKind::NewerFormat => "use the version of lifeboot that wrote it, or a newer one".to_owned(),
-        ErrorKind::OlderFormat => format!(
-            "go on with the lifeboot that began it, until it is complete; or remove {dir} to give the session up"
-        ),
-        ErrorKind::Elsewhere => format!(
-            "use the target and the snapshot that {dir} belongs to; or remove that directory to give the session up"
-        ),
+        ErrorKind::OlderFormat => {
+            format!("go on with the lifeboot that began it, until it is complete; or {giving_up}")
+        }
+        ErrorKind::Elsewhere => {
+            format!("use the target and the snapshot that {dir} belongs to; or {giving_up}")
+        }
         ErrorKind::WrongTarget => format!(
             "name the target that the session belongs to, or put back what it held; if something else was allowed to \
-             write to it (a guest that runs from it without lifeboot), the session is over: remove {dir}"
+             write to it (a guest that runs from it without lifeboot), the session is over: {giving_up}"
         ),
         ErrorKind::Damaged | ErrorKind::NotAJournal => {
             return unusable_journal(state, what).because(error).into();

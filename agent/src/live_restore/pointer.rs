@@ -102,7 +102,21 @@ pub(super) fn keep(record: &SessionRecord, state: &Path) -> anyhow::Result<PathB
 /// # Errors
 /// What the operating system says.
 pub(super) fn remove(target: &Path, session: &str) -> anyhow::Result<()> {
-    if read(target).ok().flatten().is_none_or(|pointer| pointer.session != session) {
+    remove_if(target, |pointer| pointer.session == session)
+}
+
+/// Removes what was said of the session in `state`, of which nothing else can be told, if it was.
+///
+/// # Errors
+/// What the operating system says.
+pub(super) fn remove_to(target: &Path, state: &Path) -> anyhow::Result<()> {
+    let is_same =
+        |path: &Path| matches!((path.canonicalize(), state.canonicalize()), (Ok(a), Ok(b)) if a == b);
+    remove_if(target, |pointer| is_same(&pointer.state))
+}
+
+fn remove_if(target: &Path, is_of_it: impl Fn(&Pointer) -> bool) -> anyhow::Result<()> {
+    if !read(target).ok().flatten().is_some_and(|pointer| is_of_it(&pointer)) {
         return Ok(());
     }
     let path = beside(target);
@@ -137,7 +151,8 @@ impl StateDir {
                         state.path().display()
                     ),
                     format!(
-                        "put it back (is its file system mounted?); if that session was given up, remove {}",
+                        "put it back (is its file system mounted?); if that session was given up, remove {}, which only says where \
+                         it was",
                         beside(target).display()
                     ),
                 )

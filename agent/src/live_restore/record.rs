@@ -1,10 +1,11 @@
 //! What a session is, in words that a person can read with `cat`: `session.json`.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
 use super::identity::TargetIdentity;
+use super::state_dir::StateDir;
 use crate::cli::Failure;
 use crate::in_use;
 use crate::live::{BootId, DiskLayout};
@@ -111,22 +112,23 @@ impl SessionRecord {
 
     /// Fails where the target is a disk of its own by now: to serve it from here, beside the machine that
     /// runs from it, would ruin it.
-    pub(super) fn check_not_handed_over(&self, dir: &Path) -> Result<(), Failure> {
+    pub(super) fn check_not_handed_over(&self, state: &StateDir) -> Result<(), Failure> {
         if !self.handed_over {
             return Ok(());
         }
-        let target = self.target.display();
+        let (target, dir) = (self.target.display(), state.path().display());
+        let discard = state.command("discard", &self.target);
         if in_use::is_locked(&self.target) {
             return Err(Failure::new(
                 format!(
                     "a machine runs from {target} itself, and holds a lock on it: it was moved onto it, which is a disk of its own now, \
                      and the session in {} is over",
-                    dir.display()
+                    dir
                 ),
                 format!(
                     "let it run, there is nothing left to restore, and start it from {target} from now on; should it hang, waiting on \
                      the export because its agent was killed during the move, give this command --qmp SOCKET, which asks its QEMU and \
-                     goes on; `lifeboot discard {target}` removes the session and leaves the disk"
+                     goes on; `{discard}` removes the session and leaves the disk"
                 ),
             ));
         }
@@ -134,11 +136,11 @@ impl SessionRecord {
             format!(
                 "the session in {} is over: a running machine was moved onto {target}, which is a disk of its own now, or was \
                  about to be when the agent ended",
-                dir.display()
+                dir
             ),
             format!(
                 "start the machine from {target} itself; if it still runs and waits on the export, give this command --qmp \
-                 SOCKET, which asks its QEMU and goes on; `lifeboot discard {target}` removes the session and leaves the disk"
+                 SOCKET, which asks its QEMU and goes on; `{discard}` removes the session and leaves the disk"
             ),
         ))
     }
@@ -204,7 +206,7 @@ pub(super) mod tests {
 
     #[test]
     fn a_session_that_was_handed_over_says_what_removes_it() {
-        let dir = Path::new("/x/t.raw.lifeboot");
+        let dir = &StateDir::at("/x/t.raw.lifeboot".into());
         record().check_not_handed_over(dir).unwrap();
         let over = SessionRecord { handed_over: true, ..record() };
         let refused = format!("{:#}", anyhow::Error::from(over.check_not_handed_over(dir).unwrap_err()));
@@ -216,7 +218,7 @@ pub(super) mod tests {
         let target = tempfile::NamedTempFile::new().unwrap();
         let over = SessionRecord { handed_over: true, target: target.path().to_owned(), ..record() };
         let refused = || {
-            let failure = over.check_not_handed_over(Path::new("/x")).unwrap_err();
+            let failure = over.check_not_handed_over(&StateDir::at("/x".into())).unwrap_err();
             let (what, advice) = crate::cli::told(&failure.into());
             (what, advice.unwrap())
         };

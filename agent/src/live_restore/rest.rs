@@ -152,7 +152,7 @@ pub(crate) fn lock_target(
         let dir = state.path().display();
         return Err(Failure::new(
             format!("the target {} of the session in {dir} is gone", path.display()),
-            "put it back: what the guest wrote is in it; or `lifeboot discard` gives the session up",
+            format!("put it back: what the guest wrote is in it; or {}", state.giving_up()),
         )
         .into());
     }

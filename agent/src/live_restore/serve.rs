@@ -360,7 +360,7 @@ fn claim(wanted: &Wanted, is_settled: bool) -> anyhow::Result<Option<Claim>> {
         if is_settled && record.handed_over {
             return Ok(None);
         }
-        record.check_not_handed_over(dir)?;
+        record.check_not_handed_over(&wanted.state)?;
     }
     Err(target::in_use_by_another(&wanted.target, dir).unwrap_or(error))
 }

@@ -39,6 +39,17 @@ const LABEL_CHARS: usize = 40;
 #[derive(Debug)]
 pub struct StateDir {
     path: PathBuf,
+    /// As what it was looked for; `None` where it was not.
+    pub(super) sought: Option<Sought>,
+}
+
+/// What somebody must name so that a session is found.
+#[derive(Clone, Debug)]
+pub(super) struct Sought {
+    /// The target's absolute path.
+    pub(super) target: PathBuf,
+    /// The absolute path of the state directory, if one was named.
+    pub(super) root: Option<PathBuf>,
 }
 
 impl StateDir {
@@ -48,6 +59,8 @@ impl StateDir {
     /// Where the target's path cannot be made absolute, or is a directory.
     pub fn of(target: &Path, state_root: Option<&Path>) -> anyhow::Result<Self> {
         let absolute = absolute(target)?;
+        let root = state_root.map(|root| std::path::absolute(root).unwrap_or_else(|_| root.to_owned()));
+        let sought = Sought { target: absolute.clone(), root };
         let metadata = std::fs::metadata(&absolute).ok();
         if metadata.as_ref().is_some_and(std::fs::Metadata::is_dir) {
             return Err(Failure::new(
@@ -60,7 +73,7 @@ impl StateDir {
         let device = metadata.filter(|metadata| metadata.file_type().is_block_device());
         let is_file = device.is_none();
         let path = match (device, state_root) {
-            (None, None) => return Self::beside(&absolute, has_links),
+            (None, None) => return Ok(Self::beside(&absolute, has_links)?.sought_as(sought)),
             (device, root) => {
                 let root = root.unwrap_or(Path::new(DEFAULT_STATE_ROOT));
                 let name =
@@ -82,7 +95,7 @@ impl StateDir {
                 find(root, &absolute, identity.as_ref(), &name)
             }
         };
-        let state = Self { path };
+        let state = Self::at(path).sought_as(sought);
         if is_file && !state.is_begun() {
             // What stands beside the target is not to be passed over because another place was named.
             let beside = Self::beside(&absolute, false)
@@ -95,7 +108,10 @@ impl StateDir {
                         absolute.display(),
                         beside.path.display()
                     ),
-                    "leave --state out; or give that session up first: `lifeboot discard`",
+                    format!(
+                        "leave --state out; or give that session up first: `{}`",
+                        beside.command("discard", &absolute)
+                    ),
                 )
                 .into());
             }
@@ -108,7 +124,11 @@ impl StateDir {
     }
 
     pub(super) const fn at(path: PathBuf) -> Self {
-        Self { path }
+        Self { path, sought: None }
+    }
+
+    fn sought_as(self, sought: Sought) -> Self {
+        Self { sought: Some(sought), ..self }
     }
 
     /// The directory itself.
@@ -152,18 +172,6 @@ impl StateDir {
                 Err(self.unusable(format!("{} is damaged", path.display())).because(error).into())
             }
         }
-    }
-
-    /// What to say where the session is there and cannot be gone on with.
-    pub(super) fn unusable(&self, what: impl std::fmt::Display) -> Failure {
-        Failure::new(
-            what,
-            format!(
-                "the target may hold what a guest wrote: keep a copy of it; to give the session up, remove {}, \
-                 then begin anew with --force",
-                self.path.display()
-            ),
-        )
     }
 
     /// Makes the directory, for the owner alone. One that is there is taken.
@@ -242,7 +250,7 @@ pub(super) fn remove_dirs(dirs: &[PathBuf]) {
 /// a free one, called `name`.
 fn find(root: &Path, target: &Path, identity: Option<&TargetIdentity>, name: &str) -> PathBuf {
     let begun = |path: PathBuf| {
-        let record = StateDir { path: path.clone() }.record().ok().flatten();
+        let record = StateDir::at(path.clone()).record().ok().flatten();
         record.filter(SessionRecord::was_begun).map(|record| (path, record))
     };
     let entries = std::fs::read_dir(root).into_iter().flatten().flatten();
@@ -295,7 +303,7 @@ mod tests {
     use crate::live_restore::record::tests::record;
 
     fn keep(root: &Path, name: &str, record: &SessionRecord) -> PathBuf {
-        let state = StateDir { path: root.join(name) };
+        let state = StateDir::at(root.join(name));
         state.create().unwrap();
         state.keep(record).unwrap();
         state.path

@@ -17,17 +17,16 @@ use crate::status::{Phase, Status};
 pub(super) fn unusable_journal(state: &StateDir, what: impl std::fmt::Display) -> Failure {
     let record = state.record().ok().flatten();
     match record.filter(|record| has_believable_live_file(state, record).unwrap_or(false)) {
-        Some(record) => {
-            let target = record.target.display();
-            Failure::new(
-                what,
-                format!(
-                    "save what the guest wrote, before this host is restarted: `lifeboot save {target}`; keep a copy of the target \
-                     and of {}; then `lifeboot discard {target}` gives the session up, and a new one begins with --force",
-                    state.path().display()
-                ),
-            )
-        }
+        Some(record) => Failure::new(
+            what,
+            format!(
+                "save what the guest wrote, before this host is restarted: `{}`; keep a copy of the target and of {}; then {}, \
+                     and a new one begins with --force",
+                state.command("save", &record.target),
+                state.path().display(),
+                state.giving_up()
+            ),
+        ),
         None => state.unusable(what),
     }
 }

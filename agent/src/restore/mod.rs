@@ -122,8 +122,9 @@ fn check_no_session(path: &Path) -> anyhow::Result<()> {
             state.path().display()
         ),
         format_args!(
-            "name another target; or `lifeboot save {0}` keeps what its guest wrote, and `lifeboot discard {0}` gives it up",
-            path.display()
+            "name another target; or `{}` keeps what its guest wrote, and `{}` gives it up",
+            state.command("save", path),
+            state.command("discard", path)
         ),
     )
     .into())

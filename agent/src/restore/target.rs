@@ -18,6 +18,7 @@ use super::signature;
 use crate::blank;
 use crate::cli::Failure;
 use crate::in_use::{in_use, open_exclusively, refuse_locked};
+use crate::live_restore::StateDir;
 use crate::output::human_size;
 
 /// A target that may be written. Dropped before [`Target::complete`], it takes away the file it had begun.
@@ -183,21 +184,7 @@ const SESSION_SUFFIX: &str = ".lifeboot";
 
 impl Partial {
     fn create(target: &Path, size: u64, options: FileOptions) -> anyhow::Result<(Self, FileDisk)> {
-        let session = with_suffix(target, SESSION_SUFFIX);
-        if session.exists() {
-            return Err(Failure::new(
-                format_args!(
-                    "{} belongs to a live-restore ({} is there)",
-                    target.display(),
-                    session.display()
-                ),
-                format_args!(
-                    "finish that with `lifeboot live-restore`, or remove {} to give it up",
-                    session.display()
-                ),
-            )
-            .into());
-        }
+        refuse_session(target)?;
         let path = with_suffix(target, PARTIAL_SUFFIX);
         remove_abandoned(&path)?;
         let disk = FileDisk::create(&path, size, options)?;
@@ -242,6 +229,32 @@ impl Drop for Partial {
             tracing::warn!(%error, path = %self.path.display(), "an incomplete restore could not be removed");
         }
     }
+}
+
+/// A session beside the target would take the file that is restored for its own.
+fn refuse_session(target: &Path) -> anyhow::Result<()> {
+    let session = with_suffix(target, SESSION_SUFFIX);
+    if !session.exists() {
+        return Ok(());
+    }
+    let state = StateDir::of(target, None)?;
+    let is_empty = || std::fs::read_dir(&session).is_ok_and(|mut entries| entries.next().is_none());
+    let advice = if state.record()?.is_some() || is_empty() {
+        format!(
+            "go on with `lifeboot live-restore`, or give it up with `{}`, then restore",
+            state.command("discard", target)
+        )
+    } else {
+        format!(
+            "{} holds no session: move it away if it is nobody's, or name another target",
+            session.display()
+        )
+    };
+    Err(Failure::new(
+        format_args!("{} belongs to a live-restore ({} is there)", target.display(), session.display()),
+        advice,
+    )
+    .into())
 }
 
 /// Removes what a killed restore left, unless one is at work.

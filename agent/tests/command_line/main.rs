@@ -2,6 +2,7 @@
 //! What it restores is compared with what was captured by the bytes, not by its own word.
 
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on says so by panicking, its helpers too")]
+mod advice;
 mod captures;
 mod control;
 mod damage;

@@ -1,0 +1,66 @@
+//! What somebody can do about a session: commands that name it, whole, to be typed as they are.
+
+use std::path::Path;
+
+use rustix::fs::Access;
+
+use super::advice::shell_line;
+use super::state_dir::{Sought, StateDir};
+use crate::cli::Failure;
+
+impl StateDir {
+    /// `lifeboot VERB TARGET`, by which this session is found; `target` is its target where nobody has looked for it by one.
+    pub(crate) fn command(&self, verb: &str, target: &Path) -> String {
+        let (target, root) = match &self.sought {
+            Some(Sought { target, root }) => (target.as_path(), root.as_deref()),
+            None => (target, None),
+        };
+        let mut words = vec!["lifeboot".to_owned(), verb.to_owned(), target.display().to_string()];
+        if let Some(root) = root {
+            words.extend(["--state".to_owned(), root.display().to_string()]);
+        }
+        shell_line(&words)
+    }
+
+    /// How the session is given up, as the end of an advice.
+    pub(super) fn giving_up(&self) -> String {
+        let Some(sought) = &self.sought else {
+            return "`lifeboot discard TARGET` gives the session up".to_owned();
+        };
+        let command = self.command("discard", &sought.target);
+        // Its files are removed from there.
+        if rustix::fs::access(self.path(), Access::WRITE_OK | Access::EXEC_OK).is_ok() {
+            format!("`{command}` gives the session up")
+        } else {
+            format!("`{command}`, as root or as the owner of {}, gives the session up", self.path().display())
+        }
+    }
+
+    /// What to say where the session is there and cannot be gone on with.
+    pub(super) fn unusable(&self, what: impl std::fmt::Display) -> Failure {
+        Failure::new(
+            what,
+            format!(
+                "the target may hold what a guest wrote: keep a copy of it; then {}, and a new one begins with --force",
+                self.giving_up()
+            ),
+        )
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_command_names_the_target_and_the_state_directory_as_a_shell_takes_them() {
+        let dir = tempfile::tempdir().unwrap();
+        let target = dir.path().join("a b.raw");
+        let beside = StateDir::of(&target, None).unwrap();
+        let dir = dir.path().display();
+        assert_eq!(beside.command("save", &target), format!("lifeboot save '{dir}/a b.raw'"));
+        let elsewhere = StateDir::of(&target, Some(Path::new("/st'ate"))).unwrap();
+        let command = format!(r"lifeboot discard '{dir}/a b.raw' --state '/st'\''ate'");
+        assert_eq!(elsewhere.command("discard", &target), command);
+    }
+}

@@ -1,0 +1,133 @@
+//! What the program says to do is what helps: commands that it advises work as they stand.
+
+use std::process::{Command, Stdio};
+
+use rustix::process::{Pid, Signal, kill_process};
+
+use crate::support::{MIB, Ran, Scratch, is_root, live_restore, write};
+
+fn with_snapshot() -> Scratch {
+    let scratch = Scratch::new();
+    scratch.disk("d.raw", 4 * MIB, &[(0, 2 << 20, 1)]);
+    scratch.run(&["capture", "web01", "d.raw"]).ends_with(0);
+    scratch
+}
+
+/// A session of `t.raw` that is not complete, parked.
+fn parked(further: &[&str]) -> Scratch {
+    let scratch = with_snapshot();
+    let args = [&["--limit", "20"], further].concat();
+    let mut live = live_restore(&scratch, &args);
+    kill_process(Pid::from_child(&live), Signal::TERM).unwrap();
+    assert!(live.wait().unwrap().success());
+    scratch
+}
+
+/// Runs the `lifeboot discard` that a failure advises, as a shell does.
+#[track_caller]
+fn follow(scratch: &Scratch, failed: &Ran) {
+    let command = failed.stderr.split('`').find(|part| part.starts_with("lifeboot discard "));
+    let command = command.unwrap_or_else(|| panic!("it advises no discard: {failed:?}"));
+    let program = env!("CARGO_BIN_EXE_lifeboot");
+    let line = format!("{program} {} --yes", command.strip_prefix("lifeboot ").unwrap());
+    let ran = Command::new("sh").args(["-c", &line]).current_dir("/").stdin(Stdio::null()).output().unwrap();
+    assert!(Ran::of(ran).ends_with(0).stdout.contains("is discarded"), "{line}");
+    assert!(!scratch.path("t.raw.lifeboot").exists());
+}
+
+fn go_on(scratch: &Scratch, further: &[&str]) -> Ran {
+    let args = ["live-restore", "web01@latest", "t.raw", "--listen", "unix:s", "--exit-when-done"];
+    scratch.run(&[&args, further].concat())
+}
+
+/// What is said of it, and what brings it about.
+type Damage<'a> = (&'a str, &'a dyn Fn(&Scratch));
+
+#[test]
+fn a_session_that_cannot_be_gone_on_with_is_given_up_by_the_command_that_is_advised() {
+    let name = |scratch: &Scratch| scratch.path("t.raw.lifeboot");
+    let damages: [Damage; 4] = [
+        ("is gone", &|scratch| std::fs::remove_file(scratch.path("t.raw")).unwrap()),
+        ("is another target now", &|scratch| {
+            std::fs::copy(scratch.path("t.raw"), scratch.path("copy")).unwrap();
+            std::fs::rename(scratch.path("copy"), scratch.path("t.raw")).unwrap();
+        }),
+        ("session.json is damaged", &|scratch| write(&name(scratch).join("session.json"), b"{")),
+        ("session.json is missing", &|scratch| {
+            std::fs::remove_file(name(scratch).join("session.json")).unwrap();
+        }),
+    ];
+    for (words, damage) in damages {
+        let scratch = parked(&[]);
+        damage(&scratch);
+        let failed = go_on(&scratch, &[]).fails(&[words]);
+        follow(&scratch, &failed);
+        go_on(&scratch, &["--force"]).ends_with(0);
+    }
+}
+
+#[test]
+fn a_session_that_is_kept_elsewhere_is_given_up_by_the_command_that_is_advised() {
+    let state = ["--state", "a state"];
+    for damage in ["session.json", "journal"] {
+        let scratch = parked(&state);
+        let dir = std::fs::read_dir(scratch.path("a state")).unwrap().next().unwrap().unwrap().path();
+        write(&dir.join(damage), b"{");
+        std::fs::remove_file(dir.join("live")).unwrap();
+        let failed = go_on(&scratch, &state).fails(&[dir.file_name().unwrap().to_str().unwrap()]);
+        follow(&scratch, &failed);
+        assert!(!dir.exists());
+        go_on(&scratch, &["--force"]).ends_with(0);
+    }
+    let scratch = parked(&[]);
+    let failed = go_on(&scratch, &state).fails(&["is kept in", "leave --state out"]);
+    follow(&scratch, &failed);
+    go_on(&scratch, &[&state[..], &["--force"]].concat()).ends_with(0);
+}
+
+#[test]
+fn a_restore_onto_a_session_advises_what_gives_it_up() {
+    let scratch = parked(&[]);
+    let restore = || scratch.run(&["restore", "web01@latest", "t.raw", "--force"]);
+    let failed = restore().fails(&["not complete"]);
+    follow(&scratch, &failed);
+    restore().ends_with(0);
+    std::fs::remove_file(scratch.path("t.raw")).unwrap();
+    go_on(&scratch, &[]).ends_with(0);
+    let failed = restore().fails(&["t.raw", "belongs to a live-restore"]);
+    follow(&scratch, &failed);
+    restore().ends_with(0);
+    // Nothing that discard knows how to remove.
+    std::fs::create_dir(scratch.path("t.raw.lifeboot")).unwrap();
+    write(&scratch.path("t.raw.lifeboot/list"), b"x");
+    let ran = restore().fails(&["holds no session", "move it away"]);
+    assert!(!ran.stderr.contains("discard"), "{ran:?}");
+}
+
+#[test]
+fn whoever_may_not_remove_a_session_is_told_who_may() {
+    if !is_root() {
+        return;
+    }
+    let scratch = parked(&[]);
+    write(&scratch.path("t.raw.lifeboot/session.json"), b"{");
+    for (path, mode) in [(".", 0o755), ("t.raw.lifeboot", 0o755)] {
+        use std::os::unix::fs::PermissionsExt as _;
+        std::fs::set_permissions(scratch.path(path), std::fs::Permissions::from_mode(mode)).unwrap();
+    }
+    as_nobody(&scratch, &["status", "t.raw"]).fails(&[
+        "session.json is damaged",
+        "lifeboot discard",
+        "as root or as the owner of",
+    ]);
+}
+
+fn as_nobody(scratch: &Scratch, args: &[&str]) -> Ran {
+    if !scratch.path("lifeboot").exists() {
+        std::fs::copy(env!("CARGO_BIN_EXE_lifeboot"), scratch.path("lifeboot")).unwrap();
+    }
+    let mut command = Command::new("setpriv");
+    command.args(["--reuid=65534", "--regid=65534", "--clear-groups", "./lifeboot"]).args(args);
+    command.current_dir(scratch.path(".")).env("LIFEBOOT_REPO", "repo").stdin(Stdio::null());
+    Ran::of(command.output().unwrap())
+}
