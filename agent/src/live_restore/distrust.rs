@@ -44,14 +44,24 @@ pub(super) fn look_at_live(state: &StateDir, record: &SessionRecord) -> anyhow::
 
 /// The live file in use is another one now, or there is no session any more.
 pub(super) fn forget(record: &SessionRecord) {
-    for dir in places() {
-        match std::fs::remove_file(note(&dir, record)) {
-            Err(error) if !matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory) => {
-                // It costs the next start what was not flushed, if its agent is killed.
-                tracing::warn!(%error, dir = %dir.display(), "the note of a lost live file cannot be removed");
-            }
-            _ => {}
+    places().iter().for_each(|dir| forget_in(dir, record));
+}
+
+fn forget_in(dir: &Path, record: &SessionRecord) {
+    let note = note(dir, record);
+    // Of one in a directory that we may not look into nothing is known, neither here nor when the session is opened.
+    if !note.exists() {
+        return;
+    }
+    match std::fs::remove_file(&note) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => {
+            tracing::warn!(
+                %error, note = %note.display(),
+                "the note of a lost live file cannot be removed, and if the agent is killed what was not flushed is not believed: \
+                 remove it as root"
+            );
         }
+        _ => {}
     }
 }
 

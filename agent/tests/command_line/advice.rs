@@ -131,3 +131,25 @@ fn as_nobody(scratch: &Scratch, args: &[&str]) -> Ran {
     command.current_dir(scratch.path(".")).env("LIFEBOOT_REPO", "repo").stdin(Stdio::null());
     Ran::of(command.output().unwrap())
 }
+
+#[test]
+fn nobody_is_told_of_a_note_that_he_may_not_even_look_for() {
+    if !is_root() {
+        return;
+    }
+    use std::os::unix::fs::PermissionsExt as _;
+    // A root's agent makes the runtime directory, which is root's alone.
+    let scratch = parked(&[]);
+    let open = |path: &str| {
+        std::fs::set_permissions(scratch.path(path), std::fs::Permissions::from_mode(0o777)).unwrap();
+    };
+    open(".");
+    std::fs::create_dir(scratch.path("mine")).unwrap();
+    open("mine");
+    let live = ["live-restore", "web01@latest", "mine/t.raw", "--listen", "unix:mine/s", "--exit-when-done"];
+    as_nobody(&scratch, &live).ends_with(0);
+    for args in [&live[..], &["status", "mine/t.raw"], &["discard", "mine/t.raw", "--yes"]] {
+        let ran = as_nobody(&scratch, args).ends_with(0);
+        assert!(!ran.stderr.contains("note"), "{ran:?}");
+    }
+}
