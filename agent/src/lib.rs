@@ -17,4 +17,5 @@ pub mod save;
 pub mod serve;
 pub mod source;
 pub mod status;
+mod target_path;
 pub mod trace;

@@ -19,6 +19,7 @@ use crate::live::SessionOptions;
 use crate::output::human_count;
 use crate::pivot::Drive;
 use crate::source::PoolOptions;
+use crate::target_path::{refuse_dangling, refuse_unwritable_name};
 
 /// What is to be restored, and how.
 pub(crate) struct Order {
@@ -101,6 +102,13 @@ impl Order {
     /// # Errors
     /// Where that cannot be, or the sessions that are there restore something else.
     pub(super) fn assign(&self, repository: &repository::Result<Repository>) -> anyhow::Result<Vec<Wanted>> {
+        if let Some(state) = &self.state {
+            refuse_unwritable_name("the state directory", state)?;
+        }
+        for target in paths(&self.targets)? {
+            refuse_unwritable_name("the target", target)?;
+            refuse_dangling(target)?;
+        }
         if let [target] = self.targets.as_slice() {
             let state = StateDir::of(target, self.state.as_deref())?;
             return Ok(vec![Wanted { spec: self.snapshot.clone(), target: target.clone(), state }]);

@@ -8,6 +8,7 @@ mod signature;
 mod target;
 mod writer;
 
+use std::borrow::Cow;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
@@ -91,7 +92,8 @@ enum Direct {
 struct Report<'a> {
     snapshot: String,
     disk: &'a str,
-    target: &'a Path,
+    /// A name that is no text has other characters in the place of those that are none.
+    target: Cow<'a, str>,
     size_bytes: u64,
     /// What was brought back of the disk's chunks that are not zeroes.
     data_bytes: u64,
@@ -183,7 +185,7 @@ impl Verb for Args {
         let report = Report {
             snapshot: snapshot.name().to_string(),
             disk: disk.name.as_str(),
-            target: &path,
+            target: path.to_string_lossy(),
             size_bytes: disk.size,
             data_bytes,
             damaged_bytes,

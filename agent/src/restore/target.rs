@@ -20,6 +20,7 @@ use crate::cli::Failure;
 use crate::in_use::{in_use, open_exclusively, refuse_locked};
 use crate::live_restore::StateDir;
 use crate::output::human_size;
+use crate::target_path::refuse_dangling;
 
 /// A target that may be written. Dropped before [`Target::complete`], it takes away the file it had begun.
 #[derive(Debug)]
@@ -58,16 +59,7 @@ impl Target {
                 Self::open_existing(path, existing, size, force, options)
             }
             Err(error) if error.kind() == io::ErrorKind::NotFound => {
-                if path.symlink_metadata().is_ok() {
-                    return Err(Failure::new(
-                        format_args!(
-                            "{} is a symbolic link to something that does not exist",
-                            path.display()
-                        ),
-                        "remove the link, or name the file it should lead to",
-                    )
-                    .into());
-                }
+                refuse_dangling(path)?;
                 refuse_missing_dir(path)?;
                 Self::open_file(path.to_owned(), None, size, options)
             }

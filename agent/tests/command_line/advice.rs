@@ -153,3 +153,34 @@ fn nobody_is_told_of_a_note_that_he_may_not_even_look_for() {
         assert!(!ran.stderr.contains("note"), "{ran:?}");
     }
 }
+
+#[test]
+fn a_target_that_is_a_link_to_nothing_is_told_as_that() {
+    let scratch = with_snapshot();
+    std::os::unix::fs::symlink("gone/t.raw", scratch.path("t.raw")).unwrap();
+    let words = ["t.raw is a symbolic link to gone/t.raw, which does not exist", "remove the link"];
+    go_on(&scratch, &[]).fails(&words);
+    scratch.run(&["restore", "web01@latest", "t.raw"]).fails(&words);
+    assert_eq!(scratch.names("."), ["d.raw", "repo", "t.raw"]);
+    std::fs::create_dir(scratch.path("gone")).unwrap();
+    write(&scratch.path("gone/t.raw"), b"");
+    go_on(&scratch, &[]).ends_with(0);
+}
+
+#[test]
+fn a_target_whose_name_is_no_text_is_refused_at_once_or_written() {
+    use std::ffi::OsStr;
+    use std::os::unix::ffi::OsStrExt as _;
+
+    let scratch = with_snapshot();
+    let run = |args: &[&str], name: &[u8]| {
+        Ran::of(scratch.command(args).arg(OsStr::from_bytes(name)).output().unwrap())
+    };
+    let live = ["live-restore", "web01@latest", "--listen", "unix:s"];
+    run(&live, b"odd-\xff").fails(&["is not UTF-8", "rename"]);
+    let elsewhere = [&live[..], &["t.raw", "--state"]].concat();
+    run(&elsewhere, b"odd-\xff").fails(&["the state directory", "is not UTF-8"]);
+    assert_eq!(scratch.names("."), ["d.raw", "repo"]);
+    let report = run(&["restore", "web01@latest", "--json"], b"odd-\xff").ends_with(0).json();
+    assert_eq!(report["target"], "odd-\u{fffd}");
+}
