@@ -14,6 +14,19 @@ const TLS_OBJECT: &str = "lifeboot-tls";
 /// Whose pre-shared key QEMU has, if not said otherwise.
 const QEMU_PSK_NAME: &str = "qemu";
 
+/// The kernel takes no longer paths of sockets.
+const LONGEST_SOCKET_BYTES: usize = 107;
+
+/// An address as others may use it, who may be in another directory than we are. One that would be too long stays as it is.
+pub(super) fn from_anywhere(address: &ListenAddress) -> ListenAddress {
+    let absolute = match address {
+        ListenAddress::Unix(path) => std::path::absolute(path).ok(),
+        _ => None,
+    };
+    let absolute = absolute.filter(|path| path.as_os_str().len() <= LONGEST_SOCKET_BYTES);
+    absolute.map_or_else(|| address.clone(), ListenAddress::Unix)
+}
+
 /// QEMU's arguments for a drive on each of these exports. A raw node stands above each NBD node, so that the
 /// drive can be moved onto the target later without the guest's noticing. With TLS QEMU's credentials are taken to lie where the
 /// server's do.
@@ -134,6 +147,17 @@ mod tests {
         assert!(line.contains("server.path=/run/a,,b c.sock,export=disk0,reconnect-delay="), "{line}");
         assert!(line.starts_with("-blockdev 'driver=nbd,"), "{line}");
         assert!(line.ends_with("-device virtio-blk-pci,drive=lifeboot"), "{line}");
+    }
+
+    #[test]
+    fn a_socket_is_named_so_that_it_is_found_from_any_directory() {
+        let relative = ListenAddress::Unix("run/web01.sock".into());
+        let here = std::env::current_dir().unwrap();
+        assert_eq!(from_anywhere(&relative), ListenAddress::Unix(here.join("run/web01.sock")));
+        let just_short_enough = ListenAddress::Unix("x".repeat(LONGEST_SOCKET_BYTES).into());
+        assert_eq!(from_anywhere(&just_short_enough), just_short_enough);
+        let tcp: ListenAddress = "tcp:localhost:1".parse().unwrap();
+        assert_eq!(from_anywhere(&tcp), tcp);
     }
 
     #[test]

@@ -6,6 +6,7 @@ use std::sync::{Arc, OnceLock, Weak};
 use block::Engine;
 use nbd_server::{ListenAddress, Listener, Monitor, TlsServer};
 
+use super::advice;
 use super::fetching::Fetching;
 use super::handover::HandedOver;
 use super::record::SessionRecord;
@@ -53,7 +54,7 @@ pub(crate) struct ServedDisk {
     pub(crate) disk: Arc<LiveDisk>,
     /// What fetches; nothing does for a session that does without its repository.
     pub(crate) fetching: Option<Fetching>,
-    /// Where it is served.
+    /// Where it is served, as anybody finds it from anywhere.
     pub(crate) addresses: Vec<ListenAddress>,
     /// Whether clients must use TLS there.
     pub(super) is_secure: bool,
@@ -245,7 +246,7 @@ impl ServedDisk {
             state,
             disk,
             fetching,
-            addresses: addresses.to_vec(),
+            addresses: addresses.iter().map(advice::from_anywhere).collect(),
             is_secure: false,
             resumed,
             trace: None,

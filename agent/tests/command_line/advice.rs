@@ -1,10 +1,11 @@
 //! What the program says to do is what helps: commands that it advises work as they stand.
 
+use std::io::{BufRead, BufReader};
 use std::process::{Command, Stdio};
 
 use rustix::process::{Pid, Signal, kill_process};
 
-use crate::support::{MIB, Ran, Scratch, is_root, live_restore, write};
+use crate::support::{MIB, Ran, Scratch, is_root, live_restore, slow_live_restore, write};
 
 fn with_snapshot() -> Scratch {
     let scratch = Scratch::new();
@@ -183,4 +184,25 @@ fn a_target_whose_name_is_no_text_is_refused_at_once_or_written() {
     assert_eq!(scratch.names("."), ["d.raw", "repo"]);
     let report = run(&["restore", "web01@latest", "--json"], b"odd-\xff").ends_with(0).json();
     assert_eq!(report["target"], "odd-\u{fffd}");
+}
+
+#[test]
+fn what_is_served_is_named_so_that_it_is_found_from_any_directory() {
+    let scratch = with_snapshot();
+    let mut live = slow_live_restore(&scratch);
+    let uri = scratch.json(&["status", "t.raw"])["uri"].as_str().unwrap().to_owned();
+    kill_process(Pid::from_child(&live), Signal::TERM).unwrap();
+    live.wait().unwrap();
+    let socket = scratch.path("s").canonicalize().unwrap_or_else(|_| scratch.path("s"));
+    assert!(uri.ends_with(&format!("?socket={}", socket.display())), "{uri}");
+    let mut child = scratch
+        .command(&["live-restore", "web01@latest", "t.raw", "--listen", "unix:s", "--limit", "20"])
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut lines = BufReader::new(child.stdout.take().unwrap()).lines().map(Result::unwrap);
+    let qemu = lines.find(|line| line.starts_with("QEMU: ")).unwrap();
+    assert!(qemu.contains(&format!("server.path={},", socket.display())), "{qemu}");
+    kill_process(Pid::from_child(&child), Signal::TERM).unwrap();
+    child.wait().unwrap();
 }
