@@ -1,5 +1,6 @@
 //! Lines of the log that a peer can provoke: a few of them, and how many were left out.
 
+use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
@@ -67,6 +68,20 @@ pub(crate) struct LogLimits {
     pub(crate) opening: LogLimit,
     /// An export was asked for that is none, or is refused.
     pub(crate) export: LogLimit,
+    /// By export: requests that failed because there was no room on its disk.
+    without_room: Mutex<BTreeMap<String, u64>>,
+}
+
+impl LogLimits {
+    /// A request to an export failed because there was no room.
+    pub(crate) fn lacks_room(&self, export: &str) {
+        *self.without_room.lock().entry(export.to_owned()).or_default() += 1;
+    }
+
+    /// How many requests to an export failed because there was no room.
+    pub(crate) fn without_room(&self, export: &str) -> u64 {
+        self.without_room.lock().get(export).copied().unwrap_or_default()
+    }
 }
 
 #[cfg(test)]

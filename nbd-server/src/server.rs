@@ -134,11 +134,13 @@ impl Server {
         let limits = &self.options.limits;
         let budget = Budget::new(limits.memory_bytes, limits.request_bytes);
         let operations = Arc::new(AtomicUsize::new(0));
+        let logs = Arc::new(LogLimits::default());
         let monitor = Monitor {
             phase: phases.clone(),
             slots: slots.clone(),
             budget: budget.clone(),
             operations: Arc::clone(&operations),
+            logs: Arc::clone(&logs),
         };
         let mut handle = ServerHandle {
             phase: phase.clone(),
@@ -147,7 +149,6 @@ impl Server {
             listeners: Mutex::new(self.listeners.clone()),
             threads: Vec::new(),
         };
-        let logs = Arc::new(LogLimits::default());
         let mut senders = Vec::new();
         for index in 0..shards.max(1) {
             let (sender, inbox) = mpsc::unbounded_channel();
@@ -223,6 +224,7 @@ pub struct Monitor {
     slots: Slots,
     budget: Budget,
     operations: Arc<AtomicUsize>,
+    logs: Arc<LogLimits>,
 }
 
 impl Monitor {
@@ -230,6 +232,12 @@ impl Monitor {
     #[must_use]
     pub fn is_ending(&self) -> bool {
         *self.phase.borrow() != Phase::Running
+    }
+
+    /// How many requests to the export of this name failed because there was no room on its disk.
+    #[must_use]
+    pub fn requests_without_room(&self, export: &str) -> u64 {
+        self.logs.without_room(export)
     }
 
     /// What is going on right now.

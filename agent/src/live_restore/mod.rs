@@ -37,6 +37,7 @@ mod record;
 mod remedy;
 mod report;
 mod rest;
+mod room;
 mod scrape;
 pub(crate) mod serve;
 pub(crate) mod service;

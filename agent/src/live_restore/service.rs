@@ -2,6 +2,7 @@
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock, Weak};
+use std::time::Instant;
 
 use block::Engine;
 use nbd_server::{ListenAddress, Listener, Monitor, TlsServer};
@@ -11,6 +12,7 @@ use super::fetching::Fetching;
 use super::handover::HandedOver;
 use super::record::SessionRecord;
 use super::report;
+use super::room::{self, Room};
 use super::state_dir::StateDir;
 use super::take_over::Heir;
 use super::turns::{Busy, Saving, Turns};
@@ -63,6 +65,8 @@ pub(crate) struct ServedDisk {
     /// Keeps what guests read while they start, where that is wanted and there is a repository.
     pub(crate) trace: Option<Arc<TraceKeeper>>,
     pub(super) rates: Rates,
+    /// Whether guests' writes find room on its target.
+    room: Room,
     /// Its share of the limit, as it was set last.
     share: AtomicU64,
     /// Nothing is left for its background to do.
@@ -140,7 +144,21 @@ impl Service {
         let mut status = report::status(disk, stats);
         status.limit = Some(self.limit());
         status.connections = Some(self.monitor.stats().connections as u64);
+        self.look_at_room(disk);
+        if status.waiting.is_none() && disk.room.is_lacking(&disk.record.target, Instant::now()) {
+            status.waiting = Some(room::advice(&disk.record.target));
+        }
         status
+    }
+
+    fn look_at_room(&self, disk: &ServedDisk) {
+        disk.room.look(self.monitor.requests_without_room(&disk.record.disk), Instant::now());
+    }
+
+    /// What to say where a guest's write has found no room on a disk's target for the first time in a while: once.
+    pub(super) fn news_of_room(&self, disk: &ServedDisk) -> Option<String> {
+        self.look_at_room(disk);
+        disk.room.take_news().then(|| room::advice(&disk.record.target))
     }
 
     /// Bytes a second that the background may take, all disks together; 0 is no limit.
@@ -251,6 +269,7 @@ impl ServedDisk {
             resumed,
             trace: None,
             rates: Rates::default(),
+            room: Room::default(),
             share: AtomicU64::new(share),
             is_idle: AtomicBool::new(false),
             handover,

@@ -183,6 +183,12 @@ impl<'a> Story<'a> {
                 is_complete = true;
                 watcher.complete(&self.service.statuses());
             }
+            for disk in self.service.disks() {
+                // Until all is home it is told with the progress.
+                if let Some(why) = self.service.news_of_room(disk).filter(|_| is_complete) {
+                    tracing::warn!("{why}");
+                }
+            }
             let now = Instant::now();
             // One at a time, or they would queue up for a repository that does not answer.
             let is_looking = looking.as_ref().is_some_and(|looking| !looking.is_finished());

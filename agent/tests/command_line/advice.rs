@@ -5,6 +5,7 @@ use std::process::{Command, Stdio};
 
 use rustix::process::{Pid, Signal, kill_process};
 
+use crate::refusals::SmallDisk;
 use crate::support::{MIB, Ran, Scratch, is_root, live_restore, slow_live_restore, write};
 
 fn with_snapshot() -> Scratch {
@@ -205,4 +206,38 @@ fn what_is_served_is_named_so_that_it_is_found_from_any_directory() {
     assert!(qemu.contains(&format!("server.path={},", socket.display())), "{qemu}");
     kill_process(Pid::from_child(&child), Signal::TERM).unwrap();
     child.wait().unwrap();
+}
+
+#[test]
+fn a_guest_that_finds_no_room_on_a_disk_that_is_home_is_told_of_once() {
+    if !is_root() {
+        return;
+    }
+    let scratch = Scratch::new();
+    scratch.disk("d.raw", 64 * MIB, &[(0, 1 << 20, 1)]);
+    scratch.run(&["capture", "web01", "d.raw"]).ends_with(0);
+    // The journal is there too.
+    let _small = SmallDisk::mount(scratch.path("small"), "30m");
+    let mut live = scratch
+        .command(&["live-restore", "web01@latest", "small/t.raw", "--listen", "unix:s"])
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut told = BufReader::new(live.stdout.take().unwrap()).lines().map(Result::unwrap);
+    assert!(told.any(|line| line.starts_with("complete: ")));
+    let status = || scratch.json(&["status", "small/t.raw"]);
+    assert_eq!(status()["waiting"], serde_json::Value::Null);
+    let uri = format!("nbd+unix:///?socket={}", scratch.path("s").display());
+    for _ in 0..2 {
+        let ran = Command::new("qemu-io").args(["-f", "raw", "-c", "write 2M 40M", &uri]).output().unwrap();
+        assert!(Ran::of(ran).stdout.contains("No space left"));
+    }
+    let waiting = status()["waiting"].as_str().unwrap().to_owned();
+    assert!(waiting.contains("small/t.raw: make room there"), "{waiting}");
+    let mut logged = BufReader::new(live.stderr.take().unwrap()).lines().map(Result::unwrap);
+    assert!(logged.any(|line| line.contains("small/t.raw: make room there")), "it is logged");
+    kill_process(Pid::from_child(&live), Signal::TERM).unwrap();
+    assert!(live.wait().unwrap().success());
+    assert!(!logged.any(|line| line.contains("make room there")), "and once");
 }

@@ -252,10 +252,10 @@ fn a_restore_that_is_at_work_keeps_another_away() {
 }
 
 /// A small file system of its own, unmounted when dropped.
-struct SmallDisk(std::path::PathBuf);
+pub(crate) struct SmallDisk(std::path::PathBuf);
 
 impl SmallDisk {
-    fn mount(path: std::path::PathBuf, size: &str) -> Self {
+    pub(crate) fn mount(path: std::path::PathBuf, size: &str) -> Self {
         std::fs::create_dir(&path).unwrap();
         let options = format!("size={size}");
         let mounted = Command::new("mount").args(["-t", "tmpfs", "-o", &options, "none"]).arg(&path).status();

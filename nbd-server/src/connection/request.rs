@@ -124,6 +124,9 @@ impl Shared {
             return;
         }
         self.log_failure(header, error);
+        if errno == Errno::NoSpace {
+            self.logs.lacks_room(&self.export);
+        }
         let offset = error.range().and_then(|range| first_within(header, range));
         let why =
             if self.export.is_empty() { error.to_string() } else { format!("{}: {error}", self.export) };
