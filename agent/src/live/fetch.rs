@@ -1,17 +1,19 @@
-//! Getting a chunk that a guest waits for: from what was decoded already, or from the source, with backoff.
+//! Getting runs for the background; and a chunk that a guest waits for: from what was decoded already, or from the source, with backoff.
 //!
 //! A guest's read waits for a source that is away, and fails at once for a chunk that is damaged or missing: the next
 //! read asks again. What is damaged is kept in `damage`; a reason is logged once, however many chunks it concerns.
 
+use std::ops::Range;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use block::{Error, ErrorKind, Result};
 
 use super::damage::Lasting;
-use super::join::first_of;
+use super::join::{before, first_of};
+use super::pace;
 use super::session::Session;
-use super::source::{ChunkData, SourceError, SourceErrorKind, Urgency};
+use super::source::{ChunkData, RunData, SourceError, SourceErrorKind, Urgency};
 use super::stats::Stats;
 
 const FIRST_BACKOFF: Duration = Duration::from_millis(50);
@@ -102,6 +104,21 @@ impl Session {
             }
             first_of(self.clock.sleep(backoff.min(left)), ended).await;
             backoff = (backoff * 2).min(LONGEST_BACKOFF);
+        }
+    }
+
+    /// A run of the source. Where guests' latency has a target that is looked after meanwhile: all workers may wait for a slow
+    /// source.
+    pub(super) async fn fetch_run(&self, chunks: &Range<u64>, urgency: Urgency) -> RunData {
+        let mut fetch = self.source.fetch_run(chunks.clone(), urgency);
+        if !self.pace.is_watching() {
+            return fetch.await;
+        }
+        loop {
+            match before(&mut fetch, self.clock.sleep(pace::INTERVAL)).await {
+                Some(run) => return run,
+                None => self.look_at_pace(),
+            }
         }
     }
 

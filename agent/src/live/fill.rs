@@ -64,12 +64,15 @@ impl LiveDevice {
                     session.after_fill(result);
                 }
                 Work::Piece(piece) => {
-                    let again = if piece.is_zero {
-                        session.after_fill(self.zero_fill(&piece.chunks).await)
+                    let (again, withdrawn) = if piece.is_zero {
+                        (session.after_fill(self.zero_fill(&piece.chunks).await), Vec::new())
                     } else {
                         self.fill_piece(&piece).await
                     };
-                    session.fills.lock().plan.ended(&piece.chunks, again);
+                    let mut fills = session.fills.lock();
+                    fills.plan.ended(&piece.chunks, again);
+                    fills.plan.withdrawn(piece.lane, withdrawn);
+                    drop(fills);
                     session.piece_ended.notify_waiters();
                     session.work.notify_one();
                 }
@@ -87,11 +90,11 @@ impl LiveDevice {
         }
     }
 
-    /// True where some of it must be tried again.
-    async fn fill_piece(&self, Piece { chunks, lane, .. }: &Piece) -> bool {
+    /// Whether some of it must be tried again; and what was not fetched, because the background is to be slower.
+    async fn fill_piece(&self, Piece { chunks, lane, .. }: &Piece) -> (bool, Vec<Range<u64>>) {
         let session = &*self.session;
         let urgency = lane.urgency();
-        let RunData { bytes, failed } = session.source.fetch_run(chunks.clone(), urgency).await;
+        let RunData { bytes, failed, withdrawn } = session.fetch_run(chunks, urgency).await;
         let mut again = false;
         for (chunk, error) in &failed {
             match error.kind() {
@@ -115,23 +118,36 @@ impl LiveDevice {
             tracing::error!(?chunks, len = bytes.len(), "the source gave a run of a wrong length");
             let wrong = |chunk| drop(session.damaged(chunk, "its run has a wrong length", Lasting::ForGood));
             chunks.clone().for_each(wrong);
-            return false;
+            return (false, Vec::new());
+        }
+        let is_fetched = |chunk: u64| !withdrawn.contains(&chunk);
+        let withdrawn_runs = runs_of(chunks, |chunk| !is_fetched(chunk));
+        if withdrawn_runs.as_slice() == std::slice::from_ref(chunks) {
+            session.source.recycle(bytes);
+            return (false, withdrawn_runs);
         }
         let is_filled_all_the_same = makes(Mistake::FailedFetchFilled);
-        let is_good = |chunk: u64| is_filled_all_the_same || failed.iter().all(|(bad, _)| *bad != chunk);
+        let is_good = |chunk: u64| {
+            is_fetched(chunk) && (is_filled_all_the_same || failed.iter().all(|(bad, _)| *bad != chunk))
+        };
         chunks.clone().filter(|&chunk| is_good(chunk)).for_each(|chunk| session.was_had(chunk));
         if failed.is_empty() {
             session.source_answered();
-            return session.after_fill(self.fill(chunks.clone(), bytes, urgency).await) || again;
         }
-        for chunk in chunks.clone().filter(|&chunk| is_good(chunk)) {
-            let range = session.map.disk().chunk_range(chunk);
+        if failed.is_empty() && withdrawn.is_empty() {
+            return (
+                session.after_fill(self.fill(chunks.clone(), bytes, urgency).await) || again,
+                Vec::new(),
+            );
+        }
+        for run in runs_of(chunks, is_good) {
+            let range = session.map.disk().run_range(&run);
             let at = (range.start() - whole.start()) as usize;
             let part = AlignedBuf::from_slice(&bytes[at..at + range.len() as usize]);
-            again |= session.after_fill(self.fill(chunk..chunk + 1, part, urgency).await);
+            again |= session.after_fill(self.fill(run, part, urgency).await);
         }
         session.source.recycle(bytes);
-        again
+        (again, withdrawn_runs)
     }
 
     /// Brings one chunk home now.
@@ -242,6 +258,7 @@ impl Session {
         if self.stopping.load(Ordering::Acquire) || self.phase() != Phase::Filling {
             return Work::End;
         }
+        self.look_at_pace();
         let now = self.clock.now();
         let mut fills = self.fills.lock();
         if now >= fills.not_before
@@ -389,6 +406,18 @@ impl Session {
         let now = self.clock.now();
         self.fills.lock().back_off(now);
     }
+}
+
+/// The runs of those of `chunks` that are wanted.
+fn runs_of(chunks: &Range<u64>, is_wanted: impl Fn(u64) -> bool) -> Vec<Range<u64>> {
+    let mut runs: Vec<Range<u64>> = Vec::new();
+    for chunk in chunks.clone().filter(|&chunk| is_wanted(chunk)) {
+        match runs.last_mut() {
+            Some(last) if last.end == chunk => last.end += 1,
+            _ => runs.push(chunk..chunk + 1),
+        }
+    }
+    runs
 }
 
 impl Lane {

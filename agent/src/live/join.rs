@@ -52,6 +52,19 @@ pub(super) async fn first_of(a: impl Future<Output = ()>, b: impl Future<Output 
     .await;
 }
 
+/// The future's result, or `None` where the timer ends before it: it goes on when it is polled again.
+pub(super) async fn before<T>(
+    future: &mut (impl Future<Output = T> + Unpin),
+    timer: impl Future<Output = ()>,
+) -> Option<T> {
+    let mut timer = pin!(timer);
+    std::future::poll_fn(|cx| match Pin::new(&mut *future).poll(cx) {
+        Poll::Ready(result) => Poll::Ready(Some(result)),
+        Poll::Pending => timer.as_mut().poll(cx).map(|()| None),
+    })
+    .await
+}
+
 #[cfg(test)]
 mod tests {
     use block::sim::{Executor, yield_now};

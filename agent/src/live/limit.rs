@@ -28,11 +28,28 @@ impl RateLimit {
         self.rate
     }
 
-    /// Changes the rate from `now` on. What was taken in advance is forgiven.
-    pub fn set_rate(&mut self, now: Duration, rate: u64) {
-        self.fill(now);
-        self.rate = rate;
+    /// Changes the rate from `now` on. What was taken in advance is forgiven. True where the rate is lower than before.
+    pub fn set_rate(&mut self, now: Duration, rate: u64) -> bool {
+        let is_lower = self.change_rate(now, rate);
         self.tokens = self.tokens.max(0.0);
+        is_lower
+    }
+
+    /// Changes the rate from `now` on, as somebody does who changes it all the time: what was taken in advance still counts,
+    /// unless there is no limit any more. True where the rate is lower than before.
+    pub fn change_rate(&mut self, now: Duration, rate: u64) -> bool {
+        self.fill(now);
+        let is_lower = rate > 0 && (self.rate == 0 || rate < self.rate);
+        self.rate = rate;
+        if rate == 0 {
+            self.tokens = 0.0;
+        }
+        is_lower
+    }
+
+    /// Puts back what was taken and not used.
+    pub fn put_back(&mut self, bytes: u64) {
+        self.tokens += bytes as f64;
     }
 
     /// How many bytes to take at once where `most` could be: what the rate gives in a second.
@@ -103,13 +120,31 @@ mod tests {
     }
 
     #[test]
+    fn a_rate_that_changes_all_the_time_is_kept_all_the_same() {
+        let (rate, piece) = (1 << 20, 1 << 20);
+        let mut limit = RateLimit::new(0);
+        let mut bytes = 0;
+        for tick in 0..400 {
+            let now = Duration::from_millis(250) * tick;
+            assert_eq!(limit.change_rate(now, rate), tick == 0, "lower than none, and then the same");
+            bytes += taken_in(&mut limit, now, now + Duration::from_millis(250), piece);
+        }
+        assert!(bytes <= 100 * rate + piece, "{bytes} bytes in 100 s");
+        let end = Duration::from_secs(100);
+        assert!(limit.take(end, piece).is_ok() && limit.take(end, 1).is_err());
+        limit.put_back(piece);
+        assert!(limit.take(end, 1).is_ok(), "what was not used can be taken again");
+    }
+
+    #[test]
     fn a_new_rate_holds_at_once() {
         let mut limit = RateLimit::new(1000);
         assert_eq!(limit.take(Duration::ZERO, 1_000_000), Ok(()));
         assert!(limit.take(Duration::ZERO, 1).is_err());
-        limit.set_rate(Duration::ZERO, 1_000_000_000);
+        assert!(!limit.set_rate(Duration::ZERO, 1_000_000_000));
         assert_eq!(limit.take(Duration::ZERO, 1), Ok(()));
-        limit.set_rate(Duration::ZERO, 0);
+        assert!(!limit.set_rate(Duration::ZERO, 0));
         assert_eq!(limit.take(Duration::ZERO, u64::MAX), Ok(()));
+        assert!(limit.set_rate(Duration::ZERO, 5));
     }
 }

@@ -12,7 +12,7 @@ use parking_lot::Mutex;
 use super::limit::RateLimit;
 
 /// How often the rate is looked at.
-const INTERVAL: Duration = Duration::from_millis(250);
+pub(super) const INTERVAL: Duration = Duration::from_millis(250);
 /// Fewer requests than this say nothing.
 const ENOUGH: u32 = 50;
 /// The background is never slower than this, so that a restore ends.
@@ -37,12 +37,15 @@ struct State {
     rate: Option<f64>,
     looked_at: Duration,
     taken: u64,
+    /// What had been taken and not begun when it was looked last.
+    waiting: u64,
 }
 
 impl Pace {
     /// With this target; without one nothing is watched or paced.
     pub(super) fn new(target: Option<Duration>) -> Self {
-        let state = State { limit: RateLimit::new(0), rate: None, looked_at: Duration::ZERO, taken: 0 };
+        let (limit, looked_at) = (RateLimit::new(0), Duration::ZERO);
+        let state = State { limit, rate: None, looked_at, taken: 0, waiting: 0 };
         Self { target, seen: std::array::from_fn(|_| AtomicU32::new(0)), state: Mutex::new(state) }
     }
 
@@ -58,13 +61,29 @@ impl Pace {
         }
     }
 
+    /// Finds the rate anew where it is time for that; `waiting` says how much of what was taken has not begun. True where the
+    /// background is to be slower than before: then that is taken back by whoever asks.
+    pub(super) fn look(&self, now: Duration, waiting: impl FnOnce() -> u64) -> bool {
+        let Some(target) = self.target else { return false };
+        let mut state = self.state.lock();
+        if now.saturating_sub(state.looked_at) < INTERVAL {
+            return false;
+        }
+        let waiting = waiting();
+        let is_slower = self.find_rate(&mut state, target, now, waiting);
+        state.waiting = if is_slower { 0 } else { waiting };
+        if is_slower {
+            state.limit.put_back(waiting);
+        }
+        is_slower
+    }
+
     /// Takes `bytes` for the background, or says how long to wait before asking again.
     pub(super) fn take(&self, now: Duration, bytes: u64) -> Result<(), Duration> {
-        let Some(target) = self.target else { return Ok(()) };
-        let mut state = self.state.lock();
-        if now.saturating_sub(state.looked_at) >= INTERVAL {
-            self.look(&mut state, target, now);
+        if !self.is_watching() {
+            return Ok(());
         }
+        let mut state = self.state.lock();
         state.limit.take(now, bytes)?;
         state.taken += bytes;
         Ok(())
@@ -75,9 +94,9 @@ impl Pace {
         self.state.lock().rate.map_or(0, |rate| rate as u64)
     }
 
-    fn look(&self, state: &mut State, target: Duration, now: Duration) {
+    fn find_rate(&self, state: &mut State, target: Duration, now: Duration, waiting: u64) -> bool {
         let seconds = now.saturating_sub(state.looked_at).as_secs_f64();
-        let reached = state.taken as f64 / seconds;
+        let reached = (state.taken + state.waiting).saturating_sub(waiting) as f64 / seconds;
         (state.looked_at, state.taken) = (now, 0);
         let counts: Vec<u32> = self.seen.iter().map(|count| count.swap(0, Ordering::Relaxed)).collect();
         let total: u32 = counts.iter().sum();
@@ -87,7 +106,7 @@ impl Pace {
         } else {
             state.rate.map(|rate| rate * 1.25).filter(|rate| *rate < (reached * FREE).max(SLOWEST * FREE))
         };
-        state.limit.set_rate(now, state.rate.map_or(0, |rate| rate as u64));
+        state.limit.change_rate(now, state.rate.map_or(0, |rate| rate as u64))
     }
 }
 
@@ -120,6 +139,7 @@ mod tests {
         let piece = 1 << 20;
         let (mut now, mut begun) = (Duration::ZERO, Duration::ZERO);
         while now < Duration::from_secs(seconds) {
+            pace.look(now, || 0);
             match pace.take(now, piece) {
                 Ok(()) => {
                     bytes += piece as f64;
@@ -152,17 +172,57 @@ mod tests {
     }
 
     #[test]
+    fn what_was_taken_and_has_not_begun_does_not_count_as_a_rate_that_was_reached() {
+        let pace = Pace::new(Some(TARGET));
+        let slow = || (0..100).for_each(|_| pace.took(Duration::from_secs(1)));
+        // 64 MiB are asked for at once of a source that begins 16 MiB in a second.
+        let (mut now, mut waiting) = (INTERVAL, 60 << 20);
+        assert!(!pace.look(now, || 0));
+        pace.take(now, 64 << 20).unwrap();
+        now += INTERVAL;
+        assert!(!pace.look(now, || waiting), "no guest minds");
+        waiting -= 4 << 20;
+        (now, _) = (now + INTERVAL, slow());
+        assert!(pace.look(now, || waiting), "it is taken back");
+        assert_eq!(pace.rate(), 8 << 20, "half of what was reached");
+        pace.take(now, 2 << 20).unwrap();
+        (now, _) = (now + INTERVAL, slow());
+        assert!(pace.look(now, || 0));
+        assert_eq!(pace.rate(), 4 << 20);
+    }
+
+    #[test]
+    fn the_slowest_rate_is_kept_with_pieces_as_large_as_it() {
+        let pace = Pace::new(Some(TARGET));
+        let (mut now, mut bytes) = (Duration::ZERO, 0.0);
+        let end = Duration::from_secs(60);
+        while now < end {
+            (0..100).for_each(|_| pace.took(Duration::from_secs(1)));
+            pace.look(now, || 0);
+            match pace.take(now, 1 << 20) {
+                Ok(()) if now > end / 2 => bytes += SLOWEST,
+                _ => {}
+            }
+            now += Duration::from_millis(10);
+        }
+        let rate = bytes / 30.0;
+        assert!(rate < 1.1 * SLOWEST, "{rate} bytes a second");
+    }
+
+    #[test]
     fn it_never_stops_and_comes_back_when_guests_are_quiet() {
         let pace = Pace::new(Some(TARGET));
         let mut now = Duration::ZERO;
         for _ in 0..200 {
             (0..100).for_each(|_| pace.took(Duration::from_secs(1)));
             now += INTERVAL;
+            pace.look(now, || 0);
             let _ = pace.take(now, 1 << 20);
         }
         assert_eq!(pace.rate(), SLOWEST as u64);
         for _ in 0..100 {
             now += INTERVAL;
+            pace.look(now, || 0);
             let _ = pace.take(now, 1 << 20);
         }
         assert_eq!(pace.rate(), 0);

@@ -28,6 +28,7 @@ pub(super) enum Lane {
 }
 
 const WANTED: [Lane; 3] = [Lane::Stream, Lane::Trace, Lane::Near];
+const LANES: usize = Lane::Sweep as usize + 1;
 /// Ranges that are wanted ahead of streams, or near what was asked for: of more the oldest are left to the sweep.
 const MOST_WANTED: usize = 256;
 
@@ -56,6 +57,8 @@ pub(super) struct Sizes {
 pub(super) struct FillPlan {
     wanted: [VecDeque<Range<u64>>; WANTED.len()],
     runs: VecDeque<Range<u64>>,
+    /// What was begun and then taken back before it was fetched, by lane: it goes before the others of its lane.
+    withdrawn: [VecDeque<Range<u64>>; LANES],
     chunk_count: u64,
     sweep: u64,
     in_flight: Vec<Piece>,
@@ -68,6 +71,7 @@ impl FillPlan {
         Self {
             wanted: [VecDeque::new(), join_trace(trace, chunk_count), VecDeque::new()],
             runs: runs.into_iter().map(within).collect(),
+            withdrawn: Default::default(),
             chunk_count,
             sweep: 0,
             in_flight: Vec::new(),
@@ -96,22 +100,24 @@ impl FillPlan {
         // Zeroes need no fetch, so nobody waits for them.
         let data = |chunk| if state(chunk) == Chunk::Data { Chunk::Data } else { Chunk::Skip };
         for lane in WANTED.into_iter().filter(|lane| *lane <= least) {
-            while let Some(run) = self.wanted[lane as usize].front_mut() {
-                if let Some((chunks, is_zero)) = take(run, &self.in_flight, sizes.wanted, 0, data) {
-                    return Some(self.begun(Piece { chunks, is_zero, lane }));
-                }
-                self.wanted[lane as usize].pop_front();
+            let queues = [&mut self.withdrawn[lane as usize], &mut self.wanted[lane as usize]];
+            let taken = queues
+                .into_iter()
+                .find_map(|runs| take_first(runs, |run| take(run, &self.in_flight, sizes.wanted, 0, data)));
+            if let Some((chunks, is_zero)) = taken {
+                return Some(self.begun(Piece { chunks, is_zero, lane }));
             }
         }
         if least < Lane::Sweep {
             return None;
         }
         let lane = Lane::Sweep;
-        while let Some(run) = self.runs.front_mut() {
-            if let Some((chunks, is_zero)) = take(run, &self.in_flight, sizes.sweep, sizes.zero, &state) {
-                return Some(self.begun(Piece { chunks, is_zero, lane }));
-            }
-            self.runs.pop_front();
+        let queues = [&mut self.withdrawn[lane as usize], &mut self.runs];
+        let taken = queues.into_iter().find_map(|runs| {
+            take_first(runs, |run| take(run, &self.in_flight, sizes.sweep, sizes.zero, &state))
+        });
+        if let Some((chunks, is_zero)) = taken {
+            return Some(self.begun(Piece { chunks, is_zero, lane }));
         }
         let mut rest = self.sweep..self.chunk_count;
         let taken = take(&mut rest, &self.in_flight, sizes.sweep, sizes.zero, &state);
@@ -132,6 +138,11 @@ impl FillPlan {
         self.again |= again;
     }
 
+    /// These chunks of a piece that has ended were not fetched: they are still to come.
+    pub(super) fn withdrawn(&mut self, lane: Lane, chunks: impl IntoIterator<Item = Range<u64>>) {
+        self.withdrawn[lane as usize].extend(chunks);
+    }
+
     /// Chunks that are being fetched.
     pub(super) fn fetching(&self) -> u64 {
         let fetched = self.in_flight.iter().filter(|piece| !piece.is_zero);
@@ -145,7 +156,8 @@ impl FillPlan {
 
     /// Chunks of the boot trace that were not begun yet.
     pub(super) fn trace_left(&self) -> u64 {
-        self.wanted[Lane::Trace as usize].iter().map(|run| run.end - run.start).sum()
+        let lane = Lane::Trace as usize;
+        self.withdrawn[lane].iter().chain(&self.wanted[lane]).map(|run| run.end - run.start).sum()
     }
 
     /// The chunks of the pieces that were begun and have not ended.
@@ -189,6 +201,17 @@ fn join_trace(trace: &[u64], chunk_count: u64) -> VecDeque<Range<u64>> {
         runs.push_back(chunk..end);
     }
     runs
+}
+
+/// What `take` finds in the first of `runs` that has anything; those that have nothing are dropped.
+fn take_first<T>(runs: &mut VecDeque<Range<u64>>, take: impl Fn(&mut Range<u64>) -> Option<T>) -> Option<T> {
+    while let Some(run) = runs.front_mut() {
+        if let Some(taken) = take(run) {
+            return Some(taken);
+        }
+        runs.pop_front();
+    }
+    None
 }
 
 /// Takes the first chunks of one kind off `run`, and whether they are zeroes.
@@ -282,6 +305,26 @@ mod tests {
         plan.ended(&second.chunks, false);
         assert_eq!(next(&mut plan), None, "the sweep is wound back here");
         assert_eq!(next(&mut plan), Some(first));
+    }
+
+    #[test]
+    fn what_was_taken_back_comes_before_the_others_of_its_lane() {
+        let mut plan = FillPlan::new(vec![8..12, 0..2], &[20, 22, 24], 30);
+        let next = |plan: &mut FillPlan| plan.next(Lane::Sweep, TWO, |_| Chunk::Data).unwrap();
+        let begun: Vec<Piece> = (0..5).map(|_| next(&mut plan)).collect();
+        let places: Vec<_> = begun.iter().map(|piece| (piece.lane, piece.chunks.clone())).collect();
+        assert_eq!(places[2..], [(Lane::Trace, 24..25), (Lane::Sweep, 8..10), (Lane::Sweep, 10..12)]);
+        // Of 8..10 the first had been fetched.
+        let back = [None, Some(22..23), Some(24..25), Some(9..10), Some(10..12)];
+        for (piece, back) in begun.iter().zip(back) {
+            plan.ended(&piece.chunks, false);
+            plan.withdrawn(piece.lane, back);
+        }
+        assert_eq!((plan.trace_left(), plan.fetching()), (2, 0));
+        let again: Vec<_> = (0..5).map(|_| next(&mut plan)).map(|piece| (piece.lane, piece.chunks)).collect();
+        let sweep = [9..10, 10..12, 0..2].map(|chunks| (Lane::Sweep, chunks));
+        assert_eq!(again[..2], [(Lane::Trace, 22..23), (Lane::Trace, 24..25)]);
+        assert_eq!(again[2..], sweep);
     }
 
     #[test]

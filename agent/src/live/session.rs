@@ -335,11 +335,22 @@ impl Session {
         changed.is_ok()
     }
 
-    /// Changes the background's byte rate; 0 is no limit.
+    /// Changes the background's byte rate; 0 is no limit. A lower one holds for what was asked for at the old one, too, unless
+    /// it is on the wire.
     pub fn set_limit(&self, bytes_per_second: u64) {
         let now = self.clock.now();
-        self.fills.lock().limit.set_rate(now, bytes_per_second);
+        let is_lower = self.fills.lock().limit.set_rate(now, bytes_per_second);
+        if is_lower {
+            self.source.withdraw();
+        }
         self.work.notify_waiters();
+    }
+
+    /// Finds out whether guests want the background slower, where it is time for that.
+    pub(super) fn look_at_pace(&self) {
+        if self.pace.look(self.clock.now(), || self.source.waiting_bytes()) {
+            self.source.withdraw();
+        }
     }
 
     /// Begins or ends bringing home what nobody asked for.

@@ -103,6 +103,8 @@ pub struct RunData {
     pub bytes: AlignedBuf,
     /// The chunks that could not be had, with the reason; what `bytes` holds for them means nothing.
     pub failed: Vec<(u64, SourceError)>,
+    /// The chunks that were not fetched, because [`ChunkSource::withdraw`] took them back; likewise.
+    pub withdrawn: Vec<u64>,
 }
 
 /// Whether trying again may help.
@@ -169,7 +171,8 @@ pub trait ChunkSource: Send + Sync {
             let layout = self.layout();
             let whole = layout.run_range(&chunks);
             let len = usize::try_from(whole.len()).expect("a run was bounded by its caller");
-            let mut run = RunData { bytes: AlignedBuf::zeroed(len), failed: Vec::new() };
+            let bytes = AlignedBuf::zeroed(len);
+            let mut run = RunData { bytes, failed: Vec::new(), withdrawn: Vec::new() };
             let mut waiting: Vec<_> = chunks.map(|chunk| Some((chunk, self.fetch(chunk, urgency)))).collect();
             std::future::poll_fn(|cx| {
                 for slot in &mut waiting {
@@ -201,6 +204,17 @@ pub trait ChunkSource: Send + Sync {
     /// How many bytes of fetches that nobody waits for keep the source busy: the engine asks for no more at once.
     fn prefetch_bytes(&self) -> u64 {
         8 << 20
+    }
+
+    /// Takes back what runs were asked for that nobody waits for ([`Urgency::Expected`] at most) and that has not begun:
+    /// these runs end, and name it. What has begun, what somebody has joined and what a single fetch asked for goes on.
+    ///
+    /// The default has nothing that has not begun.
+    fn withdraw(&self) {}
+
+    /// How many plain bytes [`ChunkSource::withdraw`] would take back, about.
+    fn waiting_bytes(&self) -> u64 {
+        0
     }
 
     /// Takes back the buffer of a [`RunData`] or a [`ChunkData::into_buf`] that is home, to be used again.

@@ -88,6 +88,14 @@ impl<S: ChunkStore> ChunkSource for DiskSource<S> {
         self.pool.prefetch_bytes()
     }
 
+    fn withdraw(&self) {
+        self.pool.withdraw(self.disk);
+    }
+
+    fn waiting_bytes(&self) -> u64 {
+        self.pool.waiting_bytes(self.disk)
+    }
+
     fn recycle(&self, buf: block::AlignedBuf) {
         self.pool.recycle(buf);
     }

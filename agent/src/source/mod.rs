@@ -28,6 +28,7 @@ mod tests;
 mod throttle;
 mod troubles;
 mod window;
+mod withdraw;
 
 pub use args::{PaceArgs, SourceArgs};
 pub use chunk_store::{ChunkStore, Decode, Key, Placed, Undecoded};

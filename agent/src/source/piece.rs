@@ -58,6 +58,12 @@ pub(super) enum Waiter {
     Run(RunSlot),
 }
 
+impl Waiter {
+    pub(super) const fn is_run(&self) -> bool {
+        matches!(self, Self::Run(_))
+    }
+}
+
 /// A part of a run's buffer.
 enum Part {
     /// Nobody has it.
@@ -77,6 +83,7 @@ struct RunInner {
     parts: Vec<Part>,
     missing: usize,
     failed: Vec<(u64, SourceError)>,
+    withdrawn: Vec<u64>,
     done: Option<oneshot::Sender<RunData>>,
 }
 
@@ -89,7 +96,8 @@ impl Run {
     ) -> (Arc<Self>, oneshot::Receiver<RunData>) {
         let (done, receiver) = oneshot::channel();
         let parts: Vec<_> = BufPart::split(buf, lengths).into_iter().map(Part::Free).collect();
-        let inner = RunInner { missing: parts.len(), parts, failed: Vec::new(), done: Some(done) };
+        let (missing, failed, withdrawn) = (parts.len(), Vec::new(), Vec::new());
+        let inner = RunInner { missing, parts, failed, withdrawn, done: Some(done) };
         (Arc::new(Self { first, inner: Mutex::new(inner) }), receiver)
     }
 
@@ -124,10 +132,11 @@ impl Run {
         };
         let parts = inner.parts.drain(..).map(settled).collect();
         let failed = std::mem::take(&mut inner.failed);
+        let withdrawn = std::mem::take(&mut inner.withdrawn);
         let done = inner.done.take().expect("a run ends once");
         drop(inner);
         // A run whose caller went away is nobody's any more.
-        let _ = done.send(RunData { bytes: BufPart::join(parts), failed });
+        let _ = done.send(RunData { bytes: BufPart::join(parts), failed, withdrawn });
     }
 
     /// Settles a slot with bytes that were decoded elsewhere.
@@ -135,6 +144,14 @@ impl Run {
         let mut part = self.take_part(slot).expect("a chunk has one fetch, which settles each slot once");
         let result = result.map(|bytes| part.copy_from_slice(bytes));
         self.settle(slot, part, result);
+    }
+
+    /// Settles a slot as one that was not fetched, because that is to wait. Nobody else has it.
+    pub(super) fn withdraw(&self, slot: usize) {
+        if let Some(part) = self.take_part(slot) {
+            self.inner.lock().withdrawn.push(self.first + slot as u64);
+            self.settle(slot, part, Ok(()));
+        }
     }
 
     /// Settles a slot as one that cannot be had, unless somebody has settled it or is about to.

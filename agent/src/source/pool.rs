@@ -266,8 +266,19 @@ impl<S: ChunkStore> FetchPool<S> {
             receiver.await.unwrap_or_else(|_| RunData {
                 bytes: AlignedBuf::zeroed(lengths.iter().sum()),
                 failed: chunks.map(|chunk| (chunk, closed())).collect(),
+                withdrawn: Vec::new(),
             })
         })
+    }
+
+    /// Takes back what runs of this disk asked for that nobody waits for, and of which no fetch has begun: they end, and name it.
+    pub fn withdraw(&self, disk: u32) {
+        self.shared.withdraw(disk);
+    }
+
+    /// How many plain bytes of this disk [`Self::withdraw`] would take back, about.
+    pub fn waiting_bytes(&self, disk: u32) -> u64 {
+        self.shared.waiting_bytes(disk)
     }
 
     /// Takes a buffer back, to be used again.

@@ -100,6 +100,35 @@ impl<K: Copy + Eq + Hash, W> FetchQueue<K, W> {
         !self.lanes[urgency.lane()].is_empty()
     }
 
+    /// Takes back the fetches of this urgency that have not begun, and without which whoever waits for them `may` do;
+    /// returns everybody who waited for one, in the order of the fetches.
+    pub(super) fn withdraw(&mut self, urgency: Urgency, may: impl Fn(K, &[W]) -> bool) -> Vec<W> {
+        let mut waiters = Vec::new();
+        let fetches = &mut self.fetches;
+        self.lanes[urgency.lane()].retain(|&chunk| {
+            let MapEntry::Occupied(fetch) = fetches.entry(chunk) else { return false };
+            let Fetch { urgency: now, stage, waiters: waiting } = fetch.get();
+            if *now != urgency || *stage != Stage::Queued {
+                return false;
+            }
+            let goes = may(chunk, waiting);
+            if goes {
+                waiters.extend(fetch.remove().waiters);
+            }
+            !goes
+        });
+        waiters
+    }
+
+    /// The fetches of this urgency that have not begun.
+    pub(super) fn queued(&self, urgency: Urgency) -> impl Iterator<Item = K> {
+        let is_queued = move |chunk: &K| {
+            let fetch = self.fetches.get(chunk);
+            fetch.is_some_and(|fetch| fetch.stage == Stage::Queued && fetch.urgency == urgency)
+        };
+        self.lanes[urgency.lane()].iter().copied().filter(is_queued)
+    }
+
     /// How urgent a fetch is by now, where it is known.
     pub(super) fn urgency(&self, chunk: K) -> Option<Urgency> {
         self.fetches.get(&chunk).map(|fetch| fetch.urgency)
@@ -164,6 +193,24 @@ mod tests {
         assert_eq!(next(&mut queue, Urgency::Demand), Some(1));
         assert_eq!(queue.start_next(Urgency::Demand, |chunk| chunk == 2), None);
         assert_eq!(next(&mut queue, Urgency::Demand), Some(5));
+    }
+
+    #[test]
+    fn what_is_taken_back_is_fetched_anew_once_it_is_asked_for_again() {
+        let mut queue = FetchQueue::default();
+        for chunk in 0..6 {
+            queue.join(chunk, Urgency::Background, if chunk == 4 { "needs it" } else { "sweep" });
+        }
+        assert_eq!(next(&mut queue, Urgency::Background), Some(0));
+        queue.join(2, Urgency::Demand, "guest");
+        assert_eq!(queue.queued(Urgency::Background).collect::<Vec<_>>(), [1, 3, 4, 5]);
+        let withdrawn =
+            queue.withdraw(Urgency::Background, |chunk, waiters| chunk != 5 && waiters == ["sweep"]);
+        assert_eq!(withdrawn, ["sweep"; 2], "of 1 and 3");
+        assert!(queue.urgency(1).is_none() && queue.urgency(0).is_some());
+        assert_eq!(queue.join(3, Urgency::Background, "sweep"), Joined::Queued);
+        let rest: Vec<u64> = std::iter::from_fn(|| next(&mut queue, Urgency::Background)).collect();
+        assert_eq!((rest, next(&mut queue, Urgency::Demand)), (vec![4, 5, 3], Some(2)));
     }
 
     #[test]

@@ -202,6 +202,53 @@ async fn a_guest_is_served_while_the_background_is_stuck() {
 }
 
 #[tokio::test]
+async fn what_has_not_begun_and_nobody_waits_for_can_be_taken_back() {
+    let memory = Arc::new(Memory { held: Mutex::new((0..10_000).collect()), ..Memory::default() });
+    // One slot for what no guest waits for, which the first run takes; it finds some of the others with it.
+    let pool = pool(&memory, 2);
+    let runs: Vec<_> =
+        (0..40).map(|run| pool.fetch_run(0, run * 100..run * 100 + 8, Urgency::Background)).collect();
+    let of_another_disk = pool.fetch_run(1, 9000..9002, Urgency::Background);
+    while memory.reads.load(Ordering::SeqCst) == 0 {
+        tokio::task::yield_now().await;
+    }
+    let guest = pool.join(key(1703), Urgency::Demand).expect("it is wanted");
+    let needed = pool.fetch(key(3003), Urgency::Background);
+    while memory.reads.load(Ordering::SeqCst) < 2 {
+        tokio::task::yield_now().await;
+    }
+    assert_eq!(pool.waiting_bytes(0), (39 * 8 - 1) * CHUNK as u64);
+    pool.withdraw(0);
+    assert_eq!(pool.waiting_bytes(0), CHUNK as u64, "what a single fetch wants is not taken back");
+    memory.release();
+    for (number, run) in runs.into_iter().enumerate() {
+        let run = run.await;
+        assert!(run.failed.is_empty());
+        let first = number as u64 * 100;
+        let all = first..first + 8;
+        let mut withdrawn = run.withdrawn;
+        withdrawn.sort_unstable();
+        let had = match number {
+            0 => all.clone(),
+            17 => 1703..1704,
+            30 => 3003..3004,
+            _ => 0..0,
+        };
+        assert!(all.filter(|chunk| !had.contains(chunk)).eq(withdrawn), "run {number}");
+        for chunk in had {
+            let at = (chunk - first) as usize * CHUNK;
+            assert_eq!(&run.bytes[at..at + CHUNK], bytes_of(chunk));
+        }
+    }
+    assert_eq!(&guest.await.unwrap()[..], bytes_of(1703));
+    assert_eq!(&needed.await.unwrap()[..], bytes_of(3003));
+    assert!(of_another_disk.await.withdrawn.is_empty());
+    assert_eq!(memory.decoded.load(Ordering::SeqCst), 8 + 1 + 1 + 2, "each once, and nothing else");
+    let again = pool.fetch_run(0, 1704..1706, Urgency::Background).await;
+    assert_eq!(&again.bytes[..], (1704..1706).flat_map(bytes_of).collect::<Vec<u8>>());
+}
+
+#[tokio::test]
 async fn only_a_fetch_that_is_wanted_can_be_joined() {
     let memory = Arc::new(Memory { held: Mutex::new(HashSet::from([3])), ..Memory::default() });
     let pool = pool(&memory, 4);

@@ -179,6 +179,66 @@ fn a_background_slower_than_a_chunk_a_second_begins_with_one_chunk() {
     assert!(rig.clock.now() < enough_for_another);
 }
 
+/// Three workers that have asked for six chunks, of which the source has begun three and goes no further.
+fn asked_for_six(rig: &mut Rig) -> crate::live::device::LiveDevice {
+    rig.options.piece_bytes = 2 * CHUNK;
+    rig.source.state.lock().room = Some(3);
+    let device = rig.create();
+    for _ in 0..3 {
+        rig.executor.spawn(device.clone().fill_worker());
+    }
+    rig.executor.run(200);
+    assert_eq!(rig.source.fetched(), 3);
+    assert_eq!(device.session().fills.lock().plan.fetching(), 6);
+    device
+}
+
+#[test]
+fn a_lower_limit_holds_for_what_was_asked_for_and_has_not_begun() {
+    let mut rig = Rig::new();
+    let device = asked_for_six(&mut rig);
+    device.session().set_limit(20);
+    rig.source.state.lock().room = None;
+    rig.executor.run(200);
+    assert_eq!(rig.source.fetched(), 4, "one in advance, at the new rate");
+    // The workers are there for guests: what one asks for comes home at once.
+    rig.read(&device, chunk(15)).unwrap();
+    assert!(rig.run_until(&device, |device| device.session().map.is_whole(15)));
+    assert_eq!(rig.source.fetched(), 5);
+    let enough_for_another = Duration::from_secs(CHUNK / 20);
+    assert!(rig.clock.now() < enough_for_another);
+    device.session().set_limit(0);
+    assert!(rig.run_until(&device, |device| device.session().phase() == Phase::Complete));
+    assert!(rig.target.view() == rig.source.all());
+    assert_eq!(rig.source.fetched() as u64, DATA_CHUNKS, "each once");
+}
+
+#[test]
+fn a_higher_limit_takes_nothing_back() {
+    let mut rig = Rig::new();
+    rig.options.limit = 1 << 40;
+    let device = asked_for_six(&mut rig);
+    device.session().set_limit(1 << 41);
+    device.session().set_limit(0);
+    assert_eq!(rig.source.state.lock().withdrawals, 0);
+}
+
+#[test]
+fn guests_who_want_the_background_slower_have_that_though_all_workers_wait() {
+    let mut rig = Rig::new();
+    rig.options.guest_p99 = Some(Duration::from_millis(1));
+    let device = asked_for_six(&mut rig);
+    assert_eq!(rig.source.state.lock().withdrawals, 0, "nobody has minded");
+    (0..100).for_each(|_| device.session().pace.took(Duration::from_secs(1)));
+    let source = std::sync::Arc::clone(&rig.source);
+    assert!(rig.run_until(&device, |_| source.state.lock().withdrawals > 0));
+    assert!(device.session().stats().paced_to > 0);
+    rig.source.state.lock().room = None;
+    assert!(rig.run_until(&device, |device| device.session().phase() == Phase::Complete));
+    assert!(rig.target.view() == rig.source.all());
+    assert_eq!(rig.source.fetched() as u64, DATA_CHUNKS, "each once");
+}
+
 #[test]
 fn without_a_background_only_what_was_asked_for_comes_home() {
     let mut rig = Rig::new();

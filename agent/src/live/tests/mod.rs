@@ -26,7 +26,9 @@ use super::journal::{JournalLayout, SessionId};
 use super::live_file::{BootId, LiveWords};
 use super::parts::{ChunkCheck, Identity, Resumed, SessionOptions, SessionParts};
 use super::session::Session;
-use super::source::{ChunkData, ChunkSource, DiskLayout, FetchFuture, SourceError, SourceErrorKind, Urgency};
+use super::source::{
+    ChunkData, ChunkSource, DiskLayout, FetchFuture, RunData, SourceError, SourceErrorKind, Urgency,
+};
 
 const STEPS: u64 = 5_000_000;
 const CHUNK: u64 = 16384;
@@ -48,6 +50,10 @@ struct SourceState {
     missing: BTreeSet<u64>,
     /// So many fetches fail before the source is back.
     away: u64,
+    /// So many chunks of runs may begin; any, where this is not said.
+    room: Option<u64>,
+    /// How often what had not begun was taken back.
+    withdrawals: u64,
 }
 
 impl TestSource {
@@ -66,6 +72,29 @@ impl TestSource {
 
     fn fetched(&self) -> usize {
         self.state.lock().fetched.len()
+    }
+
+    /// Waits until a chunk may begin: false where it was taken back before.
+    async fn begins(&self, withdrawals: u64) -> bool {
+        loop {
+            let begins = {
+                let mut state = self.state.lock();
+                let is_taken_back = state.withdrawals != withdrawals;
+                match &mut state.room {
+                    _ if is_taken_back => Some(false),
+                    Some(0) => None,
+                    Some(room) => {
+                        *room -= 1;
+                        Some(true)
+                    }
+                    None => Some(true),
+                }
+            };
+            match begins {
+                Some(begins) => return begins,
+                None => yield_now().await,
+            }
+        }
     }
 }
 
@@ -105,6 +134,43 @@ impl ChunkSource for TestSource {
             state.fetched.push(chunk);
             Ok(ChunkData::new(AlignedBuf::from_slice(&self.bytes(chunk))))
         })
+    }
+
+    /// One chunk after another, as over a slow wire.
+    fn fetch_run(&self, chunks: std::ops::Range<u64>, urgency: Urgency) -> FetchFuture<'_, RunData> {
+        Box::pin(async move {
+            let withdrawals = self.state.lock().withdrawals;
+            let (mut bytes, mut failed, mut withdrawn) = (Vec::new(), Vec::new(), Vec::new());
+            for chunk in chunks {
+                let len = self.disk.chunk_range(chunk).len() as usize;
+                if !self.begins(withdrawals).await {
+                    withdrawn.push(chunk);
+                    bytes.extend(std::iter::repeat_n(0xdd, len));
+                    continue;
+                }
+                match self.fetch(chunk, urgency).await {
+                    Ok(data) => bytes.extend_from_slice(&data),
+                    Err(error) => {
+                        failed.push((chunk, error));
+                        bytes.extend(std::iter::repeat_n(0xee, len));
+                    }
+                }
+            }
+            RunData { bytes: AlignedBuf::from_slice(&bytes), failed, withdrawn }
+        })
+    }
+
+    fn join(
+        &self,
+        _: u64,
+        _: Urgency,
+    ) -> Option<FetchFuture<'_, std::result::Result<ChunkData, SourceError>>> {
+        // What a run has begun is the run's here.
+        None
+    }
+
+    fn withdraw(&self) {
+        self.state.lock().withdrawals += 1;
     }
 }
 
