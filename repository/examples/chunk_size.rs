@@ -175,7 +175,7 @@ fn located(repo: &Repository, snapshot: &Snapshot) -> Outcome<Vec<(Location, Chu
         .zip(entries)
         .filter_map(|(index, entry)| match entry {
             MapEntry::Chunk(id) => Some((index, id)),
-            MapEntry::Zero => None,
+            MapEntry::Zero | MapEntry::Lost => None,
         })
         .collect();
     let ids: Vec<ChunkId> = chunks.iter().map(|(_, id)| *id).collect();

@@ -27,6 +27,8 @@ pub enum ErrorKind {
     UnknownKey,
     /// Bytes of the repository are not what was once written.
     Damaged,
+    /// What stood there could not be captured: no copy of the repository has it either.
+    Lost,
     /// The disk or the quota is full.
     NoSpace,
     /// The operating system refused.
@@ -79,6 +81,15 @@ impl Error {
         let mut error = Self::damaged(what);
         error.0.missing = true;
         error
+    }
+
+    /// That a snapshot does not have what stood at a place of a disk: a guest had written to the chunk, and the rest of
+    /// it was damaged. An older chunk that stood there is not what the guest had.
+    pub fn lost() -> Self {
+        Self::new(
+            ErrorKind::Lost,
+            "it was lost before the snapshot was made: its guest had written to part of it, and the rest was damaged",
+        )
     }
 
     pub(crate) fn invalid(what: impl Into<String>) -> Self {

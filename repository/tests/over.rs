@@ -113,6 +113,31 @@ fn a_disk_over_another_with_nothing_put_shares_its_map_and_stores_nothing() {
 }
 
 #[test]
+fn what_was_lost_stays_so_until_something_else_stands_there() {
+    let (_dir, repo) = new_repo();
+    let base = whole(&repo, 2 * LEAF * u64::from(CHUNK), &[(1, 1), (2, 2), (LEAF, 3)].into());
+    let mut capture = repo.begin_capture(&group("vm"), small_packs()).unwrap();
+    let disk = capture.begin_disk_over("disk0".parse().unwrap(), &base).unwrap();
+    disk.put_lost(1).unwrap();
+    disk.put_lost(5).unwrap();
+    assert_eq!(disk.put_lost(5).unwrap_err().kind(), ErrorKind::InvalidInput);
+    let saved = capture.commit(meta()).unwrap().manifest().disks[0].clone();
+    assert_eq!(saved.stats.data_chunks, base.stats.data_chunks + 1, "one that was zeroes before");
+    let entries = |disk: &DiskEntry| repo.disk_map(disk).unwrap().entries(0..6).unwrap();
+    assert_eq!((entries(&saved)[1], entries(&saved)[5]), (MapEntry::Lost, MapEntry::Lost));
+    assert_eq!(entries(&saved)[2], entries(&base)[2]);
+    // Whoever goes by ids alone finds it as little.
+    assert_eq!(repo.locate(&ChunkId::from_bytes([0xff; 32])).unwrap(), None);
+    let later = over(&repo, &saved, &[(2, 0), (5, 7)].into());
+    assert_eq!(entries(&later)[1], MapEntry::Lost, "nobody wrote there");
+    assert_eq!(entries(&later)[5], MapEntry::Chunk(ChunkId::of(&chunk_of(7))));
+    let report = repo.verify(VerifyOptions::default(), |_| ()).unwrap();
+    let places: Vec<_> =
+        report.damages.iter().map(|found| found.range.clone().unwrap().start / u64::from(CHUNK)).collect();
+    assert_eq!(places, [1, 5, 1], "of both snapshots: {report:?}");
+}
+
+#[test]
 fn a_place_over_another_disk_is_put_once_and_within_the_disk() {
     let (_dir, repo) = new_repo();
     let base = whole(&repo, 4 * u64::from(CHUNK), &[(1, 1)].into());

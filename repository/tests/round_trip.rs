@@ -215,7 +215,7 @@ fn locations_sort_in_the_order_of_capture() {
         .into_iter()
         .filter_map(|entry| match entry {
             MapEntry::Chunk(id) => Some(id),
-            MapEntry::Zero => None,
+            MapEntry::Zero | MapEntry::Lost => None,
         })
         .collect();
     let locations = repo.locate_all(&ids).unwrap();

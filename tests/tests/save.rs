@@ -215,7 +215,7 @@ fn after_a_host_crash_what_was_flushed_is_saved() {
 }
 
 #[test]
-fn a_chunk_whose_rest_is_damaged_is_named_and_kept_as_it_was() {
+fn a_chunk_whose_rest_is_damaged_is_named_and_lost_in_every_restore() {
     let captured = Captured::new("save-damaged", DISK_BYTES, 8).unwrap();
     let live = captured.start(&["--no-background"]).unwrap();
     // Whole blocks: they need nothing of the backup. The disk begins with noise or text everywhere but in holes.
@@ -225,6 +225,8 @@ fn a_chunk_whose_rest_is_damaged_is_named_and_kept_as_it_was() {
     );
     live.export().nbdsh("", &script).unwrap();
     live.park().unwrap();
+    let whole = captured.work.file("whole");
+    run(Command::new("cp").arg("-a").arg(captured.repository.path()).arg(&whole)).unwrap();
     for pack in fs::read_dir(captured.repository.path().join("packs")).unwrap() {
         let pack = pack.unwrap().path();
         let file = fs::File::options().read(true).write(true).open(&pack).unwrap();
@@ -257,6 +259,19 @@ fn a_chunk_whose_rest_is_damaged_is_named_and_kept_as_it_was() {
         first[..usize::try_from(CHUNK).unwrap()].iter().all(|byte| *byte == 0x78),
         "a whole chunk needs no backup"
     );
+    // A copy from before the damage has what stood there before the guest wrote: that is no substitute.
+    let out = captured.work.file("restored-with-copy.raw");
+    let further = ["--json", "--keep-going", "--fallback", whole.to_str().unwrap(), name(&saved)];
+    let restored = run_any(captured.repository.verb("restore", &further).unwrap().arg(&out)).unwrap();
+    assert_eq!(restored.status.code(), Some(3), "{}", String::from_utf8_lossy(&restored.stderr));
+    let restored: Value = serde_json::from_slice(&restored.stdout).unwrap();
+    let chunks = |report: &Value| -> Vec<u64> {
+        let of = |range: &Value, member: &str| range[member].as_u64().unwrap();
+        let damaged = report["damaged"].as_array().unwrap().iter();
+        let each = |range| of(range, "offset")..of(range, "offset") + of(range, "len");
+        damaged.flat_map(|range| each(range).step_by(CHUNK as usize)).collect()
+    };
+    assert_eq!(chunks(&restored), chunks(&saved), "these and no others");
 }
 
 #[test]

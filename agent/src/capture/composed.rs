@@ -123,7 +123,7 @@ impl Composed<'_> {
         let output = self.context.output();
         for (disk, range) in &damaged {
             output.damaged(format_args!(
-                "bytes {}..{} of {name}/{disk}: not captured, they are as in the snapshot that was restored: {}",
+                "bytes {}..{} of {name}/{disk}: not captured, a restore tells them as lost: {}",
                 range.offset,
                 range.offset + range.len,
                 range.reason

@@ -25,7 +25,7 @@ pub(crate) struct Piece {
     pub(crate) disk: usize,
     pub(crate) first_chunk: u64,
     pub(crate) bytes: AlignedBuf,
-    /// Chunks among them that could not be had: nothing is said of them.
+    /// Chunks among them that could not be had: the snapshot says that they are lost.
     pub(crate) left_out: Vec<u64>,
 }
 

@@ -115,7 +115,7 @@ impl Workers<'_> {
         let plains = piece.bytes.chunks(disk.chunk_size() as usize);
         for ((index, plain), decided) in (piece.first_chunk..).zip(plains).zip(chunks) {
             match decided {
-                Decided::LeftOut => {}
+                Decided::LeftOut => disk.put_lost(index)?,
                 Decided::Zero => disk.put_zero(index..index + 1)?,
                 Decided::Known(id) => {
                     let known = disk.put_known(index, &id)?;

@@ -108,6 +108,8 @@ impl ChunkCheck for MapCheck {
     fn is_chunk(&self, chunk: u64, bytes: &[u8]) -> Option<bool> {
         match self.0.entry(chunk) {
             Ok(MapEntry::Chunk(id)) => Some(ChunkId::of(bytes) == id),
+            // It is home only where the guest wrote it.
+            Ok(MapEntry::Lost) => None,
             Ok(MapEntry::Zero) => Some(repository::is_zero(bytes)),
             Err(error) => {
                 tracing::warn!(%error, chunk, "part of the disk map cannot be read: a chunk of the target was not checked");

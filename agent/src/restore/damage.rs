@@ -58,6 +58,7 @@ impl DamageLog {
         let damage = matches!(
             error.kind(),
             ErrorKind::Damaged
+                | ErrorKind::Lost
                 | ErrorKind::NotFound
                 | ErrorKind::UnknownCodec
                 | ErrorKind::UnknownKey

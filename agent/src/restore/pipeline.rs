@@ -118,7 +118,10 @@ impl Restore<'_> {
         while first < count {
             let end = count.min(first + STRETCH);
             let entries = self.entries(first..end)?;
-            let (named, zeroes) = plan::survey(first, &entries);
+            let plan::Survey { named, zeroes, lost } = plan::survey(first, &entries);
+            for run in lost {
+                self.lost(run, None, &repository::Error::lost(), writes)?;
+            }
             if !self.target_is_zero {
                 for run in zeroes {
                     drop(writes.send(Write::Zeroes(self.range(run))));

@@ -22,18 +22,26 @@ pub(super) struct Named {
     pub(super) places: Vec<u64>,
 }
 
-/// The distinct chunks of a stretch that begins at chunk `first`, in the order of their first places, and
-/// its runs of zeroes.
-pub(super) fn survey(first: u64, entries: &[MapEntry]) -> (Vec<Named>, Vec<Range<u64>>) {
+/// What stands in a stretch.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub(super) struct Survey {
+    /// The distinct chunks, in the order of their first places.
+    pub(super) named: Vec<Named>,
+    /// Runs of zeroes.
+    pub(super) zeroes: Vec<Range<u64>>,
+    /// Runs of what the snapshot says is lost.
+    pub(super) lost: Vec<Range<u64>>,
+}
+
+/// What stands in the stretch that begins at chunk `first`.
+pub(super) fn survey(first: u64, entries: &[MapEntry]) -> Survey {
     let mut named: Vec<Named> = Vec::new();
     let mut known: HashMap<ChunkId, usize> = HashMap::new();
-    let mut zeroes: Vec<Range<u64>> = Vec::new();
+    let (mut zeroes, mut lost) = (Vec::new(), Vec::new());
     for (index, entry) in (first..).zip(entries) {
         match entry {
-            MapEntry::Zero => match zeroes.last_mut() {
-                Some(run) if run.end == index => run.end += 1,
-                _ => zeroes.push(index..index + 1),
-            },
+            MapEntry::Zero => add(&mut zeroes, index),
+            MapEntry::Lost => add(&mut lost, index),
             MapEntry::Chunk(id) => {
                 let at = *known.entry(*id).or_insert(named.len());
                 match named.get_mut(at) {
@@ -43,7 +51,14 @@ pub(super) fn survey(first: u64, entries: &[MapEntry]) -> (Vec<Named>, Vec<Range
             }
         }
     }
-    (named, zeroes)
+    Survey { named, zeroes, lost }
+}
+
+fn add(runs: &mut Vec<Range<u64>>, index: u64) {
+    match runs.last_mut() {
+        Some(run) if run.end == index => run.end += 1,
+        _ => runs.push(index..index + 1),
+    }
 }
 
 /// Sorts what is wanted by where it is stored, and joins neighbours into reads.
@@ -66,8 +81,11 @@ mod tests {
             MapEntry::Chunk(a),
             MapEntry::Zero,
             MapEntry::Zero,
+            MapEntry::Lost,
+            MapEntry::Lost,
         ];
-        let (named, zeroes) = survey(10, &entries);
+        let Survey { named, zeroes, lost } = survey(10, &entries);
+        assert_eq!(lost, vec![16..18; 1]);
         assert_eq!(named, [Named { id: a, places: vec![11, 13] }, Named { id: b, places: vec![12] }]);
         assert_eq!(zeroes, [10..11, 14..16]);
     }

@@ -51,8 +51,9 @@ Examples:
 While it is served the snapshot holds everything that the guest was told was
 written, as a power cut would leave it. After a crash of the host it holds
 everything that the guest had flushed. A chunk that the guest wrote in part and
-whose rest is damaged in the repository keeps what the restored snapshot has
-there; it is named, and the exit code is 3.")]
+whose rest is damaged in the repository is lost in the snapshot, and each restore
+of it says so; it is named, and the exit code is 3. The session still has what
+the guest wrote: once the repository is mended, save it again.")]
 pub struct Args {
     /// The target of the live-restore
     #[arg(value_name = "TARGET")]
@@ -471,11 +472,10 @@ impl Report {
     fn conclude(&self, output: &Output, repository: &Repository) -> anyhow::Result<Outcome> {
         for ReportedDamage { disk, range } in &self.damaged {
             output.damaged(format_args!(
-                "bytes {}..{} of {}/{disk}: not saved, they are as in {}: {}",
+                "bytes {}..{} of {}/{disk}: not saved, a restore tells them as lost: {}",
                 range.offset,
                 range.offset + range.len,
                 self.snapshot,
-                self.live_restore_of,
                 range.reason
             ));
         }

@@ -7,6 +7,7 @@
 //! | something is not there, and the repository as a whole is not either: no configuration, or `packs` or `index` gone or empty, as on a file system that is not mounted | unavailable |
 //! | a pack is gone or cut short, a chunk is in no index, and the rest is there | missing: an error for its range; it may be put back |
 //! | the bytes came and are wrong: CRC, decoding, hash | damaged for good |
+//! | the snapshot says that what stood there is lost | damaged for good; no copy is asked |
 //!
 //! Where there are copies of the repository, what it cannot give is had from them first: a chunk that is not where it should
 //! be, or whose bytes are wrong, is asked of each by its id, and only what nobody has is one of the above. A repository that was
@@ -116,6 +117,7 @@ fn find(
 ) -> repository::Result<Option<(ChunkId, Location)>> {
     match map.entry(chunk)? {
         MapEntry::Zero => Ok(None),
+        MapEntry::Lost => Err(repository::Error::lost()),
         MapEntry::Chunk(id) => Ok(Some((id, repository.locate_needed(&id)?))),
     }
 }
@@ -156,6 +158,8 @@ impl ChunkStore for RepositoryStore {
         }
         match self.place_here(key) {
             Ok(place) if !self.troubles.lock().lacks(now, place.location.pack) => Ok(place),
+            // What is lost is lost in every copy.
+            lost if matches!(self.map(key).entry(key.chunk), Ok(MapEntry::Lost)) => lost,
             elsewhere => self.place_in_a_copy(key).map_or(elsewhere, Ok),
         }
     }
@@ -311,6 +315,24 @@ mod tests {
         bytes[20_000] ^= 1;
         std::fs::write(&pack, bytes).unwrap();
         assert_eq!(read(&store, 1), Err(SourceErrorKind::Damaged));
+    }
+
+    #[test]
+    fn what_the_snapshot_says_is_lost_is_damaged_for_good_whatever_copies_have() {
+        let dir = tempfile::tempdir().unwrap();
+        let store = store_with_copy(dir.path());
+        let (group, repository) = ("vm".parse().unwrap(), &store.repository);
+        let base = repository.latest(&group).unwrap().unwrap().manifest().disks[0].clone();
+        let mut capture = repository.begin_capture(&group, CaptureOptions::default()).unwrap();
+        let disk = capture.begin_disk_over("disk0".parse().unwrap(), &base).unwrap();
+        disk.put_lost(1).unwrap();
+        drop(disk);
+        let saved = capture.commit(SnapshotMeta::default()).unwrap();
+        let number = store.add(store.repository.disk_map(&saved.manifest().disks[0]).unwrap());
+        let lost = store.place(Key { disk: number, chunk: 1 }).unwrap_err();
+        assert_eq!(lost.kind(), SourceErrorKind::Damaged);
+        assert!(store.place(Key { disk: number, chunk: 2 }).is_ok() && read(&store, 1) == Ok(()));
+        assert_eq!(store.fallbacks().use_of_each().next().unwrap().errors, 0, "it was not asked");
     }
 
     /// The store of a repository and of a copy of it.

@@ -23,14 +23,14 @@ pub fn zero_chunks(map: &DiskMap) -> repository::Result<ZeroChunks> {
 }
 
 /// The runs of neighbouring data chunks in the order in which they lie in packs. A chunk that the
-/// index does not find comes last: whoever fetches it learns why.
+/// index does not find, or that is lost, comes last: whoever fetches it learns why.
 ///
 /// # Errors
 /// Where the disk's map or the index cannot be read.
 pub fn pack_order(repository: &Repository, map: &DiskMap) -> repository::Result<Vec<Range<u64>>> {
     let mut placed: Vec<(Option<(PackId, u32)>, u64)> = Vec::new();
     for_each_data_chunk(map, |chunk, id| {
-        let location = repository.locate(&id)?;
+        let location = id.map(|id| repository.locate(&id)).transpose()?.flatten();
         placed.push((location.map(|location| (location.pack, location.offset)), chunk));
         Ok(())
     })?;
@@ -47,14 +47,16 @@ pub fn pack_order(repository: &Repository, map: &DiskMap) -> repository::Result<
 
 fn for_each_data_chunk(
     map: &DiskMap,
-    mut visit: impl FnMut(u64, ChunkId) -> repository::Result<()>,
+    mut visit: impl FnMut(u64, Option<ChunkId>) -> repository::Result<()>,
 ) -> repository::Result<()> {
     let mut at = 0;
     while at < map.chunk_count() {
         let end = (at + ENTRIES_AT_ONCE).min(map.chunk_count());
         for (chunk, entry) in (at..end).zip(map.entries(at..end)?) {
-            if let MapEntry::Chunk(id) = entry {
-                visit(chunk, id)?;
+            match entry {
+                MapEntry::Zero => {}
+                MapEntry::Chunk(id) => visit(chunk, Some(id))?,
+                MapEntry::Lost => visit(chunk, None)?,
             }
         }
         at = end;

@@ -11,7 +11,7 @@ use crate::id::ChunkId;
 use crate::manifest::{DiskEntry, DiskStats};
 use crate::map::builder::MapBuilder;
 use crate::map::geometry::Geometry;
-use crate::map::{DiskMap, MapEntry};
+use crate::map::{DiskMap, LOST, MapEntry};
 use crate::name::DiskName;
 use crate::record::RecordKind;
 
@@ -171,6 +171,16 @@ impl DiskWriter {
         let count = chunks.end.saturating_sub(chunks.start);
         let replaced = self.0.map.put_zero(chunks, &*self.0.capture)?;
         self.0.count(count, 0, replaced);
+        Ok(())
+    }
+
+    /// Says that what stands at `index` cannot be had: no chunk that stood there before does in its place.
+    ///
+    /// # Errors
+    /// `InvalidInput` past the end of the disk, or where something was put already.
+    pub fn put_lost(&self, index: u64) -> Result<()> {
+        let replaced = self.0.map.put(index, LOST, &*self.0.capture)?;
+        self.0.count(1, 1, replaced);
         Ok(())
     }
 

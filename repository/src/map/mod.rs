@@ -21,7 +21,12 @@ pub enum MapEntry {
     Zero,
     /// This chunk.
     Chunk(ChunkId),
+    /// What stood here could not be captured, and nobody has it: see [`Error::lost`].
+    Lost,
 }
+
+/// What stands in a leaf for [`MapEntry::Lost`]. It is in no index.
+pub(crate) const LOST: ChunkId = ChunkId::from_bytes([0xff; 32]);
 
 /// The map of one disk of one snapshot. Its nodes are read when they are needed, and kept in the repository's cache.
 #[derive(Clone)]
@@ -187,7 +192,11 @@ impl DiskMap {
 }
 
 fn entry_of(leaf: Option<&Node>, slot: u64) -> MapEntry {
-    leaf.and_then(|leaf| leaf.slot(slot)).map_or(MapEntry::Zero, MapEntry::Chunk)
+    match leaf.and_then(|leaf| leaf.slot(slot)) {
+        None => MapEntry::Zero,
+        Some(LOST) => MapEntry::Lost,
+        Some(id) => MapEntry::Chunk(id),
+    }
 }
 
 impl fmt::Debug for DiskMap {

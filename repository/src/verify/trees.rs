@@ -7,6 +7,7 @@ use super::{Run, is_finding};
 use crate::error::{Error, Result};
 use crate::id::ChunkId;
 use crate::manifest::{DiskEntry, Snapshot};
+use crate::map::LOST;
 use crate::map::geometry::{Geometry, LEAF_SLOTS, slots};
 use crate::name::SnapshotName;
 use crate::record::Location;
@@ -96,6 +97,9 @@ impl Walk<'_, '_> {
         if index >= self.geometry.chunk_count() {
             let error = Error::damaged(format!("the map names a chunk {index} past the end of the disk"));
             return self.finding(index..index + 1, error);
+        }
+        if id == LOST {
+            return self.finding(index..index + 1, Error::lost());
         }
         match self.run.repository.locate_needed(&id).and_then(|at| self.check(index, &id, &at)) {
             Ok(()) => Ok(true),
