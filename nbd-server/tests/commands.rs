@@ -90,6 +90,36 @@ fn holes_are_sent_as_holes_unless_the_client_wants_one_chunk() {
 }
 
 #[test]
+fn of_many_reads_at_once_one_asks_for_holes_until_one_is_found() {
+    let served = Served::new(MemoryDisk::new(SIZE).slow(), ServerOptions::default());
+    served.disk.bytes().copy_from_slice(&pattern(SIZE, 3));
+    let mut client = served.client();
+    let read_many = |client: &mut Client| {
+        for number in 0..8 {
+            client.send(CommandKind::Read, CommandFlags::NONE, number << 16, 1 << 16, &[]);
+        }
+    };
+    served.disk.close_gate();
+    read_many(&mut client);
+    served.disk.wait_for_waiting(8);
+    assert_eq!(served.disk.asked_for_extents(), 1);
+    served.disk.open_gate();
+    let expected = pattern(SIZE, 3);
+    for _ in 0..8 {
+        let reply = client.receive().unwrap();
+        let start = reply.header.offset as usize;
+        assert!(reply.data == expected[start..start + (1 << 16)]);
+    }
+    // A client that has met a hole is sent all of them.
+    served.disk.bytes().fill(0);
+    let mut client = served.client();
+    assert_eq!(client.read(1 << 20, 1 << 16).holes, 1);
+    read_many(&mut client);
+    assert!((0..8).all(|_| client.receive().unwrap().holes == 1));
+    served.end();
+}
+
+#[test]
 fn a_hole_that_was_written_since_is_read_as_data() {
     let served = Served::new(MemoryDisk::new(SIZE), ServerOptions::default());
     let mut client = served.client();

@@ -30,6 +30,12 @@ pub(super) fn buffer(len: usize) -> AlignedBuf {
     }
 }
 
+/// Has the thread's pool of buffers, which takes some milliseconds to be made and registered.
+pub(super) fn make_buffers() {
+    // Where it cannot be had, buffers are made one by one.
+    let _ = BufferPool::of_thread();
+}
+
 /// Writes what was received.
 pub(super) async fn write(device: Rc<dyn BlockDevice>, request: Request, buf: AlignedBuf, fua: bool) {
     let (result, buf) = device.write(request.header.offset, buf, durability(fua)).await;

@@ -2,7 +2,7 @@
 //!
 //! No head of a reply is queued before its data is there: read already, or known to be in memory.
 
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::rc::Rc;
 
 use block::{AlignedBuf, Attempt, BlockDevice, ByteRange, Extent};
@@ -33,6 +33,10 @@ pub(super) struct Reads {
     /// The shortest READ whose cached bytes are sent from the file.
     from_file: u64,
     data: RefCell<KnownData>,
+    /// Whether a READ waits for the answer to where the device has data.
+    is_asking: Cell<bool>,
+    /// Whether the device has told of a hole.
+    has_holes: Cell<bool>,
 }
 
 /// What must be done so that a READ is answered.
@@ -52,7 +56,13 @@ impl Reads {
             // They are copied there all the same, and shorter replies go out together.
             Socket::Tcp(_) | Socket::Tls(_) => INLINE_BYTES + 1,
         };
-        Self { device, from_file, data: RefCell::default() }
+        Self {
+            device,
+            from_file,
+            data: RefCell::default(),
+            is_asking: Cell::new(false),
+            has_holes: Cell::new(false),
+        }
     }
 
     /// Answers from memory if that takes no waiting.
@@ -61,7 +71,7 @@ impl Reads {
         if header.len >= LARGE_BYTES {
             let range = perform::range(header);
             let holes_count = !whole && encoder.style().has_chunks();
-            if holes_count && !self.data.borrow().covers(range) {
+            if holes_count && self.should_ask(range) {
                 return Plan::FindHoles;
             }
             if self.send_resident(header, range, shared, true) {
@@ -91,6 +101,15 @@ impl Reads {
                 Plan::Answered
             }
         }
+    }
+
+    /// Whether the device is to be asked for holes before this is read. Of one that has told of none so far, only one READ at a time asks:
+    /// a client that begins with many would have as many threads started for nothing.
+    fn should_ask(&self, range: ByteRange) -> bool {
+        if self.data.borrow().covers(range) {
+            return false;
+        }
+        !self.is_asking.replace(true) || self.has_holes.get()
     }
 
     /// Queues `range` to be sent from the device's file, if it is in memory there. `last` where the reply ends with it.
@@ -128,6 +147,10 @@ impl Reads {
         // Not knowing where holes are is no reason to fail a READ.
         let extents = self.device.extents(asked, MAX_EXTENTS).await.unwrap_or_default();
         self.data.borrow_mut().learn(&extents);
+        if extents.iter().any(|extent| extent.state.zero) {
+            self.has_holes.set(true);
+        }
+        self.is_asking.set(false);
         let pieces = pieces(range, &extents);
         if let [Piece { zero: false, .. }] = pieces[..] {
             if self.send_resident(&header, range, &request.shared, true) {

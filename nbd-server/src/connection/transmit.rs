@@ -17,6 +17,7 @@ use super::control::Control;
 use super::end::End;
 use super::intake::Intake;
 use super::negotiate::Negotiated;
+use super::perform;
 use super::read::Reads;
 use super::request::Shared;
 use super::spin::{Spin, Waited};
@@ -68,6 +69,8 @@ pub(super) async fn transmit(
 ) -> End {
     let Negotiated { socket, agreed, device, rest } = negotiated;
     socket.enlarge_send_buffer();
+    // Before there is a request that would wait for it.
+    perform::make_buffers();
     let reads = Rc::new(Reads::new(device, &socket));
     tracing::debug!(export = %Cut(&agreed.info.name), replies = ?agreed.replies, contexts = agreed.contexts.len(), "a client transmits");
     let admission = Admission {

@@ -32,6 +32,7 @@ struct State {
     stable_writes: AtomicUsize,
     flushes: AtomicUsize,
     prefetched: AtomicUsize,
+    extents: AtomicUsize,
 }
 
 impl MemoryDisk {
@@ -48,6 +49,7 @@ impl MemoryDisk {
             stable_writes: AtomicUsize::new(0),
             flushes: AtomicUsize::new(0),
             prefetched: AtomicUsize::new(0),
+            extents: AtomicUsize::new(0),
         };
         Self { state: Arc::new(state) }
     }
@@ -98,6 +100,11 @@ impl MemoryDisk {
 
     pub(crate) fn flushes(&self) -> usize {
         self.state.flushes.load(Ordering::SeqCst)
+    }
+
+    /// How often it was asked where it has data.
+    pub(crate) fn asked_for_extents(&self) -> usize {
+        self.state.extents.load(Ordering::SeqCst)
     }
 
     pub(crate) fn prefetched_bytes(&self) -> usize {
@@ -249,6 +256,7 @@ impl BlockDevice for Handle {
     }
 
     fn extents(&self, range: ByteRange, limit: usize) -> DeviceFuture<'_, Result<Vec<Extent>>> {
+        self.0.extents.fetch_add(1, Ordering::SeqCst);
         Box::pin(async move {
             self.pass().await?;
             let bytes = self.bytes();
