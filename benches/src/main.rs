@@ -19,6 +19,7 @@ mod table;
 mod trace;
 mod workload;
 
+use std::path::PathBuf;
 use std::process::ExitCode;
 
 use anyhow::{Context, Result};
@@ -39,6 +40,12 @@ struct Cli {
 enum Workload {
     /// Serve a raw file over NBD under fio
     Serve(workload::serve::Options),
+    /// Put runs of `serve` together that were made with --json: their table, and with --svg their picture
+    Served {
+        /// The documents; of a cell that is in several the last counts
+        #[arg(required = true, value_name = "FILE")]
+        files: Vec<PathBuf>,
+    },
     /// What an operation costs a server: system calls and instructions
     Costs(workload::costs::Options),
     /// Capture a disk into a repository
@@ -77,6 +84,7 @@ fn run(cli: &Cli) -> Result<()> {
     let common = &cli.common;
     let report = match &cli.workload {
         Workload::Serve(options) => workload::serve::run(common, options)?,
+        Workload::Served { files } => workload::serve::merge(files)?,
         Workload::Costs(options) => workload::costs::run(common, options)?,
         Workload::Capture(options) => workload::capture::run(common, options)?,
         Workload::Boot(options) => workload::boot::run(common, options)?,
@@ -95,7 +103,10 @@ fn run(cli: &Cli) -> Result<()> {
         std::fs::write(path, document + "\n").with_context(|| format!("cannot write {}", path.display()))?;
     }
     if let Some(path) = &common.svg {
-        plot::write(&report, path)?;
+        match cli.workload {
+            Workload::Served { .. } => workload::serve::draw(&report, path)?,
+            _ => plot::write(&report, path)?,
+        }
     }
     Ok(())
 }

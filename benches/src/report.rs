@@ -2,12 +2,12 @@
 
 use std::path::Path;
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use crate::stats::{self, Summary};
 
 /// The unit of a measured quantity.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub(crate) enum Unit {
     /// Elapsed time in seconds.
@@ -47,7 +47,7 @@ impl Unit {
 }
 
 /// Which way is ahead.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub(crate) enum Better {
     /// Less is better: times, bytes.
@@ -57,7 +57,7 @@ pub(crate) enum Better {
 }
 
 /// One quantity that every contender is measured by.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize, Serialize)]
 pub(crate) struct Metric {
     /// What is measured, of which work: `randread 4k, depth 32`.
     pub(crate) title: String,
@@ -80,7 +80,7 @@ impl Metric {
 }
 
 /// On which side somebody stands.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub(crate) enum Side {
     /// One of our programs.
@@ -92,7 +92,7 @@ pub(crate) enum Side {
 }
 
 /// One contender's samples of one metric, in the order of the rounds.
-#[derive(Clone, Debug, Serialize)]
+#[derive(Clone, Debug, Deserialize, Serialize)]
 pub(crate) struct Series {
     /// Whose they are.
     pub(crate) contender: String,
@@ -110,7 +110,7 @@ impl Series {
 }
 
 /// One metric with everyone's samples.
-#[derive(Clone, Debug, Serialize)]
+#[derive(Clone, Debug, Deserialize, Serialize)]
 pub(crate) struct Cell {
     /// What was measured.
     #[serde(flatten)]
@@ -155,7 +155,7 @@ impl Cell {
 }
 
 /// A contender that did not take part, and why.
-#[derive(Clone, Debug, Serialize)]
+#[derive(Clone, Debug, Deserialize, Serialize)]
 pub(crate) struct Absent {
     /// Who.
     pub(crate) contender: String,
@@ -164,7 +164,7 @@ pub(crate) struct Absent {
 }
 
 /// A command that a contender ran, with its scratch paths as they were in the last round.
-#[derive(Clone, Debug, Serialize)]
+#[derive(Clone, Debug, Deserialize, Serialize)]
 pub(crate) struct Command {
     /// Whose.
     pub(crate) contender: String,
@@ -173,7 +173,7 @@ pub(crate) struct Command {
 }
 
 /// A promise and what was measured.
-#[derive(Clone, Debug, Serialize)]
+#[derive(Clone, Debug, Deserialize, Serialize)]
 pub(crate) struct Figure {
     /// What was promised.
     pub(crate) promise: String,
@@ -216,7 +216,7 @@ impl Figure {
 }
 
 /// The machine that the figures are from.
-#[derive(Clone, Debug, Serialize)]
+#[derive(Clone, Debug, Deserialize, Serialize)]
 pub(crate) struct Machine {
     /// How many processors the harness may use.
     pub(crate) cpus: usize,
@@ -235,7 +235,7 @@ impl Machine {
 }
 
 /// Everything that one workload found.
-#[derive(Clone, Debug, Serialize)]
+#[derive(Clone, Debug, Deserialize, Serialize)]
 pub(crate) struct Report {
     /// The workload's name.
     pub(crate) workload: String,
@@ -254,7 +254,7 @@ pub(crate) struct Report {
     /// What a reader has to know beside the numbers.
     pub(crate) notes: Vec<String>,
     /// What was promised, and whether it is kept.
-    #[serde(skip_serializing_if = "Vec::is_empty")]
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub(crate) figures: Vec<Figure>,
     #[serde(skip)]
     scratch: String,

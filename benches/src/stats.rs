@@ -1,9 +1,9 @@
 //! Medians, spreads and ratios, and who goes first in which round. Pure.
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 /// What a set of samples comes to.
-#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+#[derive(Clone, Copy, Debug, Deserialize, PartialEq, Serialize)]
 pub(crate) struct Summary {
     /// How many samples there are.
     pub(crate) count: usize,

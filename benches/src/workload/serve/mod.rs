@@ -2,14 +2,15 @@
 
 mod cells;
 mod certificates;
+mod picture;
 pub(crate) mod servers;
 mod verdict;
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use clap::Args;
 
 use self::cells::{Cache, Cell, Transport, Work};
@@ -22,6 +23,7 @@ use crate::fio::{self, Job};
 use crate::peers::EXPORT;
 use crate::report::{Absent, Metric, Report, Side, Unit};
 
+pub(crate) use self::picture::write as draw;
 pub(crate) use self::servers::Who;
 
 /// What `serve` takes.
@@ -118,6 +120,27 @@ pub(crate) fn run(common: &Common, options: &Options) -> Result<Report> {
     let uri = Endpoint::from(Path::new("bench.sock")).uri(EXPORT);
     report.ran("fio (an example)", child::line(&job.command(&uri, Duration::from_secs_f64(options.runtime))));
     Ok(report)
+}
+
+/// What several runs found, one after the other, as one: of a cell that more than one has, the last counts.
+pub(crate) fn merge(files: &[PathBuf]) -> Result<Report> {
+    let mut merged: Option<Report> = None;
+    for path in files {
+        let text = std::fs::read(path).with_context(|| format!("cannot read {}", path.display()))?;
+        let report: Report = serde_json::from_slice(&text)
+            .with_context(|| format!("{} is no report of lifeboot-bench", path.display()))?;
+        ensure!(report.workload == "serve", "{} is of {}, not of serve", path.display(), report.workload);
+        match &mut merged {
+            Some(merged) => {
+                merged.cells.retain(|cell| report.cell(&cell.metric.title).is_none());
+                merged.absorb(report);
+            }
+            None => merged = Some(report),
+        }
+    }
+    let mut merged = merged.context("name the reports")?;
+    merged.notes = verdict::sentences(&merged, &cells::table());
+    Ok(merged)
 }
 
 /// Those who take part; the report names who cannot.
@@ -221,6 +244,32 @@ mod tests {
     fn quick_is_the_cell_of_the_figure() {
         let cells = Options::quick().chosen().unwrap();
         assert_eq!(cells.iter().map(Cell::name).collect::<Vec<_>>(), [QUICK]);
+    }
+
+    #[test]
+    fn of_reports_that_are_put_together_the_last_sample_of_a_cell_counts() {
+        let dir = tempfile::tempdir().unwrap();
+        let write = |name: &str, workload: &str, samples: &[(&str, f64)]| {
+            let mut report = Report::new(workload, 1, false);
+            for (cell, rate) in samples {
+                let metric = Metric::higher(*cell, Unit::OpsPerSecond);
+                report.record(&metric, "lifeboot-nbd", Side::Ours, *rate);
+                report.record(&metric, "nbdkit", Side::Peer, 100.0);
+            }
+            let path = dir.path().join(name);
+            std::fs::write(&path, serde_json::to_vec(&report).unwrap()).unwrap();
+            path
+        };
+        let (tcp, unix) = ("page-tcp-read-4k-d1-c1", "page-unix-read-4k-d1-c1");
+        let first = write("a", "serve", &[(tcp, 50.0), (unix, 130.0)]);
+        let second = write("b", "serve", &[(tcp, 120.0)]);
+        let merged = merge(&[first, second]).unwrap();
+        assert_eq!(merged.cells.len(), 2);
+        let ratio = |cell: &str| merged.cell(cell).unwrap().subject().unwrap().samples[0];
+        assert_eq!((ratio(tcp), ratio(unix)), (120.0, 130.0));
+        assert!(merged.notes.iter().any(|note| note.starts_with("page-tcp: our rate")), "{:?}", merged.notes);
+        let other = write("c", "boot", &[]);
+        assert!(merge(&[other]).unwrap_err().to_string().contains("not of serve"));
     }
 
     #[test]

@@ -5,13 +5,13 @@ use crate::report::{Cell as Measured, Report, Side};
 use crate::stats::{self, Summary};
 
 /// One cell in which both sides took part.
-struct Compared<'a> {
-    cell: &'a Cell,
+pub(super) struct Compared<'a> {
+    pub(super) cell: &'a Cell,
     rate: &'a Measured,
     /// Our rate divided by that of the best peer, the median of the rounds.
-    ratio: f64,
+    pub(super) ratio: f64,
     /// The same of the 99th percentiles: less is better.
-    p99: Option<f64>,
+    pub(super) p99: Option<f64>,
     /// The rate without a disk divided by that of the best peer, where it was measured: what is left to be won.
     limit: Option<f64>,
 }
@@ -63,7 +63,8 @@ fn of_way(report: &Report, cells: &[Cell], way: &str) -> Vec<String> {
     said
 }
 
-fn compare<'a>(report: &'a Report, cell: &'a Cell) -> Option<Compared<'a>> {
+/// How a cell came out; nothing where one side was not measured.
+pub(super) fn compare<'a>(report: &'a Report, cell: &'a Cell) -> Option<Compared<'a>> {
     let ratio_of = |title: &str| {
         let measured = report.cell(title)?;
         Some((measured, measured.ratio_to(measured.best_peer()?)?.median))
