@@ -13,6 +13,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, ensure};
 use bytesize::ByteSize;
 use clap::Args;
+use rustix::fs::FallocateFlags;
 
 use super::{Common, remove, settle};
 use crate::child::{self, Server};
@@ -34,12 +35,25 @@ pub(crate) struct Options {
     /// What each fetch from the source waits, in milliseconds
     #[arg(long, default_value_t = 5, value_name = "MS")]
     pub(crate) source_delay: u64,
+    /// Give targets, and the plain file, all of their blocks beforehand, as `fallocate` does
+    #[arg(long)]
+    pub(crate) preallocate: bool,
 }
 
 impl Options {
     /// As the figures need it.
     pub(crate) const fn for_figures() -> Self {
-        Self { size: ByteSize::gib(1), source_rate: ByteSize::mb(100), source_delay: 5 }
+        let (size, source_rate) = (ByteSize::gib(1), ByteSize::mb(100));
+        Self { size, source_rate, source_delay: 5, preallocate: false }
+    }
+
+    /// A file that reads as zeroes, as long as the disk.
+    fn empty(&self, path: &Path) -> Result<()> {
+        let (file, size) = (File::create(path)?, self.size.as_u64());
+        if self.preallocate {
+            return rustix::fs::fallocate(&file, FallocateFlags::empty(), 0, size).context("fallocate");
+        }
+        Ok(file.set_len(size)?)
     }
 }
 
@@ -123,7 +137,11 @@ pub(crate) fn run(common: &Common, options: &Options) -> Result<Report> {
                 remove(&dir)?;
                 return Ok(sample);
             }
-            let mut command = common.programs.live_restore(&repo, &dir.join("target.raw"), &socket)?;
+            let target = dir.join("target.raw");
+            if options.preallocate {
+                options.empty(&target)?;
+            }
+            let mut command = common.programs.live_restore(&repo, &target, &socket)?;
             command.arg("--no-trace");
             command.arg(format!("--source-rate={}", options.source_rate.as_u64()));
             command.arg(format!("--source-delay={}ms", options.source_delay));
@@ -249,9 +267,8 @@ fn plain(
     socket: &Path,
     report: &mut Report,
 ) -> Result<Sample> {
-    let size = options.size.as_u64();
     let (file, half) = (dir.join("plain.raw"), dir.join("half.raw"));
-    File::create(&file)?.set_len(size)?;
+    options.empty(&file)?;
     let mut command = Command::new(common.programs.path("lifeboot-nbd")?);
     // As live-restore opens its target.
     command.arg(&file).args(["--direct", "auto", "--listen"]).arg(format!("unix:{}", socket.display()));
@@ -260,8 +277,8 @@ fn plain(
     let mut sample = write_twice(socket)?;
     server.terminate()?;
     // As much is there as of a live-restore's target; the rest is written past the server, into holes.
-    write_image(&half, HOME_BYTES)?;
-    File::options().write(true).open(&half)?.set_len(size)?;
+    options.empty(&half)?;
+    fill(File::options().write(true).open(&half)?, HOME_BYTES)?;
     std::fs::rename(&half, &file)?;
     settle();
     let server = Server::listening(&mut command, socket)?;
@@ -331,7 +348,11 @@ fn random_writes(socket: &Path) -> Command {
 
 /// Data that shrinks to about half, no chunk like another.
 fn write_image(path: &Path, size: u64) -> Result<()> {
-    let file = File::create(path).with_context(|| format!("cannot make {}", path.display()))?;
+    fill(File::create(path).with_context(|| format!("cannot make {}", path.display()))?, size)
+}
+
+/// Writes the first `size` bytes, in place.
+fn fill(file: File, size: u64) -> Result<()> {
     let mut out = BufWriter::with_capacity(1 << 20, file);
     let mut random = Random(42);
     for _ in 0..size / 16 {
