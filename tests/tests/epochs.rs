@@ -85,7 +85,10 @@ fn a_guest_that_lived_on_while_its_targets_host_went_down_is_refused_with_the_re
         Export::new(&captured.socket, name).qemu_io(&["read 4k 4k"]).unwrap();
     }
     let listed = run(Command::new("nbdinfo").args(["--list", &format!("nbd://127.0.0.1:{port}")])).unwrap();
-    assert!(listed.contains("/disk0\n") && listed.contains("/disk0@2\n"), "{listed}");
+    for name in ["disk0", "disk0@2"] {
+        assert_eq!(listed.matches(&format!("export=\"{name}\":\n")).count(), 1, "{name}: {listed}");
+        assert!(listed.contains(&format!("/{name}\n")), "{name}: {listed}");
+    }
 
     // It stays, and nothing is lost by parking.
     let (stopped, _) = live.park().unwrap();

@@ -243,4 +243,6 @@ fn ask_how_deep(name: &str, tool: impl Fn(&str) -> Command) {
     let listen = format!("unix:{}", socket.display());
     let said = run_json(&mut lifeboot(["status", "--json", "--listen", &listen]).unwrap()).unwrap();
     assert_eq!((&said["size"], &said["absent_bytes"]), (&size.into(), &(2 * MIB).into()), "{said}");
+    let told = run(&mut lifeboot(["status", "--listen", &listen]).unwrap()).unwrap();
+    assert!(told.contains("EXPORT") && !told.contains("LIVE-RESTORE"), "{told}");
 }

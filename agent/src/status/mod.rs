@@ -205,7 +205,9 @@ fn show_remote(context: &Context, uri: &NbdUri) -> anyhow::Result<Outcome> {
     let status = remote::ask(uri, PATIENCE)?;
     let output = context.output();
     output.document(&status)?;
-    let mut table = Table::new(&[("LIVE-RESTORE", Align::Left), ("", Align::Left)]);
+    // Only a live-restore tells what its guest wrote; another server's export has no session.
+    let heading = if status.guest_bytes.is_some() { "LIVE-RESTORE" } else { "EXPORT" };
+    let mut table = Table::new(&[(heading, Align::Left), ("", Align::Left)]);
     table.row(["export".to_owned(), status.export.clone()]);
     let percent = document::percent(status.home_bytes, status.size);
     table.row([

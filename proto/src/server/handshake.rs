@@ -346,7 +346,9 @@ impl Handshake {
         piece.put_u64(info.size);
         piece.put_u16(info.flags.bits());
         self.reply(kind, OptionReplyKind::Info, &piece);
-        for (info_kind, text) in [(InfoKind::Name, &info.name), (InfoKind::Description, &info.description)] {
+        // An export may be listed under several names, and each is its canonical one for whoever asks by it.
+        let name = if request.name.is_empty() { &info.name } else { request.name };
+        for (info_kind, text) in [(InfoKind::Name, name), (InfoKind::Description, &info.description)] {
             if request.wants(info_kind) {
                 piece.clear();
                 piece.put_u16(info_kind.number());
