@@ -53,6 +53,8 @@ struct Inner {
     /// Something is not there, or ends too early; nothing was read that is wrong.
     missing: bool,
     source: Option<Source>,
+    /// Who else was asked, and what each said.
+    others: Vec<String>,
 }
 
 /// Shared, because an error is cloned to everybody whom it stops.
@@ -69,6 +71,7 @@ impl Error {
             nearest: Vec::new(),
             missing: false,
             source: None,
+            others: Vec::new(),
         }))
     }
 
@@ -154,6 +157,13 @@ impl Error {
         self
     }
 
+    /// Puts behind all of the message what `other` said, who was asked in its place.
+    #[must_use]
+    pub fn asked_too(mut self, other: impl fmt::Display, said: &Self) -> Self {
+        self.0.others.push(format!("{other}: {said}"));
+        self
+    }
+
     pub(crate) fn offer(mut self, nearest: Vec<String>) -> Self {
         self.0.nearest = nearest;
         self
@@ -221,7 +231,7 @@ impl fmt::Display for Error {
         if let Some(source) = &self.0.source {
             write!(f, ": {}", source.0)?;
         }
-        Ok(())
+        self.0.others.iter().try_for_each(|other| write!(f, "; {other}"))
     }
 }
 
@@ -274,6 +284,14 @@ mod tests {
     fn the_message_names_what_where_what_is_near_and_what_to_do() {
         let error = Error::new(ErrorKind::NotFound, "no group web1").at("/r").offer(vec!["web01".into()]);
         assert_eq!(error.hint("look").to_string(), "no group web1 (/r); did you mean web01?; look");
+    }
+
+    #[test]
+    fn what_others_said_comes_last() {
+        let gone = Error::new(ErrorKind::NotFound, "there is no such repository").at("/r").hint("look");
+        let lacks = Error::new(ErrorKind::NotFound, "no group web01").at("/a");
+        let told = gone.asked_too("its copy /a", &lacks).to_string();
+        assert_eq!(told, "there is no such repository (/r); look; its copy /a: no group web01 (/a)");
     }
 
     #[test]

@@ -97,6 +97,18 @@ impl Order {
         Ok((homes, count - self.handed_over.len()))
     }
 
+    /// The snapshots that are restored: what was asked for, or what the targets' sessions were begun with. What is wrong with
+    /// those is told by [`Self::assign`].
+    pub(super) fn snapshots_needed(&self) -> Vec<String> {
+        let paths = paths(&self.targets).unwrap_or_default();
+        let of = |path: &Path| StateDir::of(path, self.state.as_deref()).ok()?.record().ok()?;
+        let begun = paths.into_iter().map(|path| of(path).filter(SessionRecord::was_begun));
+        let mut needed: Vec<String> =
+            begun.map(|record| record.map_or_else(|| self.snapshot.clone(), |it| it.snapshot)).collect();
+        needed.dedup();
+        needed
+    }
+
     /// Says which target is for which disk.
     ///
     /// # Errors

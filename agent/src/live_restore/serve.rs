@@ -84,7 +84,10 @@ pub(crate) fn start(
     interrupt: &Interrupt,
 ) -> anyhow::Result<Running> {
     let warn = |what| context.output().warn(what);
-    let (repository, fallbacks) = Fallbacks::beside(repository, &order.fallbacks, warn)?;
+    let needed = order.snapshots_needed();
+    let lacks =
+        |repository: &Repository| needed.iter().try_for_each(|spec| repository.resolve(spec).map(drop));
+    let (repository, fallbacks) = Fallbacks::beside(repository, &order.fallbacks, lacks, warn)?;
     let mut wanted = order.assign(&repository)?;
     wanted.retain(|wanted| !order.handed_over.contains(&wanted.target));
     // One that is taken over holds them.

@@ -38,7 +38,22 @@ pub(super) fn belongs_elsewhere(target: &Path, record: &SessionRecord, spec: &st
 /// The disk that a session restores.
 pub(super) fn of_record(wish: &Wish<'_>, record: &SessionRecord) -> anyhow::Result<DiskEntry> {
     let repository = wish.repository().map_err(|error| gone(record, error))?;
-    base_of(repository, record).or_else(|error| wish.fallbacks.or_else(error, |copy| base_of(copy, record)))
+    let error = match base_of(repository, record) {
+        Ok(disk) => return Ok(disk),
+        Err(error) => error,
+    };
+    let mut said = String::new();
+    for copy in wish.fallbacks.repositories() {
+        match base_of(copy, record) {
+            Ok(disk) => return Ok(disk),
+            Err(error) => said.push_str(&format!("; its copy {}: {error:#}", copy.path().display())),
+        }
+    }
+    if said.is_empty() {
+        return Err(error);
+    }
+    let what = format!("none of the repositories has what is restored{said}");
+    Err(error.context(what))
 }
 
 fn gone(record: &SessionRecord, error: repository::Error) -> Failure {
@@ -92,7 +107,9 @@ pub(crate) fn base_of(repository: &Repository, record: &SessionRecord) -> anyhow
 
 /// The snapshot and the disk of it that a new session is to restore.
 pub(super) fn asked_for(wish: &Wish<'_>) -> anyhow::Result<(Snapshot, DiskEntry)> {
-    let (snapshot, disk) = wish.repository()?.resolve(wish.spec)?;
+    let resolve = |repository: &Repository| repository.resolve(wish.spec);
+    let (snapshot, disk) =
+        resolve(wish.repository()?).or_else(|error| wish.fallbacks.or_else(error, resolve))?;
     if let Some(disk) = disk {
         return Ok((snapshot, disk));
     }

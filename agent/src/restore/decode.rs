@@ -237,9 +237,8 @@ impl Hands<'_> {
                 at = out.end;
                 if let Err(why) = &*result {
                     let fallbacks = self.shared.fallbacks;
-                    if fallbacks.rescue(&chunk.id, &mut self.decoder, &mut piece.buf[out], why).is_ok() {
-                        *result = Ok(());
-                    }
+                    let rescued = fallbacks.rescue(&chunk.id, &mut self.decoder, &mut piece.buf[out], why);
+                    *result = rescued.map_err(|said| fallbacks.and_they_said(why.clone(), &said));
                 }
             }
         }

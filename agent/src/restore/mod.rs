@@ -138,9 +138,11 @@ impl Verb for Args {
         let output = context.output();
         let warn = |what| output.warn(what);
         let repository = Repository::open(context.repository_path()?);
-        let (repository, fallbacks) = Fallbacks::beside(repository, &self.fallback, warn)?;
+        let lacks = |repository: &Repository| repository.resolve(&self.snapshot).map(drop);
+        let (repository, fallbacks) = Fallbacks::beside(repository, &self.fallback, lacks, warn)?;
         let repository = repository?;
-        let (snapshot, disk) = repository.resolve(&self.snapshot)?;
+        let resolve = |repository: &Repository| repository.resolve(&self.snapshot);
+        let (snapshot, disk) = resolve(&repository).or_else(|error| fallbacks.or_else(error, resolve))?;
         let disk = match disk {
             Some(disk) => disk,
             None => only_disk(&snapshot)?.clone(),

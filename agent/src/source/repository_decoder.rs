@@ -85,5 +85,5 @@ fn from_anybody(
         SourceErrorKind::Damaged if !copies.zip(&others).all(is_final) => SourceErrorKind::Missing,
         kind => kind,
     };
-    Err(SourceError::new(kind, why))
+    Err(SourceError::new(kind, fallbacks.and_they_said(why, &others)))
 }

@@ -19,7 +19,7 @@
 use std::time::Instant;
 
 use parking_lot::{Mutex, RwLock};
-use repository::{ChunkId, ChunkReader, DiskMap, Location, MapEntry, Repository};
+use repository::{ChunkId, ChunkReader, DiskMap, ErrorKind, Location, MapEntry, Repository};
 
 use super::fallback::Fallbacks;
 use super::fetched::{FetchStats, Fetched};
@@ -95,13 +95,30 @@ impl RepositoryStore {
             })
     }
 
-    fn place_in_a_copy(&self, key: Key) -> Option<ChunkPlace> {
+    /// The place of a chunk in the first copy that knows it; `here` says what the repository has to say.
+    fn place_in_a_copy(
+        &self,
+        key: Key,
+        here: impl FnOnce() -> Result<ChunkPlace, SourceError>,
+    ) -> Result<ChunkPlace, SourceError> {
         let map = self.map(key);
-        self.fallbacks.copies().iter().enumerate().find_map(|(copy, of)| {
-            let found = find(&of.repository, &map.through(&of.repository), key.chunk);
-            let (id, location) = found.inspect_err(|_| of.note_error()).ok()??;
-            Some(ChunkPlace { disk: key.disk, id, location, copy: Some(copy) })
-        })
+        let mut said = String::new();
+        for (copy, of) in self.fallbacks.copies().iter().enumerate() {
+            match find(&of.repository, &map.through(&of.repository), key.chunk) {
+                Ok(Some((id, location))) => {
+                    return Ok(ChunkPlace { disk: key.disk, id, location, copy: Some(copy) });
+                }
+                Ok(None) => {}
+                Err(error) if error.kind() == ErrorKind::Lost => {
+                    return Err(SourceError::new(SourceErrorKind::Damaged, error));
+                }
+                Err(error) => {
+                    of.note_error(&error);
+                    said.push_str(&format!("; its copy {}: {error}", of.repository.path().display()));
+                }
+            }
+        }
+        here().map_err(|error| SourceError::new(error.kind(), format_args!("{error}{said}")))
     }
 
     fn map(&self, key: Key) -> DiskMap {
@@ -154,13 +171,13 @@ impl ChunkStore for RepositoryStore {
         }
         let now = Instant::now();
         if self.troubles.lock().is_away(now) {
-            return self.place_in_a_copy(key).map_or_else(|| self.place_here(key), Ok);
+            return self.place_in_a_copy(key, || self.place_here(key));
         }
         match self.place_here(key) {
             Ok(place) if !self.troubles.lock().lacks(now, place.location.pack) => Ok(place),
             // What is lost is lost in every copy.
             lost if matches!(self.map(key).entry(key.chunk), Ok(MapEntry::Lost)) => lost,
-            elsewhere => self.place_in_a_copy(key).map_or(elsewhere, Ok),
+            elsewhere => self.place_in_a_copy(key, || elsewhere),
         }
     }
 
@@ -337,17 +354,24 @@ mod tests {
 
     /// The store of a repository and of a copy of it.
     fn store_with_copy(dir: &Path) -> RepositoryStore {
+        store_with_copies(dir, &[dir.join("copy")])
+    }
+
+    /// The same with these copies, of which `copy` is one.
+    fn store_with_copies(dir: &Path, copies: &[PathBuf]) -> RepositoryStore {
         let RepositoryStore { repository, disks, .. } = store(dir);
         let copy = |from: &Path, to: &Path| {
             let copied = std::process::Command::new("cp").arg("-a").arg(from).arg(to).status().unwrap();
             assert!(copied.success());
         };
         copy(&dir.join("repo"), &dir.join("copy"));
-        let (main, fallbacks) =
-            Fallbacks::beside(Repository::open(dir.join("repo")), &[dir.join("copy")], |said| {
-                panic!("{said}")
-            })
-            .unwrap();
+        let (main, fallbacks) = Fallbacks::beside(
+            Repository::open(dir.join("repo")),
+            copies,
+            |_| Ok(()),
+            |said| panic!("{said}"),
+        )
+        .unwrap();
         main.unwrap();
         let store = RepositoryStore::with_fallbacks(repository, fallbacks);
         store.add(disks.into_inner().remove(0));
@@ -379,6 +403,34 @@ mod tests {
         assert_eq!(store.place(Key { disk: 0, chunk: 1 }).unwrap().copy, Some(0));
         assert_eq!(read(&store, 1), Ok(()));
         assert_eq!(given(&store), 3);
+    }
+
+    #[test]
+    fn a_copy_that_lacks_a_chunk_is_passed_over_and_what_nobody_has_names_each() {
+        let dir = tempfile::tempdir().unwrap();
+        let [empty, copy] = ["empty", "copy"].map(|name| dir.path().join(name));
+        Repository::init(&empty, InitOptions::default()).unwrap();
+        let store = store_with_copies(dir.path(), &[empty.clone(), copy.clone()]);
+        let packs = [0, 1, 2].map(|chunk| pack_of(&store, dir.path(), chunk));
+        spoil(&packs[0]);
+        assert_eq!(read(&store, 0), Ok(()));
+        std::fs::remove_file(&packs[1]).unwrap();
+        assert_eq!(read(&store, 1), Ok(()));
+        // Nobody has opened it before.
+        for dir in [dir.path().join("repo"), copy.clone()] {
+            std::fs::remove_file(dir.join("packs").join(packs[2].file_name().unwrap())).unwrap();
+        }
+        let place = store.place(Key { disk: 0, chunk: 2 }).unwrap();
+        let mut stored = vec![0; place.stored_len() as usize];
+        store.read(&place, &mut stored).unwrap();
+        let mut out = vec![0; CHUNK as usize];
+        let undecoded = Undecoded { place: &place, stored: &stored, out: &mut out };
+        let error = store.decoder(|| ()).decode_each(&mut [undecoded]).remove(0).unwrap_err().to_string();
+        for path in [empty, copy, dir.path().join("repo")] {
+            assert!(error.contains(&path.display().to_string()), "{error}");
+        }
+        let errors: Vec<bool> = store.fallbacks().use_of_each().map(|used| used.errors > 0).collect();
+        assert_eq!(errors, [true, true]);
     }
 
     #[test]
