@@ -11,7 +11,7 @@ use e2e::captured::Captured;
 use e2e::disk;
 use e2e::lifeboot::{LiveRestore, lifeboot, status};
 use e2e::process::{Process, run, run_any, run_json};
-use e2e::work_dir::SmallFileSystem;
+use e2e::work_dir::{LoopDevice, SmallFileSystem};
 use serde_json::Value;
 
 /// Not a multiple of a chunk.
@@ -456,8 +456,13 @@ fn the_first_backup_after_a_restore_reads_what_the_guest_wrote_and_equals_a_full
 
 /// Writes to the target as a machine does that was started from it.
 fn write_past(captured: &Captured, at: u64, byte: u8) {
-    let target = fs::File::options().write(true).open(&captured.target).unwrap();
+    write_to(&captured.target, at, byte);
+}
+
+fn write_to(target: &Path, at: u64, byte: u8) {
+    let target = fs::File::options().write(true).open(target).unwrap();
     target.write_all_at(&[byte; 8192], at).unwrap();
+    target.sync_all().unwrap();
 }
 
 #[test]
@@ -482,6 +487,67 @@ fn what_a_machine_wrote_to_its_own_disk_is_in_every_backup_after_it() {
     captured.start(&[]).unwrap().kill().unwrap();
     let killed = save(&captured, &[]);
     ensure_restores(&captured, name(&killed), &captured.target);
+}
+
+#[test]
+fn what_a_machine_wrote_to_the_disk_of_an_agent_that_was_killed_is_in_every_backup() {
+    let captured = Captured::new("written-past-killed", DISK_BYTES, 16).unwrap();
+    let mut live = captured.start(&[]).unwrap();
+    live.wait_complete().unwrap();
+    live.kill().unwrap();
+    write_past(&captured, 5 * CHUNK, 0x51);
+    ensure_restores(&captured, name(&save(&captured, &[])), &captured.target);
+    let live = captured.start(&[]).unwrap();
+    ensure_restores(&captured, name(&capture(&captured, &[])), &captured.target);
+    ensure_restores(&captured, name(&save(&captured, &[])), &captured.target);
+    live.park().unwrap();
+    ensure_restores(&captured, name(&capture(&captured, &[])), &captured.target);
+}
+
+#[test]
+fn what_a_machine_wrote_to_its_own_block_device_is_in_every_backup() {
+    let captured = Captured::new("written-past-device", DISK_BYTES, 17).unwrap();
+    let backing = captured.work.file("backing.raw");
+    fs::File::create(&backing).unwrap().set_len(DISK_BYTES).unwrap();
+    let device = LoopDevice::attach(&backing).unwrap();
+    let state = captured.work.file("state");
+    let in_state = ["--state", state.to_str().unwrap()];
+    let start = |further: &[&str]| {
+        let further = [&in_state[..], further].concat();
+        LiveRestore::start(&captured.repository, "vm@latest", device.path(), &captured.socket, &further)
+    };
+    start(&["--exit-when-done"]).unwrap().process().wait_success().unwrap();
+    let backup = |verb: &[&str]| {
+        let mut command = captured.repository.verb(verb[0], &[&["--json"], &verb[1..]].concat()).unwrap();
+        let report = run_json(command.arg(device.path()).args(in_state)).unwrap();
+        ensure_restores(&captured, name(&report), device.path());
+    };
+    write_to(device.path(), 5 * CHUNK, 0x51);
+    backup(&["save"]);
+    let live = start(&[]).unwrap();
+    backup(&["save"]);
+    backup(&["capture", "after"]);
+    live.park().unwrap();
+    backup(&["capture", "after"]);
+}
+
+#[test]
+fn what_a_machine_wrote_to_its_own_disk_before_that_was_moved_is_in_every_backup() {
+    let captured = Captured::new("written-past-moved", DISK_BYTES, 18).unwrap();
+    captured.start(&["--exit-when-done"]).unwrap().process().wait_success().unwrap();
+    write_past(&captured, 5 * CHUNK, 0x51);
+    let moved = captured.work.file("moved.raw");
+    run(Command::new("cp").arg(&captured.target).arg(&moved)).unwrap();
+    run(Command::new("cp").arg("-a").arg(state_of(&captured.target)).arg(state_of(&moved))).unwrap();
+    let mut command = captured.repository.verb("save", &["--json", "--moved"]).unwrap();
+    let report = run_json(command.arg(&moved)).unwrap();
+    ensure_restores(&captured, name(&report), &captured.target);
+    let start = LiveRestore::start(&captured.repository, "vm@latest", &moved, &captured.socket, &["--moved"]);
+    let live = start.unwrap();
+    let mut command = captured.repository.verb("capture", &["--json", "after"]).unwrap();
+    let report = run_json(command.arg(&moved)).unwrap();
+    ensure_restores(&captured, name(&report), &captured.target);
+    live.park().unwrap();
 }
 
 #[test]

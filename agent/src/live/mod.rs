@@ -105,7 +105,7 @@ pub use journal::fuzzing;
 pub use journal::{BlockRun, JournalLayout, SessionId};
 pub use limit::RateLimit;
 pub use live_file::{BootId, LiveWords};
-pub use parts::{ChunkCheck, Identity, Resumed, SessionOptions, SessionParts};
+pub use parts::{ChunkCheck, Identity, Resumed, SessionOptions, SessionParts, WrittenPast};
 pub use peek::{Peek, is_live_file_believable, peek};
 pub use session::Session;
 pub use source::{

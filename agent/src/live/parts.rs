@@ -81,9 +81,8 @@ pub struct SessionParts {
     pub last_boot: Option<BootId>,
     /// By what a target is checked when a session is resumed; without it nothing is checked.
     pub check: Option<Arc<dyn ChunkCheck>>,
-    /// Whether somebody has written to the target past the session since it was parked, where it was: then all that is home counts as
-    /// written by the guest.
-    pub written_past: bool,
+    /// What is known of writes to the target past the session.
+    pub written_past: WrittenPast,
     /// Chunks in the order in which the background should fetch them, as runs of neighbours. What is
     /// left out comes afterwards.
     pub plan: Vec<Range<u64>>,
@@ -91,6 +90,32 @@ pub struct SessionParts {
     pub trace: Vec<u64>,
     /// What may be chosen.
     pub options: SessionOptions,
+}
+
+/// What is known of writes to a target past its session since that was served last.
+///
+/// A machine may be started from a target that is wholly home: that is what it was made for. What it writes then is in no journal. Where
+/// that may have been so all that is home counts as written by the guest, and is in every later backup.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum WrittenPast {
+    /// There were none.
+    No,
+    /// The target is not as it was when the session was parked last, which says something only if it was not served since.
+    Yes,
+    /// Nothing tells.
+    Unknown,
+}
+
+impl WrittenPast {
+    /// Whether all that is home counts as written by the guest, of a session that had ended so; `is_whole` where all of the
+    /// disk is home.
+    pub(super) fn counts(self, ended: Resumed, is_whole: bool) -> bool {
+        match self {
+            Self::No => false,
+            Self::Yes if ended == Resumed::Parked => true,
+            Self::Yes | Self::Unknown => is_whole,
+        }
+    }
 }
 
 /// How a session had ended that was resumed.

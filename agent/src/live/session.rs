@@ -194,7 +194,6 @@ impl Session {
                 target.read(0, block::AlignedBuf::zeroed(0)).await.0?;
             }
         }
-        let is_written_past = resumed == Resumed::Parked && parts.written_past;
         let (p, v, g) = (map.p(), map.v(), map.g());
         for word in 0..p.word_count() {
             let is_unflushed = resumed.is_from_journal_alone() && !makes(Mistake::UnflushedWritesForgotten);
@@ -202,12 +201,15 @@ impl Session {
             if !believes_live_file && !makes(Mistake::GuestForgottenOnResume) {
                 g.or_word(word, guest.word(word) | unflushed_writes);
             }
-            if is_written_past {
-                g.or_word(word, p.word(word));
-            }
             v.or_word(word, p.word(word));
             if makes(Mistake::StableFromLiveFile) {
                 p.or_word(word, v.word(word));
+            }
+        }
+        let is_whole = v.count() == v.len();
+        if parts.written_past.counts(resumed, is_whole) {
+            for word in 0..v.word_count() {
+                g.or_word(word, v.word(word));
             }
         }
         if makes(Mistake::ZeroAssumedOnResume) {

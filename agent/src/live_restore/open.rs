@@ -37,7 +37,7 @@ use super::take_over;
 use super::target::{self, Candidate, Contents};
 use super::wanted;
 use crate::cli::{Failure, Interrupt};
-use crate::live::{ErrorKind, Phase, Resumed, Session, SessionId, SessionOptions};
+use crate::live::{ErrorKind, Phase, Resumed, Session, SessionId, SessionOptions, WrittenPast};
 use crate::source::Fallbacks;
 use crate::status;
 
@@ -203,7 +203,8 @@ impl Found<'_> {
         }
         let look = stamp::Look::at(state, found, path);
         let target = target::reopen(path, state.path(), wish.engine, interrupt)?;
-        let written_past = !wish.moved && look.is_written_past(state, found);
+        // Of a copy no stamp tells.
+        let written_past = if wish.moved { WrittenPast::Unknown } else { look.under_lock(state, found) };
         // Until now somebody else may have served it, moved a machine onto it, or given it up.
         let mut record = locked_record(state, found)?;
         if !wish.is_settled {
@@ -251,6 +252,7 @@ impl Found<'_> {
             "the session in {} was taken for complete, and is not",
             state.path().display()
         );
+        stamp::tell(path, written_past, resumed, session.phase() == Phase::Complete);
         if resumed.is_from_journal_alone() {
             // A sync may have failed: what the kernel kept of it in memory is not to be served.
             target.forget_clean_pages()?;
@@ -333,7 +335,7 @@ impl Found<'_> {
         let journal = make_journal(&state.file(JOURNAL), layout, wish.engine)?;
         let target = taken.prepare()?;
         record.identity = identity_of(&target)?;
-        let (parts, fetching, boot) = parts.into_session(&record, words, false);
+        let (parts, fetching, boot) = parts.into_session(&record, words, WrittenPast::No);
         let session = wish.engine.run(async {
             let (target, journal) = (target.open()?, journal.open()?);
             anyhow::Ok(Session::create(parts, SessionId(id), is_zero, &*target, &*journal).await?)

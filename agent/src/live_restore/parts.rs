@@ -16,7 +16,7 @@ use super::record::SessionRecord;
 use crate::cli::Failure;
 use crate::live::{
     BootId, ChunkCheck, ChunkSource, DiskLayout, Identity, JournalLayout, LiveWords, SessionOptions,
-    SessionParts, TokioClock,
+    SessionParts, TokioClock, WrittenPast,
 };
 use crate::source::{DiskSource, NoSource, pack_order, zero_chunks};
 
@@ -70,7 +70,7 @@ impl Parts {
         self,
         record: &SessionRecord,
         live: LiveWords,
-        written_past: bool,
+        written_past: WrittenPast,
     ) -> (SessionParts, Option<Fetching>, BootId) {
         let parts = SessionParts {
             identity: journal_identity(record),

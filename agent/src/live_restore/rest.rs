@@ -20,7 +20,7 @@ use super::{distrust, stamp, target, wanted};
 use crate::cli::{Failure, Interrupt};
 use crate::live::{
     AtRest, BootId, ChunkCheck, ChunkSource, DiskLayout, Frozen, FrozenReader, RestParts, SessionId,
-    TokioClock,
+    TokioClock, WrittenPast,
 };
 use crate::source::{DiskSource, FetchPool, PoolOptions, RepositoryStore, zero_chunks};
 
@@ -76,7 +76,7 @@ impl Rest {
             boot: BootId::current().context("cannot read the kernel's boot id")?,
             last_boot: record.last_boot(),
             check: Some(Arc::new(MapCheck(map)) as Arc<dyn ChunkCheck>),
-            written_past: !moved && stamp::was_written_past(state, record, path),
+            written_past: if moved { WrittenPast::Unknown } else { stamp::written_past(state, record, path) },
         };
         let journal = state.file(JOURNAL);
         let options = FileOptions::new(engine).direct(DirectIo::Off).read_only(true);

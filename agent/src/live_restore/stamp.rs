@@ -7,7 +7,8 @@
 //!
 //! Where they are not the same, somebody has, such as a machine that was started from its disk once that was home. A session that is
 //! saved or gone on with then counts all that is home as written by the guest: `G` alone would leave that machine's writes out of
-//! every later backup.
+//! every later backup. So does one that is wholly home and of which no stamp tells: its agent was killed since, it was moved, or it
+//! is on a block device.
 //!
 //! Times are as fine as the kernel's clock ticks. A write in the tick of our own last one would leave them as they are, so
 //! that tick is waited out before they are read. A block device has no such times.
@@ -22,6 +23,7 @@ use serde::{Deserialize, Serialize};
 
 use super::record::SessionRecord;
 use super::state_dir::StateDir;
+use crate::live::{Resumed, WrittenPast};
 
 pub(super) const FILE: &str = "parked.json";
 const VERSION: u32 = 1;
@@ -118,10 +120,9 @@ pub(crate) fn changed_since_parked(
     })
 }
 
-/// Whether the target, a file, has changed since its session was parked, as far as that was written down: a machine may have been
-/// started from it. Of a session that was not parked since it tells nothing.
-pub(super) fn was_written_past(state: &StateDir, record: &SessionRecord, target: &Path) -> bool {
-    Look::at(state, record, target).is_of_changed()
+/// What the stamp tells of writes to the target past the session.
+pub(super) fn written_past(state: &StateDir, record: &SessionRecord, target: &Path) -> WrittenPast {
+    Look::at(state, record, target).written_past()
 }
 
 /// How a target was before it was opened for writing, which changes it.
@@ -136,15 +137,33 @@ impl Look {
         Self { now: now.ok().flatten(), parked: parked(state, record) }
     }
 
-    /// As [`was_written_past`], under the target's lock. Whoever served it until then has parked it meanwhile, and knows what was
+    /// As [`written_past`], under the target's lock. Whoever served it until then has parked it meanwhile, and knows what was
     /// written.
-    pub(super) fn is_written_past(&self, state: &StateDir, record: &SessionRecord) -> bool {
-        self.is_of_changed() && self.parked == parked(state, record)
+    pub(super) fn under_lock(&self, state: &StateDir, record: &SessionRecord) -> WrittenPast {
+        if self.parked == parked(state, record) { self.written_past() } else { WrittenPast::No }
     }
 
-    /// Both are known, and are not the same.
-    fn is_of_changed(&self) -> bool {
-        self.now.as_ref().zip(self.parked.as_ref()).is_some_and(|(now, parked)| now != parked)
+    fn written_past(&self) -> WrittenPast {
+        match (&self.now, &self.parked) {
+            (Some(now), Some(parked)) if now == parked => WrittenPast::No,
+            (Some(_), Some(_)) => WrittenPast::Yes,
+            _ => WrittenPast::Unknown,
+        }
+    }
+}
+
+/// Tells of a session that goes on what follows from writes past it.
+pub(super) fn tell(target: &Path, written_past: WrittenPast, ended: Resumed, is_whole: bool) {
+    let target = target.display();
+    match written_past {
+        WrittenPast::No => {}
+        WrittenPast::Yes if ended == Resumed::Parked && !is_whole => tracing::warn!(
+            "{target} was written to, renamed, or given another owner or mode since its session was parked: what was written where              nothing was home yet is lost, what is home counts as written by the guest"
+        ),
+        WrittenPast::Yes | WrittenPast::Unknown if is_whole => tracing::warn!(
+            "a machine may have written to {target} since its session was served last: all of it counts as written by the guest, and is              read by the next backup"
+        ),
+        WrittenPast::Yes | WrittenPast::Unknown => {}
     }
 }
 

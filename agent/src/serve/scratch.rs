@@ -12,7 +12,7 @@ use block::{DirectIo, Engine, FileDisk, FileOptions, OpenDevice};
 use crate::cli::Failure;
 use crate::live::{
     BootId, ChunkSource, Identity, LiveDisk, LiveWords, Session, SessionId, SessionOptions, SessionParts,
-    TokioClock,
+    TokioClock, WrittenPast,
 };
 
 /// Makes a disk that reads as `source` until it is written to. What is written goes to files in `dir`
@@ -33,7 +33,7 @@ pub(super) fn open(
         boot: BootId::current().context("cannot read the kernel's boot id")?,
         last_boot: None,
         check: None,
-        written_past: false,
+        written_past: WrittenPast::No,
         plan: Vec::new(),
         trace: Vec::new(),
         options: SessionOptions { background: false, ..SessionOptions::default() },

@@ -16,6 +16,7 @@ use super::tally::Kind;
 use super::world::{CHUNK_SIZE, World};
 use crate::live::device::LiveDevice;
 use crate::live::frozen::{AtRest, Frozen, FrozenOptions, FrozenReader, RestParts};
+use crate::live::parts::WrittenPast;
 
 /// What a view showed: the whole disk, but for the chunks whose rest could not be had.
 pub(super) struct Shown {
@@ -133,7 +134,7 @@ impl Story {
             boot: parts.boot,
             last_boot: parts.last_boot,
             check: parts.check,
-            written_past: false,
+            written_past: WrittenPast::No,
         };
         let shown = Executor::new(self.rng.next_u64()).block_on(STEP_LIMIT, async move {
             let Ok(rest) = AtRest::open(parts, &target, Some(&journal)).await else { return Ok(None) };

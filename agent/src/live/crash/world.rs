@@ -16,7 +16,7 @@ use super::tally::{Kind, Tally};
 use crate::live::journal::JournalLayout;
 use crate::live::live_file::{BootId, LiveWords};
 use crate::live::mistakes::Mistake;
-use crate::live::parts::{Identity, SessionOptions, SessionParts};
+use crate::live::parts::{Identity, SessionOptions, SessionParts, WrittenPast};
 use crate::live::session::Session;
 use crate::live::source::{ChunkSource, DiskLayout};
 
@@ -118,7 +118,7 @@ impl World {
             last_boot: Some(BootId([self.last_boot; 16])),
             // What a guest wrote and did not flush cannot be told from another disk then.
             check: (!self.is_unsure).then(|| Arc::clone(&self.source) as _),
-            written_past: false,
+            written_past: WrittenPast::No,
             plan: plan(&mut self.rng, self.disk.chunk_count()),
             trace: (0..self.rng.below(6)).map(|_| self.rng.below(self.disk.chunk_count())).collect(),
             options,

@@ -25,7 +25,7 @@ use crate::live::error::{Error, ErrorKind, Result};
 use crate::live::fingerprint::{Evidence, check_contents};
 use crate::live::journal::{Journal, SessionId};
 use crate::live::live_file::{BootId, LiveFile, LiveWords};
-use crate::live::parts::{ChunkCheck, Identity, Resumed};
+use crate::live::parts::{ChunkCheck, Identity, Resumed, WrittenPast};
 use crate::live::session::check_identity;
 use crate::live::source::ChunkSource;
 
@@ -50,7 +50,7 @@ pub struct RestParts {
     /// By what the target is checked; without it nothing is checked.
     pub check: Option<Arc<dyn ChunkCheck>>,
     /// As in [`crate::live::SessionParts`].
-    pub written_past: bool,
+    pub written_past: WrittenPast,
 }
 
 /// A session at rest, frozen as it is.
@@ -108,13 +108,18 @@ impl AtRest {
             };
             check_contents(&**check, &*parts.source, target, &evidence).await?;
         }
-        let is_written_past = ended == Resumed::Parked && parts.written_past;
         for word in 0..home.word_count() {
             if let Some(live) = believed {
                 home.or_word(word, live.v().word(word));
                 guest.or_word(word, live.g().word(word));
             }
-            if is_written_past || (believed.is_none() && ended.is_from_journal_alone()) {
+            if believed.is_none() && ended.is_from_journal_alone() {
+                guest.or_word(word, home.word(word));
+            }
+        }
+        let is_whole = home.count() == blocks;
+        if parts.written_past.counts(ended, is_whole) {
+            for word in 0..home.word_count() {
                 guest.or_word(word, home.word(word));
             }
         }
@@ -131,7 +136,7 @@ impl AtRest {
             frozen: Frozen { view: Arc::new(view), session: None },
             backup: Arc::new(backup),
             ended,
-            is_whole: home.count() == blocks,
+            is_whole,
             journal_is_lost: replayed.is_none(),
         })
     }

@@ -18,7 +18,7 @@ use crate::live::clock::Clock;
 use crate::live::device::LiveDevice;
 use crate::live::journal::{JournalLayout, SessionId};
 use crate::live::live_file::{BootId, LiveWords};
-use crate::live::parts::{Identity, Resumed, SessionOptions, SessionParts};
+use crate::live::parts::{Identity, Resumed, SessionOptions, SessionParts, WrittenPast};
 use crate::live::session::Session;
 use crate::live::source::{ChunkData, ChunkSource, DiskLayout, FetchFuture, SourceError, Urgency};
 
@@ -68,7 +68,7 @@ impl Rig {
             boot: BootId([boot; 16]),
             last_boot: None,
             check: None,
-            written_past: false,
+            written_past: WrittenPast::No,
             plan: Vec::new(),
             trace: Vec::new(),
             options: SessionOptions { log_pages: Some(LOG_PAGES), ..SessionOptions::default() },

@@ -27,7 +27,7 @@ use crate::live::clock::TokioClock;
 use crate::live::disk::LiveDisk;
 use crate::live::journal::{JournalLayout, SessionId};
 use crate::live::live_file::{BootId, LiveWords};
-use crate::live::parts::{Identity, SessionOptions, SessionParts};
+use crate::live::parts::{Identity, SessionOptions, SessionParts, WrittenPast};
 use crate::live::session::Session;
 use crate::live::source::{ChunkData, ChunkSource, DiskLayout, FetchFuture, SourceError, Urgency};
 
@@ -91,7 +91,7 @@ fn parts(backup: &Arc<Backup>, live: LiveWords, boot: BootId) -> SessionParts {
         boot,
         last_boot: None,
         check: None,
-        written_past: false,
+        written_past: WrittenPast::No,
         plan: Vec::new(),
         trace: Vec::new(),
         options: SessionOptions {

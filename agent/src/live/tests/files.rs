@@ -14,7 +14,7 @@ use super::{Rig, TestSource};
 use crate::live::clock::TokioClock;
 use crate::live::journal::{JournalLayout, SessionId};
 use crate::live::live_file::{BootId, LiveWords};
-use crate::live::parts::{Resumed, SessionOptions, SessionParts};
+use crate::live::parts::{Resumed, SessionOptions, SessionParts, WrittenPast};
 use crate::live::session::Session;
 use crate::live::source::{ChunkSource, DiskLayout};
 use crate::live::stats::Phase;
@@ -33,7 +33,7 @@ fn parts(dir: &Path, source: &Arc<TestSource>) -> SessionParts {
         boot: BootId::current().unwrap(),
         last_boot: None,
         check: Some(Arc::clone(source) as _),
-        written_past: false,
+        written_past: WrittenPast::No,
         plan: Vec::new(),
         trace: Vec::new(),
         options: SessionOptions::default(),

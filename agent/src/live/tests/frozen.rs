@@ -17,6 +17,7 @@ use crate::live::device::LiveDevice;
 use crate::live::frozen::{AtRest, Frozen, FrozenOptions, FrozenReader, RestParts};
 use crate::live::journal::JournalLayout;
 use crate::live::mistakes::{Making, Mistake};
+use crate::live::parts::WrittenPast;
 use crate::live::source::ChunkSource;
 use crate::live::stats::Phase;
 
@@ -346,7 +347,7 @@ fn at_rest(rig: &mut Rig) -> crate::live::Result<(AtRest, Vec<u8>)> {
         boot: rig.boot,
         last_boot: rig.last_boot,
         check: Some(Arc::clone(&rig.source) as _),
-        written_past: false,
+        written_past: WrittenPast::No,
     };
     let (target, journal, backup) = (rig.target.clone(), rig.journal.clone(), rig.source.all());
     rig.run(async move {

@@ -24,7 +24,7 @@ use super::device::LiveDevice;
 use super::error::Result;
 use super::journal::{JournalLayout, SessionId};
 use super::live_file::{BootId, LiveWords};
-use super::parts::{ChunkCheck, Identity, Resumed, SessionOptions, SessionParts};
+use super::parts::{ChunkCheck, Identity, Resumed, SessionOptions, SessionParts, WrittenPast};
 use super::session::Session;
 use super::source::{
     ChunkData, ChunkSource, DiskLayout, FetchFuture, RunData, SourceError, SourceErrorKind, Urgency,
@@ -236,7 +236,7 @@ impl Rig {
             boot: self.boot,
             last_boot: self.last_boot,
             check: Some(Arc::clone(&self.source) as _),
-            written_past: false,
+            written_past: WrittenPast::No,
             plan: Vec::new(),
             trace: self.trace.clone(),
             options: self.options,
