@@ -12,8 +12,7 @@ use super::session::Scan;
 use super::source::Source;
 use super::{report, warn_if_not_latest};
 use crate::cli::{Context, Failure, Outcome};
-use crate::save::{Disk, Order, SaveRequest, ask_to_save, store};
-use crate::status::DamagedRange;
+use crate::save::{Disk, LackingRange, Order, SaveRequest, ask_to_save, store};
 
 /// A capture that needs views.
 pub(super) struct Composed<'a> {
@@ -65,8 +64,7 @@ impl Composed<'_> {
         drop(progress);
         let name: SnapshotName = saved.snapshot.parse()?;
         let looked_at: Vec<_> = saved.disks.iter().map(|disk| Some(disk.changed_chunks)).collect();
-        let damaged = saved.damaged.into_iter().map(|damage| (damage.disk, damage.range)).collect();
-        self.conclude(&name, &looked_at, damaged)
+        self.conclude(&name, &looked_at, &saved.damaged)
     }
 
     /// Captures sessions at rest, not all of which are wholly home.
@@ -109,26 +107,18 @@ impl Composed<'_> {
         let stored = store(self.repository, &disks, order, self.engine, &progress, &interrupt, &|| Ok(()))?;
         drop(progress);
         let looked_at: Vec<_> = rests.iter().map(|rest| Some(rest.frozen().chunks().len() as u64)).collect();
-        let damaged = stored.damaged.into_iter().map(|(disk, range)| (disk.to_string(), range)).collect();
-        self.conclude(&stored.snapshot.name(), &looked_at, damaged)
+        self.conclude(&stored.snapshot.name(), &looked_at, &stored.damaged)
     }
 
     fn conclude(
         self,
         name: &SnapshotName,
         looked_at: &[Option<u64>],
-        damaged: Vec<(String, DamagedRange)>,
+        damaged: &[LackingRange],
     ) -> anyhow::Result<Outcome> {
         let snapshot = self.repository.snapshot(name)?;
         let output = self.context.output();
-        for (disk, range) in &damaged {
-            output.damaged(format_args!(
-                "bytes {}..{} of {name}/{disk}: not captured, a restore tells them as lost: {}",
-                range.offset,
-                range.offset + range.len,
-                range.reason
-            ));
-        }
+        damaged.iter().for_each(|lacking| output.damaged(lacking.words(&name.to_string())));
         let outcome = if damaged.is_empty() { Outcome::Done } else { Outcome::Damaged };
         let warnings = warn_if_not_latest(output, self.repository, name).into_iter().collect();
         report(output, &snapshot, self.sources, looked_at, warnings, outcome, self.started)

@@ -80,6 +80,7 @@ pub(crate) use order::{Order, paths};
 pub use record::SessionRecord;
 #[cfg(test)]
 pub(crate) use record::tests::record as a_record;
+pub(crate) use report::damaged_ranges;
 pub(crate) use rest::{Rest, check_identity, lock_target};
 pub(crate) use serve::{Ended, Until, Watcher, start};
 pub(crate) use service::{ServedDisk, Service};

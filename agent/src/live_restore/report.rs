@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use super::fetching::Fetching;
 use super::service::ServedDisk;
-use crate::live::{self, StatsSnapshot};
+use crate::live::{self, DamagedRun, DiskLayout, StatsSnapshot};
 use crate::status::{DamagedRange, Misses, Phase, Status};
 
 /// Over what time a rate is taken.
@@ -67,14 +67,7 @@ pub(super) fn status(disk: &ServedDisk, stats: &StatsSnapshot) -> Status {
             waiting: stats.waiting,
         },
         damaged_bytes: stats.damaged_bytes,
-        damaged: stats
-            .damaged
-            .iter()
-            .map(|run| {
-                let range = layout.run_range(&run.chunks);
-                DamagedRange { offset: range.start(), len: range.len(), reason: run.reason.clone() }
-            })
-            .collect(),
+        damaged: damaged_ranges(stats, layout),
         fallbacks: disk.fetching.as_ref().map(Fetching::fallbacks).unwrap_or_default(),
         waiting: waiting(stats),
         handed_over: disk.is_marked(),
@@ -83,6 +76,15 @@ pub(super) fn status(disk: &ServedDisk, stats: &StatsSnapshot) -> Status {
     };
     status.seconds_left = status.expected_seconds();
     status
+}
+
+/// What could not be brought home so far.
+pub(crate) fn damaged_ranges(stats: &StatsSnapshot, layout: DiskLayout) -> Vec<DamagedRange> {
+    let of = |run: &DamagedRun| {
+        let range = layout.run_range(&run.chunks);
+        DamagedRange { offset: range.start(), len: range.len(), reason: run.reason.clone() }
+    };
+    stats.damaged.iter().map(of).collect()
 }
 
 fn waiting(stats: &StatsSnapshot) -> Option<String> {

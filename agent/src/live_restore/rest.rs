@@ -11,6 +11,7 @@ use anyhow::Context as _;
 use block::{DirectIo, Engine, FileDisk, FileOptions, OpenDevice as _};
 use repository::{DiskEntry, Repository};
 
+use super::damage::kept_damage;
 use super::identity::TargetIdentity;
 use super::open::cannot_resume;
 use super::parts::{MapCheck, journal_identity, parse_id};
@@ -23,6 +24,7 @@ use crate::live::{
     TokioClock, WrittenPast,
 };
 use crate::source::{DiskSource, FetchPool, PoolOptions, RepositoryStore, zero_chunks};
+use crate::status::DamagedRange;
 
 /// How long a repository that is out of reach is waited for.
 const SOURCE_PATIENCE: Duration = Duration::from_secs(30);
@@ -32,6 +34,8 @@ pub(crate) struct Rest {
     pub(crate) view: AtRest,
     /// The disk that it restores, in the repository.
     pub(crate) base: DiskEntry,
+    /// What its last agent could not bring home.
+    pub(crate) damaged: Vec<DamagedRange>,
     target: FileDisk,
     _pool: Arc<FetchPool<RepositoryStore>>,
 }
@@ -91,7 +95,8 @@ impl Rest {
             // A sync may have failed: what the kernel kept of it in memory is not to be believed.
             target.forget_clean_pages()?;
         }
-        Ok(Self { view, base, target, _pool: pool })
+        let damaged = kept_damage(state, record).damaged;
+        Ok(Self { view, base, damaged, target, _pool: pool })
     }
 
     /// What of the disk was changed.

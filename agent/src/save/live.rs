@@ -18,8 +18,9 @@ use serde::{Deserialize, Serialize};
 use super::{Disk, Order, Report, View, disk_names, order, planned_disk, store};
 use crate::cli::{Failure, Interrupt};
 use crate::live::{Frozen, FrozenOptions, FrozenReader, LiveDisk};
-use crate::live_restore::{Asked, ServedDisk, SessionRecord, StateDir, base_of};
+use crate::live_restore::{Asked, ServedDisk, SessionRecord, StateDir, base_of, damaged_ranges};
 use crate::output::Output;
+use crate::status::DamagedRange;
 
 /// Copies of what guests overwrite that are kept in memory.
 const MEMORY_BYTES: u64 = 64 << 20;
@@ -55,6 +56,7 @@ pub(crate) struct SaveProgress {
 struct LiveView {
     frozen: Frozen,
     disk: Arc<LiveDisk>,
+    damaged: Vec<DamagedRange>,
 }
 
 impl View for LiveView {
@@ -64,6 +66,10 @@ impl View for LiveView {
 
     fn reader(&self) -> anyhow::Result<FrozenReader> {
         Ok(self.frozen.reader(self.disk.device()?))
+    }
+
+    fn known_damage(&self) -> Vec<DamagedRange> {
+        self.damaged.clone()
     }
 }
 
@@ -211,7 +217,8 @@ impl Save<'_> {
             }
             let views = still.iter().zip(options).zip(served).map(|((still, options), disk)| {
                 let frozen = still.freeze(options).context(cannot)?;
-                Ok(LiveView { frozen, disk: Arc::clone(&disk.disk) })
+                let damaged = damaged_ranges(&disk.session().stats(), disk.record.layout());
+                Ok(LiveView { frozen, disk: Arc::clone(&disk.disk), damaged })
             });
             views.collect()
         })

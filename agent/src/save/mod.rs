@@ -28,13 +28,12 @@ use serde::{Deserialize, Serialize};
 
 pub use live::SaveRequest;
 pub(crate) use live::answer;
-pub(crate) use store::{Disk, Order, Stored, View, store};
+pub(crate) use store::{Disk, LackingRange, Order, Stored, View, store};
 
 use crate::cli::{Context, Failure, Interrupt, Outcome, UsageError, Verb, not_latest};
 use crate::live::Resumed;
 use crate::live_restore::{self, Request, Rest, SessionRecord, StateDir};
 use crate::output::{Output, human_duration, human_size};
-use crate::status::DamagedRange;
 
 /// Make a snapshot of what a live-restore's guest wrote
 ///
@@ -53,7 +52,9 @@ written, as a power cut would leave it. After a crash of the host it holds
 everything that the guest had flushed. A chunk that the guest wrote in part and
 whose rest is damaged in the repository is lost in the snapshot, and each restore
 of it says so; it is named, and the exit code is 3. The session still has what
-the guest wrote: once the repository is mended, save it again.")]
+the guest wrote: once the repository is mended, save it again. Chunks that are
+known to be damaged, and that the guest did not write to, are named likewise: they
+are as damaged in this snapshot.")]
 pub struct Args {
     /// The target of the live-restore
     #[arg(value_name = "TARGET")]
@@ -103,7 +104,8 @@ pub(crate) struct Report {
     /// How much of the guest's writes is in it.
     pub(crate) up_to: SavedUpTo,
     pub(crate) disks: Vec<ReportedDisk>,
-    pub(crate) damaged: Vec<ReportedDamage>,
+    /// What the snapshot does not have.
+    pub(crate) damaged: Vec<LackingRange>,
     pub(crate) dry_run: bool,
     pub(crate) seconds: f64,
 }
@@ -123,14 +125,6 @@ pub(crate) struct ReportedDisk {
     pub(crate) new_chunks: u64,
     pub(crate) new_bytes: u64,
     pub(crate) new_stored_bytes: u64,
-}
-
-/// What could not be saved.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub(crate) struct ReportedDamage {
-    pub(crate) disk: String,
-    #[serde(flatten)]
-    pub(crate) range: DamagedRange,
 }
 
 /// One session that is to be saved.
@@ -460,25 +454,13 @@ impl Report {
             disk.new_bytes = entry.stats.new_bytes;
             disk.new_stored_bytes = entry.stats.new_stored_bytes;
         }
-        let damage = stored
-            .damaged
-            .iter()
-            .map(|(disk, range)| ReportedDamage { disk: disk.to_string(), range: range.clone() });
-        self.damaged = damage.collect();
+        self.damaged.clone_from(&stored.damaged);
         self.seconds = started.elapsed().as_secs_f64();
     }
 
     /// Says what was done.
     fn conclude(&self, output: &Output, repository: &Repository) -> anyhow::Result<Outcome> {
-        for ReportedDamage { disk, range } in &self.damaged {
-            output.damaged(format_args!(
-                "bytes {}..{} of {}/{disk}: not saved, a restore tells them as lost: {}",
-                range.offset,
-                range.offset + range.len,
-                self.snapshot,
-                range.reason
-            ));
-        }
+        self.damaged.iter().for_each(|lacking| output.damaged(lacking.words(&self.snapshot)));
         if let Some(warning) = self.snapshot.parse().ok().and_then(|made| not_latest(repository, &made)) {
             output.warn(warning);
         }

@@ -20,6 +20,7 @@ use repository::{
     CaptureOptions, Consistency, DiskEntry, DiskName, GroupName, MAX_NOTE_LEN, Repository, Saved, Snapshot,
     SnapshotMeta, SnapshotName,
 };
+use serde::{Deserialize, Serialize};
 use tokio::task::JoinSet;
 
 use crate::capture::{Feed, PIECE_LEN, Piece, feed};
@@ -39,6 +40,9 @@ pub(crate) trait View {
 
     /// What reads it on the calling thread.
     fn reader(&self) -> anyhow::Result<FrozenReader>;
+
+    /// What of the disk could not be brought home so far, as the session knows it.
+    fn known_damage(&self) -> Vec<DamagedRange>;
 }
 
 impl View for crate::live_restore::Rest {
@@ -48,6 +52,10 @@ impl View for crate::live_restore::Rest {
 
     fn reader(&self) -> anyhow::Result<FrozenReader> {
         self.reader()
+    }
+
+    fn known_damage(&self) -> Vec<DamagedRange> {
+        self.damaged.clone()
     }
 }
 
@@ -75,8 +83,33 @@ pub(crate) struct Order {
 /// What it has become.
 pub(crate) struct Stored {
     pub(crate) snapshot: Snapshot,
-    /// What could not be had, by the disk's name.
-    pub(crate) damaged: Vec<(DiskName, DamagedRange)>,
+    /// What could not be had.
+    pub(crate) damaged: Vec<LackingRange>,
+}
+
+/// A part of a disk that a snapshot does not have.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub(crate) struct LackingRange {
+    pub(crate) disk: String,
+    #[serde(flatten)]
+    pub(crate) range: DamagedRange,
+    /// Nothing of it is the guest's: it is damaged in the snapshot that was restored, and so in this one.
+    #[serde(default)]
+    pub(crate) inherited: bool,
+}
+
+impl LackingRange {
+    /// What to say of it, in a snapshot of this name.
+    pub(crate) fn words(&self, snapshot: &str) -> String {
+        let Self { disk, range, inherited } = self;
+        let how = if *inherited {
+            "as damaged as in the snapshot that was restored"
+        } else {
+            "what the guest wrote is not saved, a restore tells it as lost"
+        };
+        let (start, end) = (range.offset, range.offset + range.len);
+        format!("bytes {start}..{end} of {snapshot}/{disk}: {how}: {}", range.reason)
+    }
 }
 
 impl Order {
@@ -122,6 +155,14 @@ pub(crate) fn store(
     };
     // From here on it either becomes a snapshot or fails: an interrupt comes too late.
     interrupt.check()?;
+    let lacking = |(disk, range): (DiskName, DamagedRange), inherited| LackingRange {
+        disk: disk.to_string(),
+        range,
+        inherited,
+    };
+    let lost = damaged.into_iter().map(|damaged| lacking(damaged, false));
+    let inherited = disks.iter().flat_map(inherited_damage).map(|damaged| lacking(damaged, true));
+    let damaged = lost.chain(inherited).collect();
     Ok(Stored { snapshot: writer.commit(meta)?, damaged })
 }
 
@@ -194,6 +235,26 @@ async fn read_all(
         check()?;
     }
     Ok(())
+}
+
+/// What is known to be damaged of the chunks that are as in the base.
+fn inherited_damage(disk: &Disk<'_>) -> Vec<(DiskName, DamagedRange)> {
+    let (chunk_size, taken) = (u64::from(disk.base.chunk_size), disk.view.frozen().chunks());
+    let mut ranges: Vec<DamagedRange> = Vec::new();
+    for DamagedRange { offset, len, reason } in disk.view.known_damage() {
+        let end = offset.saturating_add(len).min(disk.base.size);
+        for chunk in offset / chunk_size..end.div_ceil(chunk_size) {
+            let (start, end) = ((chunk * chunk_size).max(offset), ((chunk + 1) * chunk_size).min(end));
+            match ranges.last_mut() {
+                _ if taken.binary_search(&chunk).is_ok() => {}
+                Some(last) if last.offset + last.len == start && last.reason == reason => {
+                    last.len += end - start;
+                }
+                _ => ranges.push(DamagedRange { offset: start, len: end - start, reason: reason.clone() }),
+            }
+        }
+    }
+    ranges.into_iter().map(|range| (disk.name.clone(), range)).collect()
 }
 
 /// Joins neighbours that are damaged for one reason.
