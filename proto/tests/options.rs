@@ -218,6 +218,19 @@ fn lengths_that_lie_are_invalid_and_desynchronise_nothing() {
 }
 
 #[test]
+fn contexts_are_asked_for_by_so_many_queries_and_no_more() {
+    let mut talk = Talk::new(FIXED_NO_ZEROES);
+    talk.kinds(8, &[]);
+    let most = vec!["base:allocation"; 256];
+    assert_eq!(talk.kinds(10, &queries("disk0", &most)), [META, ACK]);
+    let more = vec!["base:allocation"; 257];
+    for kind in [9, 10] {
+        assert_eq!(talk.kinds(kind, &queries("disk0", &more)), [TOO_BIG]);
+    }
+    assert_eq!(talk.kinds(3, &[]), [2, 2, ACK], "the handshake goes on");
+}
+
+#[test]
 fn an_option_that_is_too_long_ends_the_handshake_before_its_data_is_there() {
     let mut talk = Talk::new(FIXED_NO_ZEROES);
     let header = &option(3, &vec![0; MAX_OPTION_BYTES + 1])[..16];

@@ -6,7 +6,6 @@
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
@@ -77,19 +76,12 @@ impl View for LiveView {
 pub(crate) async fn answer(request: SaveRequest, asked: &Asked) -> anyhow::Result<Report> {
     let service = Arc::clone(asked.service());
     let progress = Output::new(false, true).progress("saving", None);
-    let abandoned = Arc::new(AtomicBool::new(false));
-    let (counted, is_abandoned) = (progress.clone(), Arc::clone(&abandoned));
+    let counted = progress.clone();
     let interrupt = Interrupt::default();
     let raised = interrupt.clone();
     let agent = Arc::clone(&service);
     let work = asked.blocking_on_repository(move || {
-        let check = || {
-            service.check_ending()?;
-            if is_abandoned.load(Ordering::SeqCst) {
-                anyhow::bail!("whoever asked for it does not want it any more");
-            }
-            Ok(())
-        };
+        let check = || service.check_ending();
         let (disks, engine) = (service.disks(), service.engine);
         Save { request: &request, disks, engine, interrupt: raised }.run(&counted, &check)
     });
@@ -99,10 +91,7 @@ pub(crate) async fn answer(request: SaveRequest, asked: &Asked) -> anyhow::Resul
         tokio::select! {
             done = &mut work => return done,
             // Ctrl-C at the other end: what nobody waits for is not made.
-            () = asked.abandoned(), if !abandoned.load(Ordering::SeqCst) => {
-                abandoned.store(true, Ordering::SeqCst);
-                interrupt.raise();
-            }
+            () = asked.abandoned(), if !interrupt.is_raised() => interrupt.raise(),
             _ = ticks.tick() => {}
         }
         asked.progress(&SaveProgress { bytes_done: progress.done() });

@@ -49,12 +49,12 @@ Examples:
 
 While it is served the snapshot holds everything that the guest was told was
 written, as a power cut would leave it. After a crash of the host it holds
-everything that the guest had flushed. A chunk that the guest wrote in part and
-whose rest is damaged in the repository is lost in the snapshot, and each restore
-of it says so; it is named, and the exit code is 3. The session still has what
-the guest wrote: once the repository is mended, save it again. Chunks that are
-known to be damaged, and that the guest did not write to, are named likewise: they
-are as damaged in this snapshot.")]
+everything that the guest had flushed. A chunk that the guest wrote in part
+and whose rest is damaged in the repository is lost in the snapshot, and each
+restore of it says so; it is named, and the exit code is 3. The session still
+has what the guest wrote: once the repository is mended, save it again.
+Chunks that are known to be damaged, and that the guest did not write to, are
+named likewise: they are as damaged in this snapshot.")]
 pub struct Args {
     /// The target of the live-restore
     #[arg(value_name = "TARGET")]
