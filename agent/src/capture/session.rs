@@ -141,7 +141,9 @@ impl Session<'_> {
                 self.source.size, self.record.size
             ));
         }
-        live_restore::base_of(wish.repository, self.record).err().map(|error| format!("{error:#}"))
+        live_restore::base_of(wish.repository, self.state, self.record)
+            .err()
+            .map(|error| format!("{error:#}"))
     }
 
     /// The session at rest, where `G` leaves nothing out; else why it may.
@@ -170,7 +172,7 @@ impl Session<'_> {
         if self.status.phase == Phase::Complete {
             return Ok(Scan::Whole { why });
         }
-        let Self { path, state, status, .. } = self;
+        let Self { path, state, record, status, .. } = self;
         let path = path.display();
         let why = why.map_or_else(String::new, |why| {
             format!(", and what its guest wrote is not known for certain: {why}")
@@ -189,7 +191,7 @@ impl Session<'_> {
                 "run its live-restore again until `{}` says that it is complete; or `{}` takes what is known of the guest's writes \
                  on top of {}",
                 state.command("status", self.path),
-                state.command("save", self.path),
+                state.saving(record),
                 status.snapshot,
             ),
         )

@@ -122,7 +122,7 @@ pub(super) fn find<'a>(wish: &'a Wish<'a>, state: &'a StateDir) -> anyhow::Resul
                 record.check_not_handed_over(state)?;
             }
             wanted::check_asked(wish, &record)?;
-            let disk = needed(wanted::of_record(wish, &record), state, &record)?;
+            let disk = needed(wanted::of_record(wish, state, &record), state, &record)?;
             if let (true, Some(disk)) = (wish.takes_over, &disk) {
                 take_over::check_repository(wish, disk)?;
             }

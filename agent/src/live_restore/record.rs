@@ -116,9 +116,10 @@ impl SessionRecord {
         if !self.handed_over {
             return Ok(());
         }
-        let (target, dir) = (self.target.display(), state.path().display());
-        let discard = state.command("discard", &self.target);
-        if in_use::is_locked(&self.target) {
+        let path = state.target(self);
+        let (target, dir) = (path.display(), state.path().display());
+        let discard = state.command("discard", path);
+        if in_use::is_locked(path) {
             return Err(Failure::new(
                 format!(
                     "a machine runs from {target} itself, and holds a lock on it: it was moved onto it, which is a disk of its own now, \

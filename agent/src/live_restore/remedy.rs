@@ -5,12 +5,37 @@ use std::path::Path;
 use rustix::fs::Access;
 
 use super::advice::shell_line;
+use super::identity::TargetIdentity;
+use super::record::SessionRecord;
 use super::state_dir::{Sought, StateDir};
 use crate::cli::Failure;
 
 impl StateDir {
     /// `lifeboot VERB TARGET`, by which this session is found; `target` is its target where nobody has looked for it by one.
     pub(crate) fn command(&self, verb: &str, target: &Path) -> String {
+        shell_line(&self.words(verb, target))
+    }
+
+    /// `lifeboot save TARGET`, as [`StateDir::command`] has it, for the session with this record: it goes for a target that is a copy,
+    /// too.
+    pub(crate) fn saving(&self, record: &SessionRecord) -> String {
+        let target = self.target(record);
+        let mut words = self.words("save", target);
+        let is_another =
+            |identity: Option<TargetIdentity>| identity.is_some_and(|it| !it.is_same(&record.identity));
+        if TargetIdentity::at(target).is_ok_and(is_another) {
+            words.push("--moved".to_owned());
+        }
+        shell_line(&words)
+    }
+
+    /// The target as somebody named it who looked for this session; else where it was when the session was started last. The
+    /// record's is no name for it where it was copied or renamed since: that may be another session's target.
+    pub(crate) fn target<'a>(&'a self, record: &'a SessionRecord) -> &'a Path {
+        self.sought.as_ref().map_or(&record.target, |sought| &sought.target)
+    }
+
+    fn words(&self, verb: &str, target: &Path) -> Vec<String> {
         let (target, root) = match &self.sought {
             Some(Sought { target, root }) => (target.as_path(), root.as_deref()),
             None => (target, None),
@@ -19,7 +44,7 @@ impl StateDir {
         if let Some(root) = root {
             words.extend(["--state".to_owned(), root.display().to_string()]);
         }
-        shell_line(&words)
+        words
     }
 
     /// How the session is given up, as the end of an advice.

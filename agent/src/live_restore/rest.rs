@@ -61,7 +61,7 @@ impl Rest {
         if !moved {
             check_identity(state, record, &target)?;
         }
-        let base = wanted::base_of(repository, record)?;
+        let base = wanted::base_of(repository, state, record)?;
         let map = repository.disk_map(&base)?;
         let layout = DiskLayout { size: base.size, chunk_size: base.chunk_size };
         let zero = zero_chunks(&map).context("cannot read the map of the snapshot's disk")?;

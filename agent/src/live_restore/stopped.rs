@@ -22,7 +22,7 @@ pub(super) fn unusable_journal(state: &StateDir, what: impl std::fmt::Display) -
             format!(
                 "save what the guest wrote, before this host is restarted: `{}`; keep a copy of the target and of {}; then {}, \
                      and a new one begins with --force",
-                state.command("save", &record.target),
+                state.saving(&record),
                 state.path().display(),
                 state.giving_up()
             ),
@@ -44,6 +44,7 @@ fn has_believable_live_file(state: &StateDir, record: &SessionRecord) -> anyhow:
 /// Where its journal is missing, cannot be read, or is damaged.
 pub fn stopped_status(state: &StateDir, record: &SessionRecord) -> anyhow::Result<Status> {
     let mut status = Status::at_rest(record, Phase::Stopped);
+    status.target = state.target(record).to_owned();
     if !record.was_begun() {
         return Ok(status);
     }

@@ -8,6 +8,7 @@ use repository::{DiskEntry, Repository, Snapshot, SnapshotName};
 
 use super::open::Wish;
 use super::record::SessionRecord;
+use super::state_dir::StateDir;
 use crate::cli::Failure;
 
 /// Fails where what was asked for is not what the session restores.
@@ -36,15 +37,19 @@ pub(super) fn belongs_elsewhere(target: &Path, record: &SessionRecord, spec: &st
 }
 
 /// The disk that a session restores.
-pub(super) fn of_record(wish: &Wish<'_>, record: &SessionRecord) -> anyhow::Result<DiskEntry> {
-    let repository = wish.repository().map_err(|error| gone(record, error))?;
-    let error = match base_of(repository, record) {
+pub(super) fn of_record(
+    wish: &Wish<'_>,
+    state: &StateDir,
+    record: &SessionRecord,
+) -> anyhow::Result<DiskEntry> {
+    let repository = wish.repository().map_err(|error| gone(state, record, error))?;
+    let error = match base_of(repository, state, record) {
         Ok(disk) => return Ok(disk),
         Err(error) => error,
     };
     let mut said = String::new();
     for copy in wish.fallbacks.repositories() {
-        match base_of(copy, record) {
+        match base_of(copy, state, record) {
             Ok(disk) => return Ok(disk),
             Err(error) => said.push_str(&format!("; its copy {}: {error:#}", copy.path().display())),
         }
@@ -56,37 +61,42 @@ pub(super) fn of_record(wish: &Wish<'_>, record: &SessionRecord) -> anyhow::Resu
     Err(error.context(what))
 }
 
-fn gone(record: &SessionRecord, error: repository::Error) -> Failure {
+fn gone(state: &StateDir, record: &SessionRecord, error: repository::Error) -> Failure {
     let what = format!(
         "the session of {} restores {}, which cannot be had",
-        record.target.display(),
+        state.target(record).display(),
         record.snapshot
     );
     Failure::new(what, "name the repository that the session was begun with").because(error)
 }
 
 /// As [`gone`], where there is a repository, but it cannot give the snapshot.
-fn not_there(record: &SessionRecord, error: repository::Error) -> Failure {
+fn not_there(state: &StateDir, record: &SessionRecord, error: repository::Error) -> Failure {
     if error.kind() != repository::ErrorKind::NotFound {
-        return gone(record, error);
+        return gone(state, record, error);
     }
-    let target = record.target.display();
+    let path = state.target(record);
+    let (target, status) = (path.display(), state.command("status", path));
     Failure::new(
         format!("the session of {target} restores {}, which this repository does not have", record.snapshot),
         format!(
             "name the repository that the session was begun with, or, if the snapshot was forgotten there, a copy that still has \
-             it; a disk that is wholly home (`lifeboot status {target}`) needs neither: `lifeboot capture GROUP {target}`"
+             it; a disk that is wholly home (`{status}`) needs neither: `lifeboot capture GROUP {target}`"
         ),
     )
     .because(error)
 }
 
 /// The disk that a session restores, in `repository`.
-pub(crate) fn base_of(repository: &Repository, record: &SessionRecord) -> anyhow::Result<DiskEntry> {
-    let name = record.snapshot.parse().map_err(|error| gone(record, error))?;
+pub(crate) fn base_of(
+    repository: &Repository,
+    state: &StateDir,
+    record: &SessionRecord,
+) -> anyhow::Result<DiskEntry> {
+    let name = record.snapshot.parse().map_err(|error| gone(state, record, error))?;
     // The record's name is not misspelt, and no other snapshot does for it.
     let had = repository.snapshot(&name).map_err(repository::Error::without_nearest);
-    let snapshot = had.map_err(|error| not_there(record, error))?;
+    let snapshot = had.map_err(|error| not_there(state, record, error))?;
     let disk = snapshot.manifest().disks.iter().find(|disk| {
         disk.name.as_str() == record.disk && map_name(disk) == record.map && disk.size == record.size
     });
@@ -94,7 +104,7 @@ pub(crate) fn base_of(repository: &Repository, record: &SessionRecord) -> anyhow
         return Err(Failure::new(
             format!(
                 "the session of {} restores disk {} of {}, which is another disk in this repository",
-                record.target.display(),
+                state.target(record).display(),
                 record.disk,
                 record.snapshot
             ),

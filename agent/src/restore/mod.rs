@@ -125,7 +125,7 @@ fn check_no_session(path: &Path) -> anyhow::Result<()> {
         ),
         format_args!(
             "name another target; or `{}` keeps what its guest wrote, and `{}` gives it up",
-            state.command("save", path),
+            state.saving(&record),
             state.command("discard", path)
         ),
     )

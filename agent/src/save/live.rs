@@ -123,8 +123,8 @@ impl Save<'_> {
         let order = self.order(&records, group)?;
         let repository = Repository::open(&self.request.repository)
             .with_context(|| format!("the agent cannot use {}", self.request.repository.display()))?;
-        let bases =
-            records.iter().map(|record| base_of(&repository, record)).collect::<anyhow::Result<Vec<_>>>()?;
+        let bases = served.iter().map(|disk| base_of(&repository, &disk.state, &disk.record));
+        let bases = bases.collect::<anyhow::Result<Vec<_>>>()?;
         let mut report = Report {
             snapshot: order.name().to_string(),
             live_restore_of: records[0].snapshot.clone(),
