@@ -154,7 +154,23 @@ fn message(error: &anyhow::Error) -> String {
     message
 }
 
+/// What to do where a file system is read-only.
+pub(crate) const READ_ONLY_ADVICE: &str = "the kernel makes a file system read-only when its storage fails (`dmesg` tells): look after \
+     that, mount it for writing, and try again; what only reads, like `lifeboot save` of a session, works meanwhile";
+
+/// Whether something could not be written because its file system is read-only.
+fn is_of_read_only_file_system(error: &anyhow::Error) -> bool {
+    // A failure of a device has its cause in an `Arc`, to be cloned.
+    type Shared = std::sync::Arc<dyn Error + Send + Sync>;
+    error.chain().any(|cause| {
+        let shared = cause.downcast_ref::<Shared>().and_then(|shared| shared.downcast_ref());
+        let of_system = cause.downcast_ref::<io::Error>().or(shared);
+        of_system.is_some_and(|cause| cause.kind() == io::ErrorKind::ReadOnlyFilesystem)
+    })
+}
+
 fn advice(error: &anyhow::Error) -> Option<String> {
+    let is_read_only = is_of_read_only_file_system(error);
     error.chain().find_map(|cause| {
         if let Some(failure) = cause.downcast_ref::<Failure>() {
             return Some(failure.advice.clone());
@@ -166,6 +182,7 @@ fn advice(error: &anyhow::Error) -> Option<String> {
             block::Error::io("", io::Error::from(cause.downcast_ref::<io::Error>()?.kind())).kind()
         };
         match kind {
+            _ if is_read_only => Some(READ_ONLY_ADVICE.to_owned()),
             ErrorKind::NoSpace => Some("free some space there, then try again".to_owned()),
             ErrorKind::NotPermitted => {
                 Some("check the owner and the permissions, or run it as root".to_owned())
@@ -196,6 +213,16 @@ mod tests {
         assert_eq!(advice(&error).as_deref(), Some("make room"));
         assert_eq!(message(&error), "outer: disk full: ENOSPC");
         assert_eq!(exit_code(&error), EXIT_FAILED);
+    }
+
+    #[test]
+    fn whoever_cannot_write_to_a_read_only_file_system_is_not_sent_to_look_at_permissions() {
+        let read_only = || io::Error::from(io::ErrorKind::ReadOnlyFilesystem);
+        for error in [anyhow::Error::from(read_only()), block::Error::io("open x", read_only()).into()] {
+            assert_eq!(advice(&error.context("cannot write x")).as_deref(), Some(READ_ONLY_ADVICE));
+        }
+        let denied = anyhow::Error::from(io::Error::from(io::ErrorKind::PermissionDenied));
+        assert!(advice(&denied).unwrap().contains("the owner"));
     }
 
     #[test]

@@ -112,32 +112,36 @@ impl LiveWords {
             allocate(&file, bytes)?;
             Ok(file)
         };
-        Self::map(path, &open().map_err(|error| failed(path, error))?, bytes, mark)
+        let file = open().map_err(|error| failed(path, error))?;
+        Ok(Self::of(path, MappedFile::map(&file, mapped_len(bytes))?, mark))
     }
 
-    /// Maps the live file at `path` to be read; `None` where there is no live file of this disk.
+    /// Maps the live file at `path` to be read, as is possible on a file system that is read-only by now; `None` where there is no
+    /// live file of this disk.
     pub fn existing(path: &Path, disk: DiskLayout) -> block::Result<Option<Self>> {
         let bytes = Self::count_for(disk) as u64 * 8;
         let open = || -> std::io::Result<Option<File>> {
-            let file = File::options().read(true).write(true).open(path)?;
+            let file = File::open(path)?;
             Ok((file.metadata()?.len() == bytes).then_some(file))
         };
         match open() {
-            Ok(file) => file.map(|file| Self::map(path, &file, bytes, None)).transpose(),
+            Ok(Some(file)) => {
+                Ok(Some(Self::of(path, MappedFile::map_read_only(&file, mapped_len(bytes))?, None)))
+            }
+            Ok(None) => Ok(None),
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(None),
             Err(error) => Err(failed(path, error)),
         }
     }
 
-    fn map(path: &Path, file: &File, bytes: u64, mark: Option<Arc<Path>>) -> block::Result<Self> {
-        let len = usize::try_from(bytes).expect("the bitmaps of a disk fit in the address space");
+    fn of(path: &Path, mapped: MappedFile, mark: Option<Arc<Path>>) -> Self {
         let last_words = format!(
             "lifeboot: the live file {} can be used no more: the storage below it has failed\n  look after it, then run the same \
              command: it goes on from what is known to be stable\n",
             path.display()
         );
-        let mapped = MappedFile::map(file, len)?.with_last_words(last_words, mark.as_deref());
-        Ok(Self::Mapped(Arc::new(mapped), mark))
+        let mapped = mapped.with_last_words(last_words, mark.as_deref());
+        Self::Mapped(Arc::new(mapped), mark)
     }
 
     /// Words of zeroes in memory.
@@ -160,6 +164,10 @@ impl LiveWords {
             Self::Memory(words) => words,
         }
     }
+}
+
+fn mapped_len(bytes: u64) -> usize {
+    usize::try_from(bytes).expect("the bitmaps of a disk fit in the address space")
 }
 
 fn failed(path: &Path, error: std::io::Error) -> block::Error {

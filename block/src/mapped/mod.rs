@@ -38,6 +38,19 @@ impl MappedFile {
     /// # Errors
     /// `InvalidRange` where `len` is zero or the file is shorter; `Io` where the kernel refuses.
     pub fn map(file: &File, len: usize) -> Result<Self> {
+        Self::map_as(file, len, MapFlags::SHARED)
+    }
+
+    /// Maps the first `len` bytes of `file`, which need be open for reading only: what is stored stays in this mapping.
+    ///
+    /// # Errors
+    /// As [`MappedFile::map`].
+    pub fn map_read_only(file: &File, len: usize) -> Result<Self> {
+        // Not without the right to write: atomic loads, but for relaxed ones, are undefined on memory that is read-only.
+        Self::map_as(file, len, MapFlags::PRIVATE)
+    }
+
+    fn map_as(file: &File, len: usize, flags: MapFlags) -> Result<Self> {
         let failed = |source| Error::io(format_args!("map {len} bytes of a file"), source);
         let size = file.metadata().map_err(failed)?.len();
         if len == 0 || size < len as u64 {
@@ -47,8 +60,7 @@ impl MappedFile {
         let protection = ProtFlags::READ | ProtFlags::WRITE;
         // SAFETY: a new mapping at an address of the kernel's choice touches no memory of ours. Other
         // processes may change what it holds at any time, which atomics allow.
-        let memory =
-            unsafe { rustix::mm::mmap(std::ptr::null_mut(), len, protection, MapFlags::SHARED, file, 0) };
+        let memory = unsafe { rustix::mm::mmap(std::ptr::null_mut(), len, protection, flags, file, 0) };
         let memory = memory.map_err(|errno| failed(errno.into()))?;
         let memory = NonNull::new(memory.cast()).expect("mmap returns no null mapping");
         Ok(Self { memory, len, listed: None })
