@@ -218,6 +218,7 @@ impl Found<'_> {
         if !wish.moved && !identity.is_same(&record.identity) {
             return Err(self.another_target(&record, &identity));
         }
+        target::check_not_cut_off(&target, state, &record)?;
         let is_named = identity.name.is_some() && identity.is_same(&record.identity);
         if parts.check.is_none() && !is_named {
             // Complete or not: nothing tells that this is the session's target.

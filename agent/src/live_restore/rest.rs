@@ -61,6 +61,7 @@ impl Rest {
         if !moved {
             check_identity(state, record, &target)?;
         }
+        target::check_not_cut_off(&target, state, record)?;
         let base = wanted::base_of(repository, state, record)?;
         let map = repository.disk_map(&base)?;
         let layout = DiskLayout { size: base.size, chunk_size: base.chunk_size };

@@ -17,7 +17,8 @@ use rustix::fs::FlockOperation;
 
 use super::control;
 use super::made::{Made, Undo};
-use super::state_dir::absolute;
+use super::record::SessionRecord;
+use super::state_dir::{StateDir, absolute};
 use crate::blank;
 use crate::cli::{Failure, Interrupt};
 use crate::in_use;
@@ -47,6 +48,34 @@ pub(super) fn reopen(
     lock(&disk, path, state, LOCK_PATIENCE, interrupt)?;
     check_writable(&disk)?;
     Ok(disk)
+}
+
+/// Fails where the locked target of a session is shorter than the disk: what stood there is lost, and a file that is only made
+/// longer again would be believed where it has zeroes now.
+pub(super) fn check_not_cut_off(
+    target: &FileDisk,
+    state: &StateDir,
+    record: &SessionRecord,
+) -> anyhow::Result<()> {
+    if target.size() >= record.size {
+        return Ok(());
+    }
+    Err(Failure::new(
+        format!(
+            "the target {} has {} bytes, and the disk {}: since its session was served last it was cut off, and what stood there is \
+             lost",
+            target.path().display(),
+            target.size(),
+            record.size
+        ),
+        format!(
+            "put a whole copy of it back, if there is one (do not just make it longer: zeroes would be taken for the guest's data); \
+             else keep what is left of it, if the guest's data are worth looking for in there; then {}, and a new one begins with \
+             --force",
+            state.giving_up()
+        ),
+    )
+    .into())
 }
 
 /// The locked target of a session that is to be made, as it was found.
