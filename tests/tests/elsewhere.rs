@@ -88,8 +88,9 @@ fn a_target_whose_session_is_kept_elsewhere_is_known_to_be_no_disk_until_it_is_o
 
     let mut live = stopped.start_with(&in_state).unwrap();
     live.wait_complete().unwrap();
-    assert!(!beside(&captured).exists(), "it is a disk now");
+    assert!(beside(&captured).exists(), "whoever asks finds its agent");
     live.park().unwrap();
+    assert!(!beside(&captured).exists(), "it is a disk now");
     ensure_captured(&captured, &captured.target, &view);
     disk::ensure_same(&captured.target, &view).unwrap();
 

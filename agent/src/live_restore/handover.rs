@@ -11,6 +11,7 @@ use anyhow::Context as _;
 use parking_lot::MutexGuard;
 use serde::{Deserialize, Serialize};
 
+use super::open::forget_pointer;
 use super::record::SessionRecord;
 use super::service::{ServedDisk, Service};
 use super::state_dir::StateDir;
@@ -208,6 +209,10 @@ pub(super) fn settle(
     let Some(record) = state.record()?.filter(|record| record.handed_over) else { return Ok(None) };
     let home = Home { is_default, ..home_of(&record, addresses, &record.disk)? };
     let moved = look(state, &record, &home, drive)?;
+    if moved.is_some() {
+        // The agent that did it was killed before it came to that.
+        forget_pointer(&record);
+    }
     Ok(moved.map(|moved| HandedOver { disk: record.disk.clone(), target: record.target.clone(), moved }))
 }
 

@@ -264,9 +264,8 @@ impl Found<'_> {
         record.boot = Some(boot.to_string());
         state.keep(&record)?;
         distrust::forget(&record);
-        if session.phase() == Phase::Complete {
-            forget_pointer(&record);
-        } else if let Err(error) = state.keep_pointer(&record) {
+        // One that is complete is found from beside its target, too, as long as it is served.
+        if let Err(error) = state.keep_pointer(&record) {
             // It was said when the session began.
             tracing::warn!("{:#}", error);
         }
@@ -347,7 +346,7 @@ impl Found<'_> {
     }
 }
 
-/// All of the disk is home: whoever takes the target for a disk is right.
+/// Removes what says beside the target where its session is kept.
 pub(super) fn forget_pointer(record: &SessionRecord) {
     if let Err(error) = pointer::remove(&record.target, &record.session) {
         tracing::warn!("{:#}", error);

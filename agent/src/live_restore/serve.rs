@@ -322,7 +322,13 @@ impl Running {
         for disk in self.service.disks() {
             let parked = park(&disk.disk, self.service.engine);
             match parked {
-                Ok(()) => stamp::keep(&disk.state, &disk.record),
+                Ok(()) => {
+                    stamp::keep(&disk.state, &disk.record);
+                    // Whoever takes its place serves it on.
+                    if !self.service.is_succeeded() {
+                        forget_pointer_if_home(disk.session(), &disk.record);
+                    }
+                }
                 // The first that failed is the one to look after.
                 Err(error) => result = result.and_then(|()| Err(poisoned(&disk.record, error).into())),
             }
@@ -386,14 +392,22 @@ fn open_all(found: Vec<Found<'_>>, engine: Engine, interrupt: &Interrupt) -> any
 /// Parks sessions that were resumed; those that are new are taken back when they are dropped.
 fn give_back(opened: &[Opened], engine: Engine) {
     for opened in opened.iter().filter(|opened| opened.resumed.is_some()) {
-        if let Err(error) = park(&live_disk(opened), engine) {
+        match park(&live_disk(opened), engine) {
+            Ok(()) => forget_pointer_if_home(&opened.session, &opened.record),
             // It is found as after a kill: nothing is lost.
-            tracing::warn!(
+            Err(error) => tracing::warn!(
                 error = format_args!("{error:#}"),
                 target = %opened.record.target.display(),
                 "a session could not be parked"
-            );
+            ),
         }
+    }
+}
+
+/// All of the disk is home, and nobody serves it any more: whoever takes the target for a disk is right, and needs no session.
+fn forget_pointer_if_home(session: &Session, record: &SessionRecord) {
+    if session.is_all_stable() {
+        open::forget_pointer(record);
     }
 }
 

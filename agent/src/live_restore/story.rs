@@ -10,7 +10,6 @@ use tokio::sync::Notify;
 
 use super::control::{Control, Tasks};
 use super::damage::DamageKeeper;
-use super::open::forget_pointer;
 use super::report::RateMeter;
 use super::scrape::Scraped;
 use super::service::{ServedDisk, Service};
@@ -172,7 +171,6 @@ impl<'a> Story<'a> {
             for disk in 0..self.disks.len() {
                 if !self.disks[disk].is_complete && self.disks[disk].phase() == Phase::Complete {
                     self.disks[disk].completed();
-                    forget_pointer(&self.service.disks()[disk].record);
                     self.service.share_limit();
                     let statuses = self.service.statuses();
                     self.keep_damage(&statuses);
