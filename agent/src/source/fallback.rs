@@ -77,7 +77,18 @@ impl Fallbacks {
                 Err(error) if error.kind() != ErrorKind::InvalidInput => {
                     (error, "does not have what is wanted")
                 }
-                _ => return Ok((Ok(main.clone()), of(opened))),
+                there => {
+                    // A name that nobody can have says nothing of the copies.
+                    let asked = if there.is_ok() { opened.as_slice() } else { &[] };
+                    for (copy, error) in asked.iter().filter_map(|copy| Some((copy, lacks(copy).err()?))) {
+                        warn(format!(
+                            "the copy {} does not have what is wanted, and can give no more of it than what is in its own snapshots \
+                             too: {error}",
+                            copy.path().display()
+                        ));
+                    }
+                    return Ok((Ok(main.clone()), of(opened)));
+                }
             },
             Err(error) => (error.clone(), "cannot be had"),
         };
@@ -282,6 +293,11 @@ mod tests {
         let [passed, used] = said.as_slice() else { panic!("{said:?}") };
         assert!(passed.contains("empty") && passed.contains("no group vm"), "{passed}");
         assert!(used.contains("whole") && used.contains("no such repository"), "{used}");
+        // Also where it is not needed yet.
+        let (main, others, said) = beside("whole", &["empty", "late"]);
+        assert_eq!((main.unwrap().path(), others), (path("whole"), vec![path("empty"), path("late")]));
+        let [lacking] = said.as_slice() else { panic!("{said:?}") };
+        assert!(lacking.contains("empty does not have what is wanted"), "{lacking}");
         // One that is there and does not have it is asked for chunks all the same.
         let (main, others, _) = beside("repo", &["empty", "late"]);
         assert_eq!((main.unwrap().path(), others), (path("late"), vec![path("repo"), path("empty")]));
