@@ -21,8 +21,8 @@ use std::process::ExitCode;
 use clap::{Parser, Subcommand};
 
 pub use context::{Context, Global};
-pub(crate) use failure::told;
 pub use failure::{Failure, Outcome, UsageError};
+pub(crate) use failure::{READ_ONLY_ADVICE, told};
 pub use interrupt::{Interrupt, Interrupted};
 pub(crate) use latest::not_latest;
 pub use units::{Rate, Size};

@@ -15,8 +15,12 @@
 //! | a machine of `lifeboot boot` waits for an agent to serve it | refused, unless it was moved onto the target |
 //! | a program holds a lock on the target, as QEMU does | refused, unless all is home or it was handed over, and the target stays |
 //! | its files may not be read | refused: that is no damage |
+//! | its file system is read-only | refused |
+//! | is not where the file beside the target says that it is kept | that file is removed (`left_behind`) |
 //! | the target is gone, or is another | the session's files are removed, the target is left alone |
 //! | any other | as above |
+
+mod left_behind;
 
 use std::io::{self, BufRead as _, IsTerminal as _, Write as _};
 use std::os::unix::fs::MetadataExt as _;
@@ -26,12 +30,13 @@ use std::time::Duration;
 use anyhow::Context as _;
 use block::{Engine, FileDisk};
 use rustix::event::{PollFd, PollFlags, Timespec};
+use rustix::fs::Access;
 use rustix::io::Errno;
 use serde::Serialize;
 
-use crate::cli::{Context, Failure, Interrupt, Outcome, UsageError, Verb};
+use crate::cli::{Context, Failure, Interrupt, Outcome, READ_ONLY_ADVICE, UsageError, Verb};
 use crate::in_use;
-use crate::live_restore::{self, SessionRecord, StateDir};
+use crate::live_restore::{self, LeftBehind, SessionRecord, StateDir};
 use crate::output::{Output, human_size};
 use crate::status::{Phase, Status};
 
@@ -89,6 +94,11 @@ impl Verb for Args {
     fn run(self, context: &Context) -> anyhow::Result<Outcome> {
         let output = context.output();
         let path = live_restore::absolute(&self.target)?;
+        if self.state.is_none()
+            && let Some(left) = LeftBehind::find(&path)?
+        {
+            return self.remove_left_behind(context, &path, &left);
+        }
         let state = StateDir::of(&self.target, self.state.as_deref())?;
         if let Some(status) = live_restore::ask_status(state.path())? {
             return Err(served(&path, &status));
@@ -142,6 +152,7 @@ impl Verb for Args {
         if is_another.is_none() {
             self.check_unused(record.as_ref(), known, &path)?;
         }
+        self.check_may_change(&state.changed_by_discard(&path), &path)?;
         if is_begun {
             let told = self.tell(output, record.as_ref(), known, damage.as_ref(), is_another.as_ref(), &path);
             told.map_err(|error| {
@@ -149,7 +160,7 @@ impl Verb for Args {
                 Failure::new(what, "give it a stdout that can be written, then run the same command")
                     .because(error)
             })?;
-            self.ask(output, &interrupt)?;
+            self.ask(output, &interrupt, "give --yes; `lifeboot save` keeps what the guest wrote before")?;
             check_still(&state, record.as_ref(), &path)?;
         }
         interrupt.check()?;
@@ -264,14 +275,14 @@ impl Args {
     }
 
     /// Asks, unless told not to.
-    fn ask(&self, output: &Output, interrupt: &Interrupt) -> anyhow::Result<()> {
+    fn ask(&self, output: &Output, interrupt: &Interrupt, without_terminal: &str) -> anyhow::Result<()> {
         if self.yes {
             return Ok(());
         }
         if output.is_json() || !io::stdin().is_terminal() || !io::stderr().is_terminal() {
             return Err(Failure::new(
                 "nothing was discarded: nobody said yes, and without a terminal nobody can be asked",
-                "give --yes; `lifeboot save` keeps what the guest wrote before",
+                without_terminal,
             )
             .into());
         }
@@ -307,6 +318,21 @@ impl Args {
             .into());
         }
         Ok(())
+    }
+
+    /// Fails where one of these directories, or that of a target that is to be removed, cannot be changed.
+    fn check_may_change(&self, dirs: &[PathBuf], target: &Path) -> anyhow::Result<()> {
+        let of_target = target.parent().filter(|_| self.remove_target);
+        let mut dirs = dirs.iter().map(PathBuf::as_path).chain(of_target);
+        let Some(dir) = dirs.find(|dir| rustix::fs::access(*dir, Access::WRITE_OK) == Err(Errno::ROFS))
+        else {
+            return Ok(());
+        };
+        Err(Failure::new(
+            format!("nothing was discarded: the file system of {} is read-only", dir.display()),
+            READ_ONLY_ADVICE,
+        )
+        .into())
     }
 
     fn check_removable(&self, target: Option<&FileDisk>, path: &Path) -> anyhow::Result<()> {

@@ -2,6 +2,7 @@
 
 use std::fs::File;
 use std::io;
+use std::path::{Path, PathBuf};
 
 use anyhow::Context as _;
 
@@ -20,10 +21,10 @@ impl StateDir {
             // From here on there is no session.
             self.keep(&SessionRecord { boot: None, ..record.clone() })?;
         }
-        match (record, &self.sought) {
-            (Some(record), _) => pointer::remove(&record.target, &record.session)?,
-            (None, Some(sought)) => pointer::remove_to(&sought.target, self.path())?,
-            (None, None) => {}
+        // Beside what it was looked for by, which may be a copy, or have been renamed since it was started last.
+        let sought = self.sought.as_ref().map(|sought| &sought.target);
+        for target in sought.into_iter().chain(record.map(|record| &record.target)) {
+            pointer::remove_to(target, self.path())?;
         }
         // While it is known where that is.
         lease::release(self.path());
@@ -45,6 +46,12 @@ impl StateDir {
         Ok(())
     }
 
+    /// The directories that giving this session up changes, of a target at this path.
+    pub(crate) fn changed_by_discard(&self, target: &Path) -> Vec<PathBuf> {
+        let beside = pointer::read(target).ok().flatten().and(target.parent());
+        std::iter::once(self.path()).chain(beside).map(Path::to_owned).collect()
+    }
+
     /// Removes the session's directory if nothing is in it.
     pub(crate) fn remove_if_empty(&self) {
         if std::fs::remove_dir(self.path()).is_ok()
@@ -56,7 +63,7 @@ impl StateDir {
     }
 }
 
-fn remove(path: &std::path::Path) -> anyhow::Result<()> {
+fn remove(path: &Path) -> anyhow::Result<()> {
     match std::fs::remove_file(path) {
         Err(error) if error.kind() != io::ErrorKind::NotFound => {
             Err(error).with_context(|| format!("cannot remove {}", path.display()))
@@ -70,7 +77,7 @@ mod tests {
     use super::*;
     use crate::live_restore::record::tests::record;
 
-    fn session(dir: &std::path::Path) -> StateDir {
+    fn session(dir: &Path) -> StateDir {
         let state = StateDir::of(&dir.join("t.raw"), None).unwrap();
         state.create().unwrap();
         state.keep(&record()).unwrap();

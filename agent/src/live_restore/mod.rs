@@ -77,6 +77,7 @@ pub(crate) use handover::ask_without_agent;
 pub use identity::TargetIdentity;
 pub(crate) use narrate::qemu_arguments;
 pub(crate) use order::{Order, paths};
+pub(crate) use pointer::LeftBehind;
 pub use record::SessionRecord;
 #[cfg(test)]
 pub(crate) use record::tests::record as a_record;

@@ -2,7 +2,8 @@
 //!
 //! A target that is not wholly home is no disk. Whoever finds no session beside it would take it for one: so whoever looks
 //! there finds this file, in the place where the session would be. It is there before anything of the target is changed, and
-//! goes when all of the disk is home, or the session is given up. A block device has no "beside".
+//! goes when the agent ends that has brought all of the disk home, or the session is given up. Until then who asks about the target, or
+//! captures it, finds its agent. A block device has no "beside".
 
 use std::fs::File;
 use std::io::{self, Read as _};
@@ -105,7 +106,7 @@ pub(super) fn remove(target: &Path, session: &str) -> anyhow::Result<()> {
     remove_if(target, |pointer| pointer.session == session)
 }
 
-/// Removes what was said of the session in `state`, of which nothing else can be told, if it was.
+/// Removes what was said of the session in `state`, if it was.
 ///
 /// # Errors
 /// What the operating system says.
@@ -141,9 +142,7 @@ impl StateDir {
     pub(super) fn beside(target: &Path, has_links: bool) -> anyhow::Result<Self> {
         if let Some(Pointer { session, state, .. }) = read(target)? {
             let state = Self::at(state);
-            // One that is damaged is told of by whoever looks.
-            if state.record().ok().is_some_and(|record| record.is_none_or(|record| record.session != session))
-            {
+            if state.is_without(&session) {
                 return Err(Failure::new(
                     format!(
                         "{} is the target of a live-restore that is kept in {}, and is not there",
@@ -151,8 +150,9 @@ impl StateDir {
                         state.path().display()
                     ),
                     format!(
-                        "put it back (is its file system mounted?); if that session was given up, remove {}, which only says where \
-                         it was",
+                        "put it back (is its file system mounted?); if that session was given up, `{}` removes {}, which only says \
+                         where it was",
+                        state.command("discard", target),
                         beside(target).display()
                     ),
                 )
@@ -186,6 +186,11 @@ impl StateDir {
         Ok(state)
     }
 
+    /// Whether this session is not kept here. One that is damaged is told of by whoever looks.
+    fn is_without(&self, session: &str) -> bool {
+        self.record().ok().is_some_and(|record| record.is_none_or(|record| record.session != session))
+    }
+
     /// Of a file that has several names, beside another one of them in the same directory.
     fn of_other_name(target: &Path) -> Option<Self> {
         let identity =
@@ -217,6 +222,54 @@ impl StateDir {
 
     fn absolute_path(&self) -> anyhow::Result<PathBuf> {
         self.path().canonicalize().with_context(|| format!("cannot find {}", self.path().display()))
+    }
+}
+
+/// What says beside a target where a session is kept that is not there.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) struct LeftBehind {
+    target: PathBuf,
+    pointer: Pointer,
+}
+
+impl LeftBehind {
+    /// Beside this target, if it is.
+    ///
+    /// # Errors
+    /// As [`read`].
+    pub(crate) fn find(target: &Path) -> anyhow::Result<Option<Self>> {
+        let pointer = read(target)?.filter(|pointer| {
+            let state = StateDir::at(pointer.state.clone());
+            state.is_without(&pointer.session)
+        });
+        Ok(pointer.map(|pointer| Self { target: target.to_owned(), pointer }))
+    }
+
+    /// The file that says so.
+    pub(crate) fn path(&self) -> PathBuf {
+        beside(&self.target)
+    }
+
+    /// The session's id.
+    pub(crate) fn session(&self) -> &str {
+        &self.pointer.session
+    }
+
+    /// Where the session should be.
+    pub(crate) fn state(&self) -> StateDir {
+        StateDir::at(self.pointer.state.clone())
+    }
+
+    /// Removes it, unless it says something else by now, or what it says is true again.
+    ///
+    /// # Errors
+    /// What the operating system says. Returns whether it was removed.
+    pub(crate) fn remove(&self) -> anyhow::Result<bool> {
+        if Self::find(&self.target)?.as_ref() != Some(self) {
+            return Ok(false);
+        }
+        remove_if(&self.target, |pointer| *pointer == self.pointer)?;
+        Ok(true)
     }
 }
 
@@ -264,6 +317,32 @@ mod tests {
     }
 
     #[test]
+    fn only_what_speaks_of_the_session_that_is_given_up_goes_with_it() {
+        let dir = tempfile::tempdir().unwrap();
+        let (target, root, record, state) = session(dir.path());
+        let identity = TargetIdentity::at(&target).unwrap().unwrap();
+        let record = SessionRecord { identity, ..record };
+        state.keep(&record).unwrap();
+        keep(&record, state.path()).unwrap();
+        // A copy of the state directory has a session of the same id.
+        let copied = dir.path().join("copied");
+        let copy = StateDir::at(copied.join(state.path().file_name().unwrap()));
+        copy.create().unwrap();
+        copy.keep(&record).unwrap();
+        let found = StateDir::of(&target, Some(&copied)).unwrap();
+        assert_eq!(found.path(), copy.path());
+        found.discard(Some(&record)).unwrap();
+        assert!(beside(&target).exists() && !copy.path().exists());
+        // The target was renamed, with what stands beside it.
+        let renamed = dir.path().join("renamed.raw");
+        std::fs::rename(&target, &renamed).unwrap();
+        std::fs::rename(beside(&target), beside(&renamed)).unwrap();
+        let found = StateDir::of(&renamed, Some(&root)).unwrap();
+        found.discard(Some(&record)).unwrap();
+        assert!(!beside(&renamed).exists() && !state.path().exists());
+    }
+
+    #[test]
     fn a_session_that_is_not_where_it_is_said_to_be_is_not_taken_for_none() {
         let dir = tempfile::tempdir().unwrap();
         let (target, _, record, state) = session(dir.path());
@@ -271,6 +350,14 @@ mod tests {
         std::fs::rename(dir.path().join("state"), dir.path().join("unmounted")).unwrap();
         let refused = StateDir::of(&target, None).unwrap_err().to_string();
         assert!(refused.contains("is not there"), "{refused}");
+        let left = LeftBehind::find(&target).unwrap().unwrap();
+        assert_eq!(left.session(), record.session);
+        std::fs::rename(dir.path().join("unmounted"), dir.path().join("state")).unwrap();
+        assert!(!left.remove().unwrap() && beside(&target).exists(), "it is there again");
+        assert_eq!(LeftBehind::find(&target).unwrap(), None);
+        std::fs::rename(dir.path().join("state"), dir.path().join("unmounted")).unwrap();
+        assert!(left.remove().unwrap() && !beside(&target).exists());
+        assert_eq!(StateDir::of(&target, None).unwrap().record().unwrap(), None);
         std::fs::write(beside(&target), "a shopping list").unwrap();
         let refused = StateDir::of(&target, None).unwrap_err().to_string();
         assert!(refused.contains("is not understood"), "{refused}");

@@ -14,6 +14,7 @@ mod reports;
 mod restores;
 mod sessions;
 mod several;
+mod stranded;
 mod support;
 mod unread;
 mod watch;

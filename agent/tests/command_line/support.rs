@@ -144,7 +144,12 @@ pub(crate) fn slow_live_restore(scratch: &Scratch) -> Child {
 
 /// A live-restore to `t.raw`, once it is ready.
 pub(crate) fn live_restore(scratch: &Scratch, further: &[&str]) -> Child {
-    let args = [&["live-restore", "web01@latest", "t.raw", "--listen", "unix:s"], further].concat();
+    live_restore_to(scratch, "t.raw", further)
+}
+
+/// A live-restore, once it is ready.
+pub(crate) fn live_restore_to(scratch: &Scratch, target: &str, further: &[&str]) -> Child {
+    let args = [&["live-restore", "web01@latest", target, "--listen", "unix:s"], further].concat();
     let mut child = scratch.command(&args).stdout(Stdio::piped()).spawn().unwrap();
     let mut lines = BufReader::new(child.stdout.take().unwrap()).lines();
     // Whoever does not read on is no reason for it to end.
