@@ -158,10 +158,12 @@ pub(super) fn tell(target: &Path, written_past: WrittenPast, ended: Resumed, is_
     match written_past {
         WrittenPast::No => {}
         WrittenPast::Yes if ended == Resumed::Parked && !is_whole => tracing::warn!(
-            "{target} was written to, renamed, or given another owner or mode since its session was parked: what was written where              nothing was home yet is lost, what is home counts as written by the guest"
+            "{target} was written to, renamed, or given another owner or mode since its session was parked: what was written where \
+             nothing was home yet is lost, what is home counts as written by the guest"
         ),
         WrittenPast::Yes | WrittenPast::Unknown if is_whole => tracing::warn!(
-            "a machine may have written to {target} since its session was served last: all of it counts as written by the guest, and is              read by the next backup"
+            "a machine may have written to {target} since its session was served last: all of it counts as written by the guest, and is \
+             read by the next backup"
         ),
         WrittenPast::Yes | WrittenPast::Unknown => {}
     }
