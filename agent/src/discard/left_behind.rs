@@ -53,17 +53,7 @@ impl Args {
             )
             .into());
         }
-        let report = Report {
-            discarded: true,
-            session: Some(left.session()),
-            snapshot: None,
-            target: path,
-            target_removed: false,
-            guest_bytes: None,
-            home_bytes: None,
-            size_bytes: None,
-            complete: false,
-        };
+        let report = Report { discarded: true, session: Some(left.session()), ..Report::of_nothing(path) };
         let what = format!("{file} is removed");
         let became = if path.exists() {
             format!("{target} stays as it is")

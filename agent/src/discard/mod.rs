@@ -90,6 +90,23 @@ struct Report<'a> {
     complete: bool,
 }
 
+impl<'a> Report<'a> {
+    /// Where no session is known, and nothing was done.
+    const fn of_nothing(target: &'a Path) -> Self {
+        Self {
+            discarded: false,
+            session: None,
+            snapshot: None,
+            target,
+            target_removed: false,
+            guest_bytes: None,
+            home_bytes: None,
+            size_bytes: None,
+            complete: false,
+        }
+    }
+}
+
 impl Verb for Args {
     fn run(self, context: &Context) -> anyhow::Result<Outcome> {
         let output = context.output();
@@ -202,17 +219,7 @@ impl Args {
     fn nothing(&self, output: &Output, path: &Path, state: &StateDir) -> anyhow::Result<Outcome> {
         // A directory that a discard was about to remove.
         state.remove_if_empty();
-        output.document(&Report {
-            discarded: false,
-            session: None,
-            snapshot: None,
-            target: path,
-            target_removed: false,
-            guest_bytes: None,
-            home_bytes: None,
-            size_bytes: None,
-            complete: false,
-        })?;
+        output.document(&Report::of_nothing(path))?;
         output.line(format_args!(
             "no live-restore to {} is known: there is nothing to discard",
             path.display()

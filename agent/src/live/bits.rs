@@ -51,6 +51,13 @@ impl<'a> Bits<'a> {
         if index + 1 == self.words.len() && rest != 0 { (1 << rest) - 1 } else { u64::MAX }
     }
 
+    /// Sets all bits that are set in `other`, which is as long.
+    pub(super) fn or(&self, other: &Bits<'_>) {
+        for index in 0..self.word_count() {
+            self.or_word(index, other.word(index));
+        }
+    }
+
     /// Sets bits of one word; the number of those that were clear.
     pub(super) fn or_word(&self, index: usize, bits: u64) -> u64 {
         let word = &self.words[index];

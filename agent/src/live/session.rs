@@ -208,9 +208,7 @@ impl Session {
         }
         let is_whole = v.count() == v.len();
         if parts.written_past.counts(resumed, is_whole) {
-            for word in 0..v.word_count() {
-                g.or_word(word, v.word(word));
-            }
+            g.or(&v);
         }
         if makes(Mistake::ZeroAssumedOnResume) {
             mark_zero_chunks(&map, &*parts.source);

@@ -123,8 +123,7 @@ impl SessionRecord {
             return Err(Failure::new(
                 format!(
                     "a machine runs from {target} itself, and holds a lock on it: it was moved onto it, which is a disk of its own now, \
-                     and the session in {} is over",
-                    dir
+                     and the session in {dir} is over"
                 ),
                 format!(
                     "let it run, there is nothing left to restore, and start it from {target} from now on; should it hang, waiting on \
@@ -135,9 +134,8 @@ impl SessionRecord {
         }
         Err(Failure::new(
             format!(
-                "the session in {} is over: a running machine was moved onto {target}, which is a disk of its own now, or was \
-                 about to be when the agent ended",
-                dir
+                "the session in {dir} is over: a running machine was moved onto {target}, which is a disk of its own now, or was \
+                 about to be when the agent ended"
             ),
             format!(
                 "start the machine from {target} itself; if it still runs and waits on the export, give this command --qmp \

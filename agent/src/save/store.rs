@@ -7,8 +7,9 @@
 //! # Chunks that cannot be had
 //! A chunk is composed of the blocks that are home and, for the rest, the backup's. Where that rest is damaged and the chunk is
 //! not whole, its bytes cannot be told: the new snapshot says that it is lost, and a restore says so as well. It is never
-//! zeroes, nor the chunk that the base has there: a copy of the repository may have that whole, and it is not what the guest had. What the guest wrote to such a chunk is not in the snapshot: it is named
-//! on stderr (exit code 3) and in the snapshot's note, and it stays in the session.
+//! zeroes, nor the chunk that the base has there: a copy of the repository may have that whole, and it is not what the guest
+//! had. What the guest wrote to such a chunk is not in the snapshot: it is named on stderr (exit code 3) and in the snapshot's
+//! note, and it stays in the session.
 
 use std::cell::RefCell;
 use std::rc::Rc;

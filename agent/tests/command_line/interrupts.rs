@@ -2,7 +2,7 @@
 
 use std::io::{Read, Write};
 use std::path::Path;
-use std::process::{Child, Command, Stdio};
+use std::process::{Child, Stdio};
 
 use rustix::process::{Pid, Signal, kill_process};
 
@@ -154,14 +154,8 @@ fn at_the_question_of_a_discard_one_ctrl_c_is_a_no_and_a_capital_y_a_yes() {
     assert!(live.wait().unwrap().success());
     let inside = format!("exec {} discard t.raw", env!("CARGO_BIN_EXE_lifeboot"));
     let discard = |answer: &[u8]| {
-        let mut script = Command::new("script")
-            .args(["-qec", &inside, "/dev/null"])
-            .current_dir(scratch.path("."))
-            .env("SHELL", "/bin/sh")
-            .stdin(Stdio::piped())
-            .stdout(Stdio::piped())
-            .spawn()
-            .unwrap();
+        let mut script = scratch.on_a_terminal(&inside);
+        let mut script = script.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
         let mut stdout = script.stdout.take().unwrap();
         let mut text = Vec::new();
         let asks = |text: &[u8]| text.windows(7).any(|part| part == b"? [y/N]");

@@ -87,6 +87,13 @@ impl Scratch {
         command
     }
 
+    /// What runs a line of shell in the directory, on a terminal of its own that is written to stdout.
+    pub(crate) fn on_a_terminal(&self, line: &str) -> Command {
+        let mut script = Command::new("script");
+        script.args(["-qec", line, "/dev/null"]).current_dir(self.dir.path()).env("SHELL", "/bin/sh");
+        script
+    }
+
     pub(crate) fn run(&self, args: &[&str]) -> Ran {
         Ran::of(self.command(args).output().unwrap())
     }

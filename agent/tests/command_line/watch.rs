@@ -1,7 +1,7 @@
 //! `status --watch`: on a terminal, piped, and as JSON; across the agent's end and its coming back.
 
 use std::io::{BufRead, BufReader, Read};
-use std::process::{Child, Command, Stdio};
+use std::process::{Child, Stdio};
 
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
@@ -76,14 +76,8 @@ fn on_a_terminal_it_is_redrawn_in_place_and_fits() {
     let mut live = slow_live_restore(&scratch);
     let program = env!("CARGO_BIN_EXE_lifeboot");
     let inside = format!("stty cols 50 rows 20; exec {program} status --watch t.raw");
-    let mut script = Command::new("script")
-        .args(["-qec", &inside, "/dev/null"])
-        .current_dir(scratch.path("."))
-        .env("SHELL", "/bin/sh")
-        .stdin(Stdio::null())
-        .stdout(Stdio::piped())
-        .spawn()
-        .unwrap();
+    let mut script = scratch.on_a_terminal(&inside);
+    let mut script = script.stdin(Stdio::null()).stdout(Stdio::piped()).spawn().unwrap();
     let mut stdout = script.stdout.take().unwrap();
     let mut text = String::new();
     // Up to the third view.

@@ -119,9 +119,7 @@ impl AtRest {
         }
         let is_whole = home.count() == blocks;
         if parts.written_past.counts(ended, is_whole) {
-            for word in 0..home.word_count() {
-                guest.or_word(word, home.word(word));
-            }
+            guest.or(&home);
         }
         let set = FrozenSet::new(disk, &home, &guest);
         let nothing_is_copied = FrozenOptions { memory_bytes: 0, spill: None };
