@@ -30,25 +30,34 @@ missing_packages() {
     /usr/bin/python3 -c 'import nbd' 2>/dev/null || printf '%s\n' python3 python3-libnbd
 }
 
-mapfile -t packages < <(missing_packages | sort -u)
-if ((${#packages[@]} > 0)); then
+# install_missing: installs what is missing, if anything is.
+install_missing() {
+    local packages log
+    mapfile -t packages < <(missing_packages | sort -u)
+    ((${#packages[@]} > 0)) || return 0
     [[ $(id -u) == 0 ]] || die "missing Debian packages: ${packages[*]}; run scripts/setup.sh as root, or install them"
     command -v apt-get >/dev/null ||
         die "missing programs of the Debian packages ${packages[*]}, and there is no apt-get here: install them"
     say "setup: installing ${packages[*]}"
     log=$(mktemp)
-    trap 'rm -f "$log"' EXIT
     install_packages() {
         DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends "${packages[@]}" >"$log" 2>&1
     }
     # The lists may be absent or old: they are fetched only then.
     install_packages || { apt-get update >"$log" 2>&1 && install_packages; } || {
         tail -n 20 "$log" >&2
+        rm -f "$log"
         die "apt-get could not install ${packages[*]}"
     }
-    mapfile -t packages < <(missing_packages | sort -u)
-    ((${#packages[@]} == 0)) || die "still missing after the installation: ${packages[*]}"
-fi
+    rm -f "$log"
+}
+
+install_missing
+# Again, because installing a package can remove another that was there: QEMU's emulator of this release cannot
+# stand beside the utilities of a later one.
+install_missing
+mapfile -t missing < <(missing_packages | sort -u)
+((${#missing[@]} == 0)) || die "still missing after the installation: ${missing[*]}"
 
 command -v cargo >/dev/null || die "cargo is missing: install Rust (rust-toolchain.toml names the channel) with rustup"
 for component in fmt clippy; do
