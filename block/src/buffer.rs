@@ -7,6 +7,7 @@ use std::ptr::NonNull;
 use rustix::mm::Advice;
 
 use crate::pool::Slot;
+use crate::spare;
 
 /// The alignment of every buffer: enough for `O_DIRECT` on any device with blocks of up to 4 KiB.
 pub const ALIGNMENT: usize = 4096;
@@ -22,8 +23,17 @@ pub struct AlignedBuf {
     memory: NonNull<u8>,
     capacity: usize,
     len: usize,
-    /// The place in a pool that the memory goes back to; `None` where it is this buffer's own.
-    slot: Option<Slot>,
+    home: Home,
+}
+
+/// Where a buffer's memory goes when the buffer is dropped.
+enum Home {
+    /// To the allocator.
+    Allocator,
+    /// To its place in a pool.
+    Pool(Slot),
+    /// To the spare ones.
+    Spares,
 }
 
 // SAFETY: the buffer owns its memory alone, be it its own or lent by a pool that any thread may
@@ -49,7 +59,7 @@ impl AlignedBuf {
             // SAFETY: the layout's size is at least one page, so it is not zero.
             Self::non_null(unsafe { alloc_zeroed(layout) }, layout)
         };
-        Self { memory, capacity: layout.size(), len, slot: None }
+        Self { memory, capacity: layout.size(), len, home: Home::Allocator }
     }
 
     /// A buffer that holds a copy of `bytes`.
@@ -69,24 +79,35 @@ impl AlignedBuf {
             memory.copy_from_nonoverlapping(NonNull::from(bytes).cast(), len);
             memory.add(len).write_bytes(0, layout.size() - len);
         }
-        Self { memory, capacity: layout.size(), len, slot: None }
+        Self { memory, capacity: layout.size(), len, home: Home::Allocator }
     }
 
     /// The memory of a pool's slot, lent until the buffer is dropped.
     pub(crate) fn from_slot(memory: NonNull<u8>, capacity: usize, len: usize, slot: Slot) -> Self {
         assert!(len <= capacity && capacity.is_multiple_of(ALIGNMENT));
-        Self { memory, capacity, len, slot: Some(slot) }
+        Self { memory, capacity, len, home: Home::Pool(slot) }
+    }
+
+    /// The same memory, `len` bytes of it, to be given to [`spare::give_back`] when it is dropped.
+    pub(crate) fn into_spare(mut self, len: usize) -> Self {
+        assert!(matches!(self.home, Home::Allocator));
+        self.set_len(len);
+        self.home = Home::Spares;
+        self
     }
 
     /// The place in a pool that its memory belongs to.
     pub(crate) const fn slot(&self) -> Option<&Slot> {
-        self.slot.as_ref()
+        match &self.home {
+            Home::Pool(slot) => Some(slot),
+            Home::Allocator | Home::Spares => None,
+        }
     }
 
-    /// Whether a pool lent its memory, which goes back there when the buffer is dropped.
+    /// Whether its memory goes back to a pool when it is dropped, to be lent again.
     #[must_use]
     pub const fn is_lent(&self) -> bool {
-        self.slot.is_some()
+        !matches!(self.home, Home::Allocator)
     }
 
     /// How many bytes it can hold: a multiple of [`ALIGNMENT`].
@@ -108,6 +129,19 @@ impl AlignedBuf {
     #[must_use]
     pub const fn as_mut_ptr(&mut self) -> *mut u8 {
         self.memory.as_ptr()
+    }
+
+    /// Lets the kernel take its memory, which is its own, where it needs some: each page then holds what it held or
+    /// zeroes.
+    pub(crate) fn offer_to_kernel(&mut self) {
+        assert!(matches!(self.home, Home::Allocator));
+        // SAFETY: the range is whole pages of ours alone, of private anonymous memory as the allocator has it. What
+        // they hold may become zeroes, which is as initialised as what it was.
+        let advised =
+            unsafe { rustix::mm::madvise(self.as_mut_ptr().cast(), self.capacity, Advice::LinuxFree) };
+        if let Err(error) = advised {
+            tracing::trace!(%error, "the kernel was not offered a buffer's memory");
+        }
     }
 
     /// Uninitialised memory on huge pages where there are some: a disk's driver takes only so many pieces
@@ -138,11 +172,15 @@ impl AlignedBuf {
 
 impl Drop for AlignedBuf {
     fn drop(&mut self) {
-        if self.slot.is_some() {
-            return; // Dropping the slot gives the memory back to its pool.
+        match self.home {
+            Home::Pool(_) => {} // Dropping the slot gives the memory back to its pool.
+            // SAFETY: `memory` came from the allocator with this very layout and is freed once.
+            Home::Allocator => unsafe { dealloc(self.memory.as_ptr(), Self::layout(self.capacity)) },
+            Home::Spares => {
+                let Self { memory, capacity, len, .. } = *self;
+                spare::give_back(Self { memory, capacity, len, home: Home::Allocator });
+            }
         }
-        // SAFETY: `memory` came from the allocator with this very layout and is freed once.
-        unsafe { dealloc(self.memory.as_ptr(), Self::layout(self.capacity)) }
     }
 }
 

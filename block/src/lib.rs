@@ -16,6 +16,7 @@ mod pool;
 mod queue;
 mod range;
 pub mod sim;
+mod spare;
 mod turns;
 
 pub use bitmap::AtomicBitmap;

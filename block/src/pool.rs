@@ -10,7 +10,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use parking_lot::Mutex;
 use rustix::mm::{Advice, MapFlags, ProtFlags};
 
-use crate::{ALIGNMENT, AlignedBuf, Error, Result, engine};
+use crate::{ALIGNMENT, AlignedBuf, Error, Result, engine, spare};
 
 /// How many buffers of which sizes a pool holds.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -31,7 +31,9 @@ impl Default for PoolOptions {
 /// A bounded set of aligned buffers for one thread.
 ///
 /// Buffers may travel to other threads and be dropped there. Where none is free, or one is too
-/// small, [`BufferPool::take`] allocates: a pool bounds what is pinned, not what is used.
+/// small, [`BufferPool::take`] allocates: a pool bounds what is pinned, not what is used. What it allocates of the
+/// large buffers' size is kept for whoever needs such a one next: up to 64 MiB, which the kernel may have while none of
+/// it is in use.
 /// Clones share one set.
 #[derive(Clone, Debug)]
 pub struct BufferPool {
@@ -72,7 +74,7 @@ impl BufferPool {
     /// A buffer of `len` bytes, holding whatever was there before.
     #[must_use]
     pub fn take(&self, len: usize) -> AlignedBuf {
-        self.try_take(len).unwrap_or_else(|| AlignedBuf::zeroed(len))
+        self.try_take(len).or_else(|| spare::take(len)).unwrap_or_else(|| AlignedBuf::zeroed(len))
     }
 
     /// The same, if the pool has a buffer that is free and large enough.
