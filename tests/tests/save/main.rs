@@ -2,6 +2,9 @@
 //! backup after a restore reads what the guest wrote.
 #![allow(clippy::unwrap_used, reason = "what a test calls may panic as the test may")]
 
+mod after;
+mod damage;
+
 use std::fs;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
@@ -11,7 +14,7 @@ use e2e::captured::Captured;
 use e2e::disk;
 use e2e::lifeboot::{LiveRestore, lifeboot, status};
 use e2e::process::{Process, run, run_any, run_json};
-use e2e::work_dir::{LoopDevice, SmallFileSystem};
+use e2e::work_dir::SmallFileSystem;
 use serde_json::Value;
 
 /// Not a multiple of a chunk.
@@ -214,105 +217,6 @@ fn after_a_host_crash_what_was_flushed_is_saved() {
     assert!(!state_of(&captured.target).join("live").exists(), "nothing is made");
 }
 
-/// Damages the middle of every pack, where chunks are.
-fn damage_packs(captured: &Captured) {
-    for pack in fs::read_dir(captured.repository.path().join("packs")).unwrap() {
-        let file = fs::File::options().read(true).write(true).open(pack.unwrap().path()).unwrap();
-        let len = file.metadata().unwrap().len();
-        file.write_all_at(&[0x5a; 64], len / 2).unwrap();
-    }
-}
-
-#[test]
-fn what_is_known_to_be_damaged_is_named_in_every_backup_that_inherits_it() {
-    let captured = Captured::new("save-inherited", DISK_BYTES, 19).unwrap();
-    damage_packs(&captured);
-    let mut live = captured.start(&["--exit-when-done"]).unwrap();
-    assert_eq!(live.process().wait().unwrap().code(), Some(3));
-    let backups = |verbs: &[&[&str]]| {
-        for verb in verbs {
-            let mut command = captured.repository.verb(verb[0], &[&["--json"], &verb[1..]].concat()).unwrap();
-            let output = run_any(command.arg(&captured.target)).unwrap();
-            let said = String::from_utf8_lossy(&output.stderr).into_owned();
-            assert_eq!(output.status.code(), Some(3), "{verb:?}: {said}");
-            assert!(said.contains("as damaged as in the snapshot that was restored"), "{verb:?}: {said}");
-        }
-    };
-    let all: [&[&str]; 2] = [&["save"], &["capture", "after"]];
-    backups(&all);
-    let live = captured.start(&["--no-background"]).unwrap();
-    backups(&all);
-    // What the guest writes over is whole again.
-    let damaged = status(&captured.target).unwrap()["damaged"].clone();
-    for range in damaged.as_array().unwrap() {
-        let at = range["offset"].as_u64().unwrap();
-        live.export().qemu_io(&[&format!("write -P 0x77 {at} {}", range["len"])]).unwrap();
-    }
-    save(&captured, &[]);
-    live.park().unwrap();
-    save(&captured, &[]);
-}
-
-#[test]
-fn a_chunk_whose_rest_is_damaged_is_named_and_lost_in_every_restore() {
-    let captured = Captured::new("save-damaged", DISK_BYTES, 8).unwrap();
-    let live = captured.start(&["--no-background"]).unwrap();
-    // Whole blocks: they need nothing of the backup. The disk begins with noise or text everywhere but in holes.
-    let script = format!(
-        "for c in range({}): h.pwrite(b'\\x77' * 4096, c * {CHUNK})\nh.pwrite(b'\\x78' * {CHUNK}, 0)\nh.flush()",
-        DISK_BYTES / CHUNK
-    );
-    live.export().nbdsh("", &script).unwrap();
-    live.park().unwrap();
-    let whole = captured.work.file("whole");
-    run(Command::new("cp").arg("-a").arg(captured.repository.path()).arg(&whole)).unwrap();
-    for pack in fs::read_dir(captured.repository.path().join("packs")).unwrap() {
-        let pack = pack.unwrap().path();
-        let file = fs::File::options().read(true).write(true).open(&pack).unwrap();
-        let len = file.metadata().unwrap().len();
-        // Chunks come first, the map's nodes and the table last.
-        for at in (4096..len * 3 / 4).step_by(512) {
-            file.write_all_at(&[0x5a; 64], at).unwrap();
-        }
-    }
-    let mut command = captured.repository.verb("save", &["--json"]).unwrap();
-    let output = run_any(command.arg(&captured.target)).unwrap();
-    let said = String::from_utf8_lossy(&output.stderr).into_owned();
-    assert_eq!(output.status.code(), Some(3), "{said}");
-    assert!(said.contains("is not saved"), "{said}");
-    let saved: Value = serde_json::from_slice(&output.stdout).unwrap();
-    let damaged = saved["damaged"].as_array().unwrap();
-    assert!(
-        !damaged.is_empty() && damaged.iter().all(|range| range["offset"].as_u64() >= Some(CHUNK)),
-        "{saved}"
-    );
-    let shown = show(&captured, name(&saved));
-    assert!(shown["note"].as_str().unwrap().contains("lacks what the guest wrote"), "{shown}");
-    // A restore says so as well.
-    let out = captured.work.file("restored.raw");
-    ends(captured.repository.verb("restore", &[name(&saved)]).unwrap().arg(&out), 1, &["cannot be restored"]);
-    let mut command = captured.repository.verb("restore", &["--keep-going", name(&saved)]).unwrap();
-    ends(command.arg(&out), 3, &["damaged"]);
-    let first = fs::read(&out).unwrap();
-    assert!(
-        first[..usize::try_from(CHUNK).unwrap()].iter().all(|byte| *byte == 0x78),
-        "a whole chunk needs no backup"
-    );
-    // A copy from before the damage has what stood there before the guest wrote: that is no substitute.
-    let out = captured.work.file("restored-with-copy.raw");
-    let further = ["--json", "--keep-going", "--fallback", whole.to_str().unwrap(), name(&saved)];
-    let restored = run_any(captured.repository.verb("restore", &further).unwrap().arg(&out)).unwrap();
-    assert_eq!(restored.status.code(), Some(3), "{}", String::from_utf8_lossy(&restored.stderr));
-    let restored: Value = serde_json::from_slice(&restored.stdout).unwrap();
-    let chunks = |report: &Value| -> Vec<u64> {
-        let of = |range: &Value, member: &str| range[member].as_u64().unwrap();
-        let damaged = report["damaged"].as_array().unwrap().iter();
-        let each = |range| of(range, "offset")..of(range, "offset") + of(range, "len");
-        damaged.flat_map(|range| each(range).step_by(CHUNK as usize)).collect()
-    };
-    assert_eq!(chunks(&restored), chunks(&saved), "these and no others");
-}
-
 #[test]
 fn a_save_that_is_killed_or_finds_no_room_leaves_no_snapshot_and_the_session_as_it_was() {
     let captured = Captured::new("save-killed", DISK_BYTES, 9).unwrap();
@@ -444,171 +348,4 @@ fn a_discard_says_what_is_lost_asks_and_leaves_no_session() {
     let report = run_json(&mut discard(&["--yes", "--json", "--remove-target"])).unwrap();
     assert_eq!((report["target_removed"].as_bool(), report["discarded"].as_bool()), (Some(true), Some(true)));
     assert!(!captured.target.exists() && !state_of(&captured.target).exists());
-}
-
-/// Captures the target, and returns the report.
-fn capture(captured: &Captured, further: &[&str]) -> Value {
-    let mut command = captured.repository.verb("capture", &["--json", "after"]).unwrap();
-    run_json(command.arg(&captured.target).args(further)).unwrap()
-}
-
-#[test]
-fn the_first_backup_after_a_restore_reads_what_the_guest_wrote_and_equals_a_full_scan() {
-    let captured = Captured::new("incremental", DISK_BYTES, 13).unwrap();
-    let mut live = captured.start(&[]).unwrap();
-    live.wait_complete().unwrap();
-    guest_work(&live);
-    let looked_at = |report: &Value| report["disks"][0]["chunks_looked_at"].as_u64();
-    let all = DISK_BYTES.div_ceil(CHUNK);
-    // By the agent that serves it.
-    let served = capture(&captured, &[]);
-    assert!(looked_at(&served).unwrap() < all / 4, "{served}");
-    let (stopped, _) = live.park().unwrap();
-    let parked = capture(&captured, &[]);
-    assert!(looked_at(&parked).unwrap() < all / 4, "{parked}");
-    let full = capture(&captured, &["--full"]);
-    assert_eq!(looked_at(&full), None);
-    assert_eq!(root(&captured, name(&parked)), root(&captured, name(&full)));
-    assert_eq!(root(&captured, name(&served)), root(&captured, name(&full)));
-    for count in ["data_chunks", "zero_chunks"] {
-        assert_eq!(parked["disks"][0][count], full["disks"][0][count]);
-    }
-    ensure_restores(&captured, name(&parked), &captured.target);
-
-    // Somebody writes to the file itself: it is read as a whole, and the result is right.
-    let file = fs::File::options().write(true).open(&captured.target).unwrap();
-    file.write_all_at(&[0x5c; 8192], 25 << 20).unwrap();
-    drop(file);
-    let mut command = captured.repository.verb("capture", &["after"]).unwrap();
-    let said = run(command.arg(&captured.target)).unwrap();
-    assert!(said.contains("full scan") && said.contains("written to"), "{said}");
-    ensure_restores(&captured, "after@latest", &captured.target);
-
-    // Killed after it was complete.
-    let live = stopped.start_again().unwrap();
-    live.export().qemu_io(&["write -P 0x31 2M 64k"]).unwrap();
-    live.kill().unwrap();
-    let killed = capture(&captured, &[]);
-    assert_eq!(looked_at(&killed), None);
-    ensure_restores(&captured, name(&killed), &captured.target);
-}
-
-/// Writes to the target as a machine does that was started from it.
-fn write_past(captured: &Captured, at: u64, byte: u8) {
-    write_to(&captured.target, at, byte);
-}
-
-fn write_to(target: &Path, at: u64, byte: u8) {
-    let target = fs::File::options().write(true).open(target).unwrap();
-    target.write_all_at(&[byte; 8192], at).unwrap();
-    target.sync_all().unwrap();
-}
-
-#[test]
-fn what_a_machine_wrote_to_its_own_disk_is_in_every_backup_after_it() {
-    let captured = Captured::new("written-past", DISK_BYTES, 15).unwrap();
-    let mut live = captured.start(&["--exit-when-done"]).unwrap();
-    live.process().wait_success().unwrap();
-    write_past(&captured, 5 * CHUNK, 0x51);
-    let saved = save(&captured, &[]);
-    ensure_restores(&captured, name(&saved), &captured.target);
-
-    write_past(&captured, 9 * CHUNK, 0x52);
-    let live = captured.start(&[]).unwrap();
-    let served = capture(&captured, &[]);
-    ensure_restores(&captured, name(&served), &captured.target);
-    live.park().unwrap();
-    let parked = capture(&captured, &[]);
-    ensure_restores(&captured, name(&parked), &captured.target);
-
-    // What was learnt then is not forgotten where the host goes down.
-    write_past(&captured, 11 * CHUNK, 0x53);
-    captured.start(&[]).unwrap().kill().unwrap();
-    let killed = save(&captured, &[]);
-    ensure_restores(&captured, name(&killed), &captured.target);
-}
-
-#[test]
-fn what_a_machine_wrote_to_the_disk_of_an_agent_that_was_killed_is_in_every_backup() {
-    let captured = Captured::new("written-past-killed", DISK_BYTES, 16).unwrap();
-    let mut live = captured.start(&[]).unwrap();
-    live.wait_complete().unwrap();
-    live.kill().unwrap();
-    write_past(&captured, 5 * CHUNK, 0x51);
-    ensure_restores(&captured, name(&save(&captured, &[])), &captured.target);
-    let live = captured.start(&[]).unwrap();
-    ensure_restores(&captured, name(&capture(&captured, &[])), &captured.target);
-    ensure_restores(&captured, name(&save(&captured, &[])), &captured.target);
-    live.park().unwrap();
-    ensure_restores(&captured, name(&capture(&captured, &[])), &captured.target);
-}
-
-#[test]
-fn what_a_machine_wrote_to_its_own_block_device_is_in_every_backup() {
-    let captured = Captured::new("written-past-device", DISK_BYTES, 17).unwrap();
-    let backing = captured.work.file("backing.raw");
-    fs::File::create(&backing).unwrap().set_len(DISK_BYTES).unwrap();
-    let device = LoopDevice::attach(&backing).unwrap();
-    let state = captured.work.file("state");
-    let in_state = ["--state", state.to_str().unwrap()];
-    let start = |further: &[&str]| {
-        let further = [&in_state[..], further].concat();
-        LiveRestore::start(&captured.repository, "vm@latest", device.path(), &captured.socket, &further)
-    };
-    start(&["--exit-when-done"]).unwrap().process().wait_success().unwrap();
-    let backup = |verb: &[&str]| {
-        let mut command = captured.repository.verb(verb[0], &[&["--json"], &verb[1..]].concat()).unwrap();
-        let report = run_json(command.arg(device.path()).args(in_state)).unwrap();
-        ensure_restores(&captured, name(&report), device.path());
-    };
-    write_to(device.path(), 5 * CHUNK, 0x51);
-    backup(&["save"]);
-    let live = start(&[]).unwrap();
-    backup(&["save"]);
-    backup(&["capture", "after"]);
-    live.park().unwrap();
-    backup(&["capture", "after"]);
-}
-
-#[test]
-fn what_a_machine_wrote_to_its_own_disk_before_that_was_moved_is_in_every_backup() {
-    let captured = Captured::new("written-past-moved", DISK_BYTES, 18).unwrap();
-    captured.start(&["--exit-when-done"]).unwrap().process().wait_success().unwrap();
-    write_past(&captured, 5 * CHUNK, 0x51);
-    let moved = captured.work.file("moved.raw");
-    run(Command::new("cp").arg(&captured.target).arg(&moved)).unwrap();
-    run(Command::new("cp").arg("-a").arg(state_of(&captured.target)).arg(state_of(&moved))).unwrap();
-    let mut command = captured.repository.verb("save", &["--json", "--moved"]).unwrap();
-    let report = run_json(command.arg(&moved)).unwrap();
-    ensure_restores(&captured, name(&report), &captured.target);
-    let start = LiveRestore::start(&captured.repository, "vm@latest", &moved, &captured.socket, &["--moved"]);
-    let live = start.unwrap();
-    let mut command = captured.repository.verb("capture", &["--json", "after"]).unwrap();
-    let report = run_json(command.arg(&moved)).unwrap();
-    ensure_restores(&captured, name(&report), &captured.target);
-    live.park().unwrap();
-}
-
-#[test]
-fn the_target_of_an_unfinished_restore_is_captured_on_top_of_what_it_restores() {
-    let captured = Captured::new("incremental-part", DISK_BYTES, 14).unwrap();
-    let live = captured.start(&["--limit", "100KiB"]).unwrap();
-    guest_work(&live);
-    let view = worked(&captured);
-    ensure_restores(&captured, name(&capture(&captured, &[])), &view);
-    let mut command = captured.repository.verb("capture", &["after", "--full"]).unwrap();
-    ends(command.arg(&captured.target), 1, &["not complete", "lifeboot save"]);
-    let (stopped, _) = live.park().unwrap();
-    let parked = capture(&captured, &[]);
-    assert!(parked["disks"][0]["chunks_looked_at"].as_u64().is_some());
-    ensure_restores(&captured, name(&parked), &view);
-    stopped.start_again().unwrap().kill().unwrap();
-    let mut command = captured.repository.verb("capture", &["after"]).unwrap();
-    ends(command.arg(&captured.target), 1, &["not complete", "killed", "lifeboot save"]);
-    let other = e2e::lifeboot::Repository::init(captured.work.file("other")).unwrap();
-    ends(
-        other.verb("capture", &["after"]).unwrap().arg(&captured.target),
-        1,
-        &["not complete", "does not have"],
-    );
 }
