@@ -300,6 +300,20 @@ fn a_simple_reply_to_a_read_after_structured_ones_were_agreed_is_refused() {
 }
 
 #[test]
+fn a_simple_reply_after_a_chunk_that_told_of_a_failure_is_refused() {
+    let write = || waiting(ReplyStyle::Structured, CommandKind::Write, 100);
+    let mut failure = 5_u32.to_be_bytes().to_vec();
+    failure.put_u16(0);
+    let failure = |flags| chunk(flags, (1 << 15) + 1, 5, &failure);
+    assert_eq!(verdict(write(), &[failure(1)]), None);
+    let mut simple = BytesMut::new();
+    simple.put_u32(SIMPLE_REPLY_MAGIC);
+    simple.put_u32(0);
+    simple.put_u64(5);
+    assert_eq!(verdict(write(), &[failure(0), simple]), Some(ReplyError::WrongKind(COOKIE)));
+}
+
+#[test]
 fn a_chunk_that_repeats_another_offset_ends_it() {
     let read = || waiting(ReplyStyle::Extended, CommandKind::Read, 100);
     assert_eq!(verdict(read(), &[extended(1, &data(1000, 100))]), None);

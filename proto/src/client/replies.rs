@@ -159,7 +159,9 @@ impl Replies {
         let pending = self.pending.get(&cookie).ok_or(ReplyError::Unsolicited(cookie))?;
         let request = pending.request;
         let is_read = request.kind == CommandKind::Read;
-        if self.style == ReplyStyle::Structured && (is_read || request.kind == CommandKind::BlockStatus) {
+        // What begins in chunks ends with one: the failure that one told of would be forgotten.
+        let needs_chunks = is_read || request.kind == CommandKind::BlockStatus || pending.error.is_some();
+        if self.style == ReplyStyle::Structured && needs_chunks {
             return Err(ReplyError::WrongKind(cookie));
         }
         let payload = if is_read && error == 0 { request.len } else { 0 };
