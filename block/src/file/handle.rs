@@ -4,6 +4,7 @@ use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
+use super::pace::Pace;
 use super::range_lock::Hold;
 use super::{Inner, extents, fast};
 use crate::queue::{Control, Direction, Queue, Transfer, run_on_a_thread};
@@ -16,12 +17,12 @@ use crate::{
 pub(super) struct Handle<Q> {
     pub(super) inner: Arc<Inner>,
     pub(super) queue: Q,
-    pace: fast::Pace,
+    pace: Pace,
 }
 
 impl<Q: Queue> Handle<Q> {
     pub(super) fn new(inner: Arc<Inner>, queue: Q) -> Self {
-        Self { inner, queue, pace: fast::Pace::default() }
+        Self { inner, queue, pace: Pace::default() }
     }
 
     async fn read_any(&self, offset: u64, buf: AlignedBuf) -> (Result<()>, AlignedBuf) {

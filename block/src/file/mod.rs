@@ -8,6 +8,7 @@ mod extents;
 mod fast;
 mod handle;
 mod open;
+mod pace;
 mod range_lock;
 mod unaligned;
 mod zero;

@@ -1,4 +1,5 @@
-//! Large writes of a client that has nothing else in flight: written while the rest of them is still sent.
+//! Large writes, written while the rest of them is still sent: what the receiving just brought into the processor's cache is
+//! copied from there.
 //!
 //! A client that dies half-way leaves a part of a write that it was never told is done.
 
@@ -6,6 +7,8 @@ use block::{Attempt, BLOCK_SIZE, BlockDevice};
 
 /// The least that is written of a payload before all of it is there: no more calls than receiving takes.
 const WRITTEN_AHEAD_BYTES: usize = 128 << 10;
+/// The most that the device is given at a time.
+const WRITTEN_AT_ONCE_BYTES: usize = 512 << 10;
 
 /// How much of a payload is written before all of it is there.
 #[derive(Clone, Copy)]
@@ -29,10 +32,14 @@ impl Written {
         if end < start + WRITTEN_AHEAD_BYTES && end < buf.len() {
             return self;
         }
-        match device.try_write(offset + start as u64, &buf[start..end]) {
-            Ok(Attempt::Done) => Self::SoFar(end),
-            Ok(Attempt::WouldWait | Attempt::Zeroes) | Err(_) => Self::AsAWhole,
+        let mut written = start;
+        for piece in buf[start..end].chunks(WRITTEN_AT_ONCE_BYTES) {
+            match device.try_write(offset + written as u64, piece) {
+                Ok(Attempt::Done) => written += piece.len(),
+                Ok(Attempt::WouldWait | Attempt::Zeroes) | Err(_) => return Self::AsAWhole,
+            }
         }
+        Self::SoFar(end)
     }
 
     /// Whether nothing of `buf` is left to write.

@@ -44,8 +44,6 @@ struct Transmission {
     receive_limit: usize,
     transmitting: Transmitting,
     spin: Spin,
-    /// The client had nothing more to say when the request that is being taken was waited for: it has one in flight.
-    waited: bool,
     /// The phase in which this task is listed to be told of the next.
     listed_in: Option<Phase>,
     end: Option<End>,
@@ -102,7 +100,6 @@ pub(super) async fn transmit(
         receive_limit: usize::MAX,
         transmitting,
         spin,
-        waited: false,
         listed_in: None,
         end: None,
         stall: Stall::default(),
@@ -196,7 +193,6 @@ impl Transmission {
         if !matches!(self.state, State::Header) {
             return Waited::Sleep;
         }
-        self.waited = true;
         if !(idle && self.socket.is_plain() && self.has_room() && self.shard.operations.is_idle()) {
             return Waited::Sleep;
         }

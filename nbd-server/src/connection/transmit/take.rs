@@ -244,7 +244,6 @@ impl Transmission {
     }
 
     fn begin(&mut self, header: RequestHeader, then: Then, allowance: Option<(u32, Allowance)>) {
-        let waited = std::mem::take(&mut self.waited);
         let request = Request::begin(header, &self.shared, allowance);
         let reads = Rc::clone(&self.reads);
         match then {
@@ -256,9 +255,7 @@ impl Transmission {
             }
             Then::Receive { fua } => {
                 let buf = perform::buffer(header.len as usize);
-                // Who has more in flight, or company, is served faster by writing beside the receiving.
-                let is_alone = waited && self.shared.in_flight() == 1 && self.has_room();
-                let written = if is_alone && !fua { Written::SoFar(0) } else { Written::AsAWhole };
+                let written = if fua { Written::AsAWhole } else { Written::SoFar(0) };
                 self.state = State::Payload { request, fua, buf, filled: 0, written };
             }
             Then::Control { command } => {
