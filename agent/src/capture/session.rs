@@ -70,9 +70,12 @@ pub(super) fn scan(source: &Source, wish: &Wish<'_>) -> anyhow::Result<Scan> {
         return Ok(Scan::Whole { why: None });
     };
     if record.handed_over {
-        return Ok(Scan::Whole {
-            why: Some("a running machine was moved onto it, and writes to it itself".into()),
-        });
+        let why = if state.is_moved(&record) {
+            "a running machine was moved onto it, and writes to it itself"
+        } else {
+            "a running machine was moved onto it, or was about to be, and may write to it itself"
+        };
+        return Ok(Scan::Whole { why: Some(why.into()) });
     }
     let asked = live_restore::ask_status(state.path()).with_context(unknown)?;
     let is_served = asked.is_some();

@@ -12,7 +12,8 @@
 //! |---|---|
 //! | none | nothing: exit code 0 |
 //! | served by an agent | refused |
-//! | a machine of `lifeboot boot` waits for an agent to serve it | refused, unless it was moved onto the target |
+//! | a machine of `lifeboot boot` waits for an agent to serve it | refused, unless it is known to be moved onto the target |
+//! | is marked as handed over, the machine is not known to be moved, and a program has the target open | refused: the machine may wait for an agent |
 //! | a program holds a lock on the target, as QEMU does | refused, unless all is home or it was handed over, and the target stays |
 //! | its files may not be read | refused: that is no damage |
 //! | its file system is read-only | refused |
@@ -90,6 +91,19 @@ struct Report<'a> {
     complete: bool,
 }
 
+/// What is known of the session that is to be discarded.
+#[derive(Clone, Copy)]
+struct Found<'a> {
+    record: Option<&'a SessionRecord>,
+    /// QEMU has said that the machine runs from the target.
+    is_moved: bool,
+    status: Option<&'a Status>,
+    /// Why something of it cannot be told.
+    damage: Option<&'a anyhow::Error>,
+    /// Why the target is not the session's.
+    is_another: Option<&'a anyhow::Error>,
+}
+
 impl<'a> Report<'a> {
     /// Where no session is known, and nothing was done.
     const fn of_nothing(target: &'a Path) -> Self {
@@ -149,7 +163,7 @@ impl Verb for Args {
             if record.as_ref().is_some_and(|record| record.handed_over) {
                 return Err(Failure::new(
                     format!(
-                        "a machine was moved onto {}, and may run from it: it is not removed",
+                        "a machine was moved onto {}, or was about to be, and may run from it: it is not removed",
                         path.display()
                     ),
                     "leave --remove-target out; remove the file by hand once that machine is gone for good",
@@ -167,11 +181,19 @@ impl Verb for Args {
         };
         let known = status.as_ref();
         if is_another.is_none() {
-            self.check_unused(record.as_ref(), known, &path)?;
+            self.check_unused(&state, record.as_ref(), known, &path)?;
         }
         self.check_may_change(&state.changed_by_discard(&path), &path)?;
         if is_begun {
-            let told = self.tell(output, record.as_ref(), known, damage.as_ref(), is_another.as_ref(), &path);
+            let is_moved = record.as_ref().is_some_and(|record| state.is_moved(record));
+            let found = Found {
+                record: record.as_ref(),
+                is_moved,
+                status: known,
+                damage: damage.as_ref(),
+                is_another: is_another.as_ref(),
+            };
+            let told = self.tell(output, &found, &path);
             told.map_err(|error| {
                 let what = "nothing was discarded: what would be lost cannot be said";
                 Failure::new(what, "give it a stdout that can be written, then run the same command")
@@ -231,15 +253,8 @@ impl Args {
     }
 
     /// Says what would be lost.
-    fn tell(
-        &self,
-        output: &Output,
-        record: Option<&SessionRecord>,
-        status: Option<&Status>,
-        damage: Option<&anyhow::Error>,
-        is_another: Option<&anyhow::Error>,
-        path: &Path,
-    ) -> anyhow::Result<()> {
+    fn tell(&self, output: &Output, found: &Found<'_>, path: &Path) -> anyhow::Result<()> {
+        let Found { record, is_moved, status, damage, is_another } = *found;
         if let Some(record) = record {
             output.forewarn(format_args!(
                 "the session restores {}/{} to {}",
@@ -253,8 +268,12 @@ impl Args {
                 "lost with the target is all that the guest wrote: up to {}, unless it was saved",
                 human_size(status.guest_bytes)
             ))?,
-            (Some(record), _) if record.handed_over => output.forewarn(
+            _ if is_moved => output.forewarn(
                 "nothing is lost: a running machine was moved onto the target, which is a disk of its own",
+            )?,
+            (Some(record), _) if record.handed_over => output.forewarn(
+                "nothing is lost: all of the disk is home; a machine was moved onto the target, or was about to be when the agent \
+                 ended, and no program is seen to have the target open",
             )?,
             (_, Some(status)) if status.phase == Phase::Complete => output.forewarn(format_args!(
                 "nothing is lost but that the next capture reads the whole disk: all of it is home, {} written by the guest",
@@ -305,14 +324,16 @@ impl Args {
     /// Fails where a machine needs the session, or what it would leave of the target.
     fn check_unused(
         &self,
+        state: &StateDir,
         record: Option<&SessionRecord>,
         status: Option<&Status>,
         path: &Path,
     ) -> anyhow::Result<()> {
-        let is_handed_over = record.is_some_and(|record| record.handed_over);
-        if record.is_some_and(|record| !record.handed_over) {
+        if let Some(record) = record.filter(|record| !state.is_moved(record)) {
             crate::boot::check_no_machine(path)?;
+            check_nobody_waits(state, record, path)?;
         }
+        let is_handed_over = record.is_some_and(|record| record.handed_over);
         let is_whole = is_handed_over || status.is_some_and(|status| status.phase == Phase::Complete);
         if in_use::is_locked(path) && (self.remove_target || !is_whole) {
             return Err(Failure::new(
@@ -357,6 +378,20 @@ impl Args {
             _ => Ok(()),
         }
     }
+}
+
+/// Fails where a machine may wait for an agent that ended while it was to be moved. QEMU opens the target before the session is
+/// marked, and closes it only when the mark goes too: where nobody has it open, that machine has ended.
+fn check_nobody_waits(state: &StateDir, record: &SessionRecord, path: &Path) -> anyhow::Result<()> {
+    let Some(opener) = in_use::opener(path).filter(|_| record.handed_over) else { return Ok(()) };
+    Err(Failure::new(
+        format!(
+            "a machine was about to be moved onto {} when the agent ended, and may still wait on its export: {opener} has the target open",
+            path.display()
+        ),
+        format!("{}; discard the session then, or when the machine has ended", state.serving_again(record)),
+    )
+    .into())
 }
 
 /// Whether an error says that we may not read something, and so nothing of whether it is damaged.

@@ -4,6 +4,7 @@
 //! becoming that. Of a file, locks tell: ours and QEMU's.
 
 mod locks;
+mod open_files;
 
 use std::fs::{File, OpenOptions, TryLockError};
 use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
@@ -12,6 +13,8 @@ use std::path::Path;
 use anyhow::Context as _;
 
 use crate::cli::Failure;
+
+pub(crate) use open_files::has_open;
 
 /// What keeps others from a target while it lives.
 #[derive(Debug)]
@@ -47,6 +50,13 @@ pub(crate) fn claim(path: &Path) -> anyhow::Result<Claim> {
 /// Whether some program holds a lock on a file, other than one like ours; false where that cannot be told.
 pub(crate) fn is_locked(path: &Path) -> bool {
     File::open(path).and_then(|file| locks::holder(&file)).is_ok_and(|holder| holder.is_some())
+}
+
+/// A process that has `path` open, other than this one, in words; `None` where there is none, or that cannot be told.
+pub(crate) fn opener(path: &Path) -> Option<String> {
+    let process = open_files::opener(&std::fs::metadata(path).ok()?)?;
+    let name = std::fs::read_to_string(format!("/proc/{process}/comm")).unwrap_or_default();
+    Some(format!("the process {process} ({})", name.trim_end()))
 }
 
 /// The process of another lifeboot that has locked this file as its target, where that can be told.

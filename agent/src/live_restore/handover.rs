@@ -11,6 +11,7 @@ use anyhow::Context as _;
 use parking_lot::MutexGuard;
 use serde::{Deserialize, Serialize};
 
+use super::moved;
 use super::open::forget_pointer;
 use super::record::SessionRecord;
 use super::service::{ServedDisk, Service};
@@ -103,7 +104,7 @@ pub(crate) fn hand_over(
         }
         let carried = attempt.and_then(|mut qmp| {
             pivot::carry_home(&mut qmp, &home, drive, &mut || {
-                served.mark(true)?;
+                served.mark(Some(&drive.qmp))?;
                 is_marked = true;
                 Ok(())
             })
@@ -111,13 +112,14 @@ pub(crate) fn hand_over(
         match carried {
             Ok(moved) => {
                 let (disk, target) = (served.record.disk.clone(), served.record.target.clone());
+                served.note_moved(&drive.qmp);
                 return Ok(served.handover.done.get_or_init(|| HandedOver { disk, target, moved }).clone());
             }
             Err(Trouble::OnExport(error)) if !is_marked => return Err(error),
             // A refusal to look is no answer: only where the drive is said to be on the export the mark goes.
             Err(Trouble::OnExport(error)) => match where_it_is(drive, &home) {
                 Some(Whereabouts::Export) => {
-                    served.mark(false)?;
+                    served.mark(None)?;
                     return Err(error);
                 }
                 // Something else writes to the target past us.
@@ -190,9 +192,13 @@ fn home_of<'a>(
     })
 }
 
-/// Keeps in the record whether QEMU may write to the target past us: on stable storage when it returns.
-pub(super) fn mark(state: &StateDir, record: &SessionRecord, handed_over: bool) -> anyhow::Result<()> {
-    state.keep(&SessionRecord { handed_over, ..record.clone() })
+/// Keeps in the record whether QEMU may write to the target past us, and which one, by its monitor: on stable storage when it
+/// returns.
+pub(super) fn mark(state: &StateDir, record: &SessionRecord, qmp: Option<&Path>) -> anyhow::Result<()> {
+    if let Some(qmp) = qmp {
+        moved::begin(state, record, qmp)?;
+    }
+    state.keep(&SessionRecord { handed_over: qmp.is_some(), ..record.clone() })
 }
 
 /// Looks at the sessions that were marked as handed over, before they are served again: whether QEMU still is on the
@@ -210,6 +216,7 @@ pub(super) fn settle(
     let home = Home { is_default, ..home_of(&record, addresses, &record.disk)? };
     let moved = look(state, &record, &home, drive)?;
     if moved.is_some() {
+        moved::end(state, &record, &drive.qmp);
         // The agent that did it was killed before it came to that.
         forget_pointer(&record);
     }
@@ -227,7 +234,7 @@ fn look(
     match ask(drive, home) {
         Ok((Whereabouts::Target, moved)) => Ok(moved),
         Ok((Whereabouts::Export, _)) => {
-            mark(state, record, false)?;
+            mark(state, record, None)?;
             Ok(None)
         }
         // The drive needs us; the mark stays as long as something else of this QEMU uses the target.
@@ -289,12 +296,46 @@ pub(crate) fn ask_without_agent(
         return Err(no_agent().into());
     }
     let home = home_of(&record, &[], &record.disk)?;
-    match ask(drive, &home).map_err(Failure::from)? {
-        (Whereabouts::Target, Some(moved)) => {
-            Ok(HandedOver { disk: record.disk.clone(), target: record.target.clone(), moved })
+    let failure = match ask(drive, &home) {
+        Ok((Whereabouts::Target, Some(moved))) => {
+            moved::end(state, &record, &drive.qmp);
+            return Ok(HandedOver { disk: record.disk.clone(), target: record.target.clone(), moved });
         }
-        _ => Err(no_agent().into()),
+        Ok(_) => no_agent(),
+        // Not because somebody else talks to it: QEMU answers nobody while its main loop waits for us.
+        Err(error @ QmpError::Silent(_)) => Failure::new(
+            format!(
+                "{error}, and no agent serves {}: the machine may wait on its export, as the agent ended while it was to be moved",
+                target.display()
+            ),
+            state.serving_again(&record),
+        ),
+        Err(error) => return Err(Failure::from(error).into()),
+    };
+    // That of `boot` is gone on with by a command that is known whole.
+    crate::boot::check_no_machine(target)?;
+    Err(failure.into())
+}
+
+/// That a session which is marked as handed over cannot be saved: its target is, or may be, the machine's own disk.
+pub(crate) fn no_session_any_more(state: &StateDir, record: &SessionRecord, target: &Path) -> Failure {
+    let path = target.display();
+    if state.is_moved(record) {
+        return Failure::new(
+            format!("a running machine was moved onto {path}: it is a disk of its own now, not a session's"),
+            format!("`lifeboot capture GROUP {path}` takes a snapshot of it"),
+        );
     }
+    Failure::new(
+        format!(
+            "a running machine was moved onto {path}, or was about to be when the agent ended: what it writes there the session does \
+             not know"
+        ),
+        format!(
+            "`lifeboot capture GROUP {path}` takes a snapshot of that disk; should the machine hang, {}",
+            state.serving_again(record)
+        ),
+    )
 }
 
 /// Where the drive is, by what QEMU says, and how, where that is the target.

@@ -132,6 +132,16 @@ impl SessionRecord {
                 ),
             ));
         }
+        if state.is_moved(self) {
+            return Err(Failure::new(
+                format!(
+                    "the session in {dir} is over: a running machine was moved onto {target}, which is a disk of its own now"
+                ),
+                format!(
+                    "start the machine from {target} itself; `{discard}` removes the session and leaves the disk"
+                ),
+            ));
+        }
         Err(Failure::new(
             format!(
                 "the session in {dir} is over: a running machine was moved onto {target}, which is a disk of its own now, or was \

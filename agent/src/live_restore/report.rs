@@ -71,6 +71,7 @@ pub(super) fn status(disk: &ServedDisk, stats: &StatsSnapshot) -> Status {
         fallbacks: disk.fetching.as_ref().map(Fetching::fallbacks).unwrap_or_default(),
         waiting: waiting(stats),
         handed_over: disk.is_marked(),
+        moved: disk.handed_over().is_some(),
         background: Some(stats.background),
         ..Status::at_rest(record, phase)
     };

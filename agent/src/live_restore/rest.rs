@@ -12,6 +12,7 @@ use block::{DirectIo, Engine, FileDisk, FileOptions, OpenDevice as _};
 use repository::{DiskEntry, Repository};
 
 use super::damage::kept_damage;
+use super::handover::no_session_any_more;
 use super::identity::TargetIdentity;
 use super::open::cannot_resume;
 use super::parts::{MapCheck, journal_identity, parse_id};
@@ -134,12 +135,7 @@ fn locked_record_at_rest(
 ) -> anyhow::Result<SessionRecord> {
     let now = locked_record(state, found)?;
     if now.handed_over {
-        let path = path.display();
-        return Err(Failure::new(
-            format!("a running machine was moved onto {path}: it is a disk of its own now, not a session's"),
-            format!("`lifeboot capture GROUP {path}` takes a snapshot of it"),
-        )
-        .into());
+        return Err(no_session_any_more(state, &now, path).into());
     }
     Ok(now)
 }

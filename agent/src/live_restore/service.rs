@@ -1,5 +1,6 @@
 //! A running agent, as whoever is asked something through its sockets sees it: its disks, and what they share.
 
+use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock, Weak};
 use std::time::Instant;
@@ -307,11 +308,17 @@ impl ServedDisk {
         self.handover.is_marked.load(Ordering::SeqCst)
     }
 
-    /// Keeps in the session's record whether QEMU may write to the target past us: on stable storage when it returns.
-    pub(super) fn mark(&self, handed_over: bool) -> anyhow::Result<()> {
-        super::handover::mark(&self.state, &self.record, handed_over)?;
-        self.handover.is_marked.store(handed_over, Ordering::SeqCst);
+    /// Keeps in the session's record whether QEMU may write to the target past us, and by which monitor it is to be asked: on
+    /// stable storage when it returns.
+    pub(super) fn mark(&self, qmp: Option<&Path>) -> anyhow::Result<()> {
+        super::handover::mark(&self.state, &self.record, qmp)?;
+        self.handover.is_marked.store(qmp.is_some(), Ordering::SeqCst);
         Ok(())
+    }
+
+    /// Notes that QEMU has said that the machine runs from the target.
+    pub(super) fn note_moved(&self, qmp: &Path) {
+        super::moved::end(&self.state, &self.record, qmp);
     }
 
     /// Keeps the machine from being moved off us until this is dropped: for a save.
@@ -336,8 +343,11 @@ impl ServedDisk {
             ),
         })?;
         if self.is_marked() {
+            let or_not = if self.handed_over().is_some() { "" } else { ", or is about to be" };
             return Err(Failure::new(
-                format!("a running machine was moved onto {target}: what it writes there, this agent does not see"),
+                format!(
+                    "a running machine was moved onto {target}{or_not}: what it writes there, this agent does not see"
+                ),
                 format!(
                     "take a snapshot of that disk with `lifeboot capture GROUP {target}`; save the others when this agent has \
                      ended"

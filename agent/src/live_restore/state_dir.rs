@@ -12,6 +12,7 @@
 //! | `live` | the live file, for a restart on the same boot | see `agent::live` |
 //! | `damaged.json` | what could not be brought home | while there is such, by the agent that finds it |
 //! | `lease.json` | where the repository was told that the snapshot is needed | while it is needed |
+//! | `move.json` | whether the machine of a session that is marked as handed over was moved | by each move, before and after it |
 //! | `control.sock` | answers `lifeboot status` and other verbs while an agent runs | by each agent |
 
 use std::fs::File;

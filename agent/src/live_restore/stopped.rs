@@ -45,6 +45,7 @@ fn has_believable_live_file(state: &StateDir, record: &SessionRecord) -> anyhow:
 pub fn stopped_status(state: &StateDir, record: &SessionRecord) -> anyhow::Result<Status> {
     let mut status = Status::at_rest(record, Phase::Stopped);
     status.target = state.target(record).to_owned();
+    status.moved = state.is_moved(record);
     if !record.was_begun() {
         return Ok(status);
     }

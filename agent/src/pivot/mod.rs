@@ -19,11 +19,11 @@
 //! # Order, and why
 //! 1. The session is complete: every block is on the target, synced, and noted. Nothing but guests' writes changes it.
 //! 2. QEMU opens the target; it is the same file that we have open, and large enough; nobody uses that node yet.
-//! 3. `handed_over` in the session's record, on stable storage. Only from now on may QEMU write past us; a session that is
-//!    marked is never believed about what the guest wrote, nor checked against the snapshot.
+//! 3. That a move was begun, then `handed_over` in the session's record, each on stable storage. Only from now on may QEMU write
+//!    past us; a session that is marked is never believed about what the guest wrote, nor checked against the snapshot.
 //! 4. QEMU moves the drive. It waits for the requests that are under way, so we go on answering them.
-//! 5. QEMU says that the drive is on the target, and the NBD node is gone. Nothing of ours writes to the target after that: a
-//!    last sync, the journal's last checkpoint, the end.
+//! 5. QEMU says that the drive is on the target, and the NBD node is gone: that is noted (`live_restore::moved`). Nothing of ours
+//!    writes to the target after that: a last sync, the journal's last checkpoint, the end.
 //!
 //! | ends in between | where the machine is | what the next start does |
 //! |---|---|---|

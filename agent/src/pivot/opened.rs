@@ -1,11 +1,10 @@
 //! Whether QEMU has the very file open that we serve: its path may mean another file to QEMU (another mount namespace,
 //! another host behind a forwarded socket), and a machine that is moved onto the wrong disk is lost.
 
-use std::fs::Metadata;
-use std::os::unix::fs::{FileTypeExt as _, MetadataExt as _};
 use std::path::Path;
 
 use crate::cli::Failure;
+use crate::in_use;
 
 /// Fails unless the process has `target` open, for reading and writing or not.
 pub(super) fn check_has_open(process: Option<u32>, target: &Path) -> anyhow::Result<()> {
@@ -13,11 +12,9 @@ pub(super) fn check_has_open(process: Option<u32>, target: &Path) -> anyhow::Res
     let Some(process) = process else {
         return Err(cannot_tell(target, "its process cannot be told").into());
     };
-    let entries = std::fs::read_dir(format!("/proc/{process}/fd"))
+    let has_open = in_use::has_open(process, &ours)
         .map_err(|error| cannot_tell(target, &format!("its process {process}: {error}")))?;
-    // Through /proc a file is the same whatever namespace its path is from.
-    let mut files = entries.flatten().filter_map(|entry| std::fs::metadata(entry.path()).ok());
-    if files.any(|theirs| is_same(&theirs, &ours)) {
+    if has_open {
         return Ok(());
     }
     Err(Failure::new(
@@ -28,13 +25,6 @@ pub(super) fn check_has_open(process: Option<u32>, target: &Path) -> anyhow::Res
         "QEMU sees other directories (a container, a chroot, another machine): mount the target there under the same path",
     )
     .into())
-}
-
-fn is_same(a: &Metadata, b: &Metadata) -> bool {
-    if b.file_type().is_block_device() {
-        return a.file_type().is_block_device() && a.rdev() == b.rdev();
-    }
-    (a.dev(), a.ino()) == (b.dev(), b.ino())
 }
 
 fn cannot_tell(target: &Path, why: &str) -> Failure {

@@ -327,12 +327,7 @@ impl Wanted {
         if !self.record.handed_over {
             return Ok(());
         }
-        let path = self.path.display();
-        Err(Failure::new(
-            format!("a running machine was moved onto {path}: it is a disk of its own now, not a session's"),
-            format!("`lifeboot capture GROUP {path}` takes a snapshot of it"),
-        )
-        .into())
+        Err(live_restore::no_session_any_more(&self.state, &self.record, &self.path).into())
     }
 }
 

@@ -111,6 +111,9 @@ pub struct Status {
     /// A running machine was moved onto the target itself, or is about to be: the target is that machine's disk.
     #[serde(default)]
     pub handed_over: bool,
+    /// QEMU has said that the machine runs from the target.
+    #[serde(default)]
+    pub moved: bool,
     /// Why it does not go on just now: the source is away, the target is full.
     pub waiting: Option<String>,
 }
@@ -148,6 +151,7 @@ impl Status {
             damaged: Vec::new(),
             fallbacks: Vec::new(),
             handed_over: record.handed_over,
+            moved: false,
             waiting: None,
         }
     }

@@ -115,8 +115,12 @@ fn at_rest(state: &StateDir, record: &SessionRecord) -> anyhow::Result<Status> {
 /// What a session is doing, for people.
 fn state_of(status: &Status) -> &'static str {
     match status.phase {
-        _ if status.handed_over && status.pid.is_none() => {
+        _ if status.moved => {
             "handed over: a running machine was moved onto the target, which is a disk of its own"
+        }
+        _ if status.handed_over && status.pid.is_none() => {
+            "complete: a running machine was moved onto the target, or was about to be when the agent ended; the same live-restore \
+             command with --qmp asks its QEMU, and goes on"
         }
         _ if status.handed_over => "complete, and being handed over to the machine",
         Phase::Running if status.is_settled() => "running: all is home but what is damaged",

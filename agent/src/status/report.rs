@@ -110,8 +110,12 @@ impl Report {
 
 fn next(status: &Status) -> String {
     let target = status.target.display();
-    if status.handed_over {
+    if status.moved {
         format!("the machine runs from {target}: start it from there from now on")
+    } else if status.handed_over {
+        format!(
+            "the machine was moved onto {target}, or was about to be: the same live-restore command with --qmp asks its QEMU, and goes on"
+        )
     } else if status.home_bytes >= status.size {
         format!("{target} holds the whole disk: the machine can be started from it, without lifeboot")
     } else if status.is_settled() {

@@ -9,6 +9,7 @@ mod damage;
 mod devices;
 mod interrupts;
 mod metrics;
+mod moves;
 mod refusals;
 mod reports;
 mod restores;

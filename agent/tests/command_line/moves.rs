@@ -1,0 +1,195 @@
+//! An agent that is killed while a machine is moved home: nobody takes that machine for moved until QEMU says so. QEMU is made up,
+//! and stops for ever where the real one waits for its disk.
+
+use std::fs::File;
+use std::io::{BufRead, BufReader, Write};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Stdio};
+use std::sync::{Arc, Mutex, mpsc};
+
+use serde_json::{Value, json};
+
+use crate::support::{MIB, Scratch, live_restore};
+
+const DISK_BYTES: u64 = 4 * MIB;
+
+/// How far the move is for QEMU.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Stage {
+    OnExport,
+    /// It waits for the export, and answers nobody.
+    Hanging,
+    Moved,
+}
+
+struct State {
+    stage: Stage,
+    export: String,
+    /// The target, once it was opened, and the node's name.
+    target: Option<(File, String)>,
+}
+
+/// A QEMU with one drive, as far as its monitor tells.
+struct Qemu {
+    state: Arc<Mutex<State>>,
+    hangs: mpsc::Receiver<()>,
+}
+
+impl Qemu {
+    fn start(socket: &Path, export: PathBuf) -> Self {
+        let export = format!("nbd+unix:///disk0?socket={}", export.display());
+        let state = Arc::new(Mutex::new(State { stage: Stage::OnExport, export, target: None }));
+        let (hung, hangs) = mpsc::channel();
+        let listener = UnixListener::bind(socket).unwrap();
+        let ours = Arc::clone(&state);
+        std::thread::spawn(move || {
+            for client in listener.incoming() {
+                // Whoever gives up hangs up; that is no concern of the next one.
+                let _ = answer(client.unwrap(), &ours, &hung);
+            }
+        });
+        Self { state, hangs }
+    }
+
+    fn is(&self, stage: Stage) {
+        self.state.lock().unwrap().stage = stage;
+    }
+
+    /// What a QEMU has open goes with it.
+    fn ends(&self) {
+        self.state.lock().unwrap().target = None;
+    }
+}
+
+fn answer(client: UnixStream, state: &Mutex<State>, hung: &mpsc::Sender<()>) -> std::io::Result<()> {
+    let mut to = client.try_clone()?;
+    writeln!(to, "{}", json!({ "QMP": {} }))?;
+    for line in BufReader::new(client).lines() {
+        let request: Value = serde_json::from_str(&line?)?;
+        let mut state = state.lock().unwrap();
+        if request["execute"] == "blockdev-reopen" {
+            state.stage = Stage::Hanging;
+            hung.send(()).unwrap();
+        }
+        if state.stage == Stage::Hanging {
+            continue;
+        }
+        let answer = state.execute(request["execute"].as_str().unwrap(), &request["arguments"]);
+        writeln!(to, "{}", json!({ "return": answer, "id": request["id"] }))?;
+    }
+    Ok(())
+}
+
+impl State {
+    fn execute(&mut self, command: &str, arguments: &Value) -> Value {
+        let home = self.target.as_ref().map_or("", |(_, name)| name.as_str());
+        let below = if self.stage == Stage::Moved { 4 } else { 3 };
+        match command {
+            "query-block" => json!([{ "device": "d0", "inserted": { "node-name": "lifeboot" } }]),
+            "query-named-block-nodes" => json!([
+                self.node("lifeboot", "raw", &self.export),
+                self.node("lifeboot-nbd", "nbd", &self.export),
+                self.node(home, "file", ""),
+            ]),
+            "x-debug-query-block-graph" => json!({
+                "nodes": [
+                    { "id": 1, "type": "block-backend", "name": "d0" },
+                    { "id": 2, "type": "block-driver", "name": "lifeboot" },
+                    { "id": 3, "type": "block-driver", "name": "lifeboot-nbd" },
+                    { "id": 4, "type": "block-driver", "name": home },
+                ],
+                "edges": [
+                    { "parent": 1, "child": 2, "name": "root" },
+                    { "parent": 2, "child": below, "name": "file" },
+                ],
+            }),
+            "query-block-jobs" => json!([]),
+            "blockdev-add" => {
+                let text = |name: &str| arguments[name].as_str().unwrap().to_owned();
+                let target = File::options().read(true).write(true).open(text("filename")).unwrap();
+                self.target = Some((target, text("node-name")));
+                json!({})
+            }
+            _ => json!({}),
+        }
+    }
+
+    fn node(&self, name: &str, driver: &str, file: &str) -> Value {
+        json!({ "node-name": name, "drv": driver, "file": file, "image": { "virtual-size": DISK_BYTES } })
+    }
+}
+
+/// A session that is wholly home, and served.
+fn served() -> (Scratch, Child) {
+    let scratch = Scratch::new();
+    scratch.disk("d.raw", DISK_BYTES, &[(0, 1 << 20, 1)]);
+    scratch.run(&["capture", "web01", "d.raw"]).ends_with(0);
+    let args = ["live-restore", "web01@latest", "t.raw", "--listen", "unix:s", "--exit-when-done"];
+    scratch.run(&args).ends_with(0);
+    let live = live_restore(&scratch, &[]);
+    (scratch, live)
+}
+
+/// Kills the agent at the moment when QEMU was told to move the drive, and has not done it.
+fn killed_in_the_move() -> (Scratch, Qemu) {
+    let (scratch, mut live) = served();
+    let qemu = Qemu::start(&scratch.path("a qmp"), scratch.path("s").canonicalize().unwrap());
+    let mut pivot = scratch
+        .command(&["pivot", "t.raw", "--qmp", "a qmp"])
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .spawn()
+        .unwrap();
+    qemu.hangs.recv().unwrap();
+    live.kill().unwrap();
+    live.wait().unwrap();
+    assert!(!pivot.wait().unwrap().success());
+    (scratch, qemu)
+}
+
+#[test]
+fn a_machine_that_may_wait_for_its_agent_keeps_its_session_until_qemu_says_that_it_was_moved() {
+    let (scratch, qemu) = killed_in_the_move();
+    let monitor = scratch.path("a qmp").canonicalize().unwrap();
+    let goes_on =
+        format!("`lifeboot live-restore …` command as before, with `--qmp '{}'`", monitor.display());
+    let discard = ["discard", "t.raw", "--yes"];
+    scratch.run(&discard).fails(&["may still wait on its export", "has the target open", &goes_on]);
+    let asked = scratch.run(&["pivot", "t.raw", "--qmp", "a qmp"]).fails(&["does not answer", &goes_on]);
+    assert!(!asked.stderr.contains("one program at a time"), "{asked:?}");
+    let status = || scratch.run(&["status", "t.raw"]).ends_with(0).stdout;
+    assert!(status().contains("or was about to be when the agent ended"), "{}", status());
+    scratch.run(&["save", "t.raw"]).fails(&["or was about to be when the agent ended", &goes_on]);
+
+    qemu.is(Stage::Moved);
+    scratch.run(&["pivot", "t.raw", "--qmp", "a qmp"]).ends_with(0);
+    assert!(status().contains("a running machine was moved onto the target, which"), "{}", status());
+    let refused = scratch.run(&["save", "t.raw"]).fails(&["a disk of its own", "lifeboot capture"]);
+    assert!(!refused.stderr.contains("about to be"), "{refused:?}");
+    let told = scratch.run(&discard).ends_with(0).stdout;
+    assert!(told.contains("nothing is lost: a running machine was moved onto the target"), "{told}");
+    assert!(scratch.path("t.raw").exists() && !scratch.path("t.raw.lifeboot").exists());
+}
+
+#[test]
+fn a_machine_that_ended_while_it_was_moved_keeps_nobody_from_giving_its_session_up() {
+    let (scratch, qemu) = killed_in_the_move();
+    qemu.ends();
+    let told = scratch.run(&["discard", "t.raw", "--yes"]).ends_with(0).stdout;
+    assert!(told.contains("nothing is lost: all of the disk is home"), "{told}");
+    assert!(told.contains("or was about to be when the agent ended"), "{told}");
+    assert!(scratch.path("t.raw").exists() && !scratch.path("t.raw.lifeboot").exists());
+}
+
+#[test]
+fn a_start_that_asks_qemu_finds_that_the_machine_was_moved_and_notes_it() {
+    let (scratch, qemu) = killed_in_the_move();
+    qemu.is(Stage::Moved);
+    let live = ["live-restore", "web01@latest", "t.raw", "--listen", "unix:s"];
+    scratch.run(&live).fails(&["or was about to be when the agent ended"]);
+    let ran = scratch.run(&[&live[..], &["--qmp", "a qmp"]].concat()).ends_with(0);
+    assert!(ran.stdout.contains("the machine runs from"), "{ran:?}");
+    let refused = scratch.run(&live).fails(&["is over", "was moved onto"]);
+    assert!(!refused.stderr.contains("about to be"), "{refused:?}");
+}
