@@ -7,7 +7,8 @@
 //!
 //! A full target is one *episode*, said once: several fills are under way, and on a target that is nearly full some
 //! succeed while others fail. So a success ends it only when none has failed for [`FULL_QUIET`] after the background
-//! went on; until then the background waits longer and longer between its attempts.
+//! went on; until then the background waits longer and longer between its attempts. An attempt after one that failed, for whatever
+//! reason, is a single chunk: what is fetched and cannot be written is fetched again.
 
 use std::cell::RefCell;
 use std::ops::Range;
@@ -292,10 +293,10 @@ impl Session {
         } else {
             Lane::Sweep
         };
-        if fetching >= 2 * most {
+        if fetching >= if fills.failed { 1 } else { 2 * most } {
             return Work::Wait(IDLE);
         }
-        let in_chunks = |bytes: u64| (bytes / chunk_size).max(1);
+        let in_chunks = |bytes: u64| if fills.failed { 1 } else { (bytes / chunk_size).max(1) };
         let sizes = Sizes {
             sweep: in_chunks(fills.limit.piece(self.options.piece_bytes)),
             wanted: in_chunks(fills.limit.piece(WANTED_PIECE_BYTES)),
@@ -377,6 +378,7 @@ impl Session {
         let now = self.clock.now();
         let mut fills = self.fills.lock();
         let Err(error) = result else {
+            fills.failed = false;
             if fills.full_until.is_none_or(|until| now >= until) {
                 fills.full_until = None;
                 fills.backoff = Duration::ZERO;
@@ -437,6 +439,7 @@ impl Fills {
             self.backoff = (self.backoff * 2).clamp(FIRST_BACKOFF, LONGEST_BACKOFF);
         }
         self.not_before = now + self.backoff;
+        self.failed = true;
     }
 }
 

@@ -82,6 +82,8 @@ pub(super) struct Fills {
     /// Nothing is begun before this: the target was full, or the source away.
     pub(super) not_before: Duration,
     pub(super) backoff: Duration,
+    /// Nothing has come home since the last attempt that failed.
+    pub(super) failed: bool,
     pub(super) source_away_since: Option<Duration>,
     /// The target is full, at least until no write failed for want of room up to then.
     pub(super) full_until: Option<Duration>,
@@ -256,6 +258,7 @@ impl Session {
                 workers: 0,
                 not_before: Duration::ZERO,
                 backoff: Duration::ZERO,
+                failed: false,
                 source_away_since: None,
                 full_until: None,
             }),

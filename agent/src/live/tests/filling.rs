@@ -1,5 +1,6 @@
 //! How chunks come home behind the guest.
 
+use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
@@ -67,6 +68,23 @@ fn a_full_target_is_an_error_for_the_guest_and_a_pause_for_the_background() {
     let mut expected = rig.source.all();
     expected[..CHUNK as usize].fill(0xaa);
     assert!(rig.target.view() == expected);
+}
+
+#[test]
+fn while_nothing_can_be_written_one_chunk_at_a_time_is_fetched_to_try() {
+    let mut rig = Rig::new();
+    let device = rig.create();
+    rig.target.set_full(true);
+    for _ in 0..3 {
+        rig.executor.spawn(device.clone().fill_worker());
+    }
+    assert!(rig.run_until(&device, |device| device.session().stats().target_full));
+    let (clock, began) = (Arc::clone(&rig.clock), rig.clock.now());
+    assert!(rig.run_until(&device, |_| clock.now() > began + Duration::from_secs(5)));
+    let (fetched, began) = (rig.source.fetched() as u64, rig.clock.now());
+    assert!(rig.run_until(&device, |_| clock.now() > began + Duration::from_secs(600)));
+    let tried = rig.source.fetched() as u64 - fetched;
+    assert!((1..=600 / 10 + 1).contains(&tried), "{tried} fetches in ten minutes");
 }
 
 #[test]
@@ -171,7 +189,7 @@ fn a_background_slower_than_a_chunk_a_second_begins_with_one_chunk() {
     for _ in 0..2 {
         rig.executor.spawn(device.clone().fill_worker());
     }
-    let source = std::sync::Arc::clone(&rig.source);
+    let source = Arc::clone(&rig.source);
     assert!(rig.run_until(&device, |_| source.fetched() > 0));
     rig.executor.run(200);
     assert_eq!(source.fetched(), 1);
@@ -230,7 +248,7 @@ fn guests_who_want_the_background_slower_have_that_though_all_workers_wait() {
     let device = asked_for_six(&mut rig);
     assert_eq!(rig.source.state.lock().withdrawals, 0, "nobody has minded");
     (0..100).for_each(|_| device.session().pace.took(Duration::from_secs(1)));
-    let source = std::sync::Arc::clone(&rig.source);
+    let source = Arc::clone(&rig.source);
     assert!(rig.run_until(&device, |_| source.state.lock().withdrawals > 0));
     assert!(device.session().stats().paced_to > 0);
     rig.source.state.lock().room = None;
