@@ -203,10 +203,10 @@ impl Found<'_> {
         }
         let look = stamp::Look::at(state, found, path);
         let target = target::reopen(path, state.path(), wish.engine, interrupt)?;
-        // Of a copy no stamp tells.
-        let written_past = if wish.moved { WrittenPast::Unknown } else { look.under_lock(state, found) };
         // Until now somebody else may have served it, moved a machine onto it, or given it up.
         let mut record = locked_record(state, found)?;
+        // Of a copy no stamp tells.
+        let written_past = if wish.moved { WrittenPast::Unknown } else { look.under_lock(state, &record) };
         if !wish.is_settled {
             record.check_not_handed_over(state)?;
         }
@@ -258,6 +258,7 @@ impl Found<'_> {
             // A sync may have failed: what the kernel kept of it in memory is not to be served.
             target.forget_clean_pages()?;
         }
+        // Before anything is served: what parked.json says is of an earlier start from here on.
         record.starts += 1;
         record.target.clone_from(path);
         record.identity = identity;

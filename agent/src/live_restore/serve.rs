@@ -134,7 +134,7 @@ pub(crate) fn start(
         }
     };
     bound.claims.extend(claims);
-    let opened = open_all(found, order.engine, interrupt);
+    let opened = open_all(found, &wanted, order.engine, interrupt);
     let opened = opened.inspect_err(|_| {
         if bound.has_taken_over {
             context
@@ -241,7 +241,7 @@ fn serve(
     let handle = match bound.server.on_shard_start(workers(&disks)).run(shards, engine) {
         Ok(handle) => handle,
         Err(error) => {
-            give_back(&opened, engine);
+            give_back(&opened, &wanted, engine);
             return Err(error.into());
         }
     };
@@ -375,13 +375,18 @@ fn claim(wanted: &Wanted, is_settled: bool) -> anyhow::Result<Option<Claim>> {
 }
 
 /// Opens the disks one after another: all of them, or none.
-fn open_all(found: Vec<Found<'_>>, engine: Engine, interrupt: &Interrupt) -> anyhow::Result<Vec<Opened>> {
+fn open_all(
+    found: Vec<Found<'_>>,
+    wanted: &[Wanted],
+    engine: Engine,
+    interrupt: &Interrupt,
+) -> anyhow::Result<Vec<Opened>> {
     let mut opened = Vec::new();
     for found in found {
         match found.open(interrupt) {
             Ok(one) => opened.push(one),
             Err(error) => {
-                give_back(&opened, engine);
+                give_back(&opened, wanted, engine);
                 return Err(error);
             }
         }
@@ -390,10 +395,13 @@ fn open_all(found: Vec<Found<'_>>, engine: Engine, interrupt: &Interrupt) -> any
 }
 
 /// Parks sessions that were resumed; those that are new are taken back when they are dropped.
-fn give_back(opened: &[Opened], engine: Engine) {
-    for opened in opened.iter().filter(|opened| opened.resumed.is_some()) {
+fn give_back(opened: &[Opened], wanted: &[Wanted], engine: Engine) {
+    for (opened, wanted) in opened.iter().zip(wanted).filter(|(opened, _)| opened.resumed.is_some()) {
         match park(&live_disk(opened), engine) {
-            Ok(()) => forget_pointer_if_home(&opened.session, &opened.record),
+            Ok(()) => {
+                stamp::keep(&wanted.state, &opened.record);
+                forget_pointer_if_home(&opened.session, &opened.record);
+            }
             // It is found as after a kill: nothing is lost.
             Err(error) => tracing::warn!(
                 error = format_args!("{error:#}"),

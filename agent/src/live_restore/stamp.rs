@@ -10,6 +10,21 @@
 //! every later backup. So does one that is wholly home and of which no stamp tells: its agent was killed since, it was moved, or it
 //! is on a block device.
 //!
+//! # Order, and why
+//! A start counts itself in `session.json` (`starts`) before anything is served, and the stamp carries that count. Parking syncs
+//! the target, then writes the checkpoint that says so, and then the stamp. The target's own times are synced before they are read: a
+//! power cut does not set them back.
+//!
+//! | a kill or a power cut | journal | stamp | a target that differs from it was |
+//! |---|---|---|---|
+//! | while nobody serves | parked | of the last start | written to past us |
+//! | before a further start has counted itself | parked, or not | of the last start | written to past us: that start served nobody, and what it found of such writes is in `G` before it says that it is not parked |
+//! | while it is served, or before the checkpoint | not parked | of an earlier start, or none | served: it says nothing |
+//! | between the checkpoint and the stamp | parked | of an earlier start, or none | served: it says nothing |
+//!
+//! So only a stamp of the last start tells of somebody else's writes. That an earlier one is in the way is no reason to take it away
+//! at each start: a target that is still as it says was written to by nobody since, us included.
+//!
 //! Times are as fine as the kernel's clock ticks. A write in the tick of our own last one would leave them as they are, so
 //! that tick is waited out before they are read. A block device has no such times.
 
@@ -26,7 +41,7 @@ use super::state_dir::StateDir;
 use crate::live::{Resumed, WrittenPast};
 
 pub(super) const FILE: &str = "parked.json";
-const VERSION: u32 = 1;
+const VERSION: u32 = 2;
 /// Longer than a tick of any kernel's clock.
 const TICK: Duration = Duration::from_millis(20);
 
@@ -41,11 +56,13 @@ struct Stamp {
     changed: (i64, u32),
 }
 
-#[derive(Debug, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct Parked {
     version: u32,
     session: String,
+    /// How many starts the session had had.
+    starts: u64,
     target: Stamp,
 }
 
@@ -78,6 +95,7 @@ impl Stamp {
 pub(super) fn keep(state: &StateDir, record: &SessionRecord) {
     let kept = (|| -> io::Result<()> {
         let target = std::fs::File::open(&record.target)?;
+        target.sync_all()?;
         let Some(mut stamp) = Stamp::of(&target)? else { return Ok(()) };
         // The clock may have been set back: then this waits once, and the stamp is of no less use.
         let age = stamp.age();
@@ -85,7 +103,12 @@ pub(super) fn keep(state: &StateDir, record: &SessionRecord) {
             std::thread::sleep(TICK.saturating_sub(age));
             stamp = Stamp::of(&target)?.unwrap_or(stamp);
         }
-        let parked = Parked { version: VERSION, session: record.session.clone(), target: stamp };
+        let parked = Parked {
+            version: VERSION,
+            session: record.session.clone(),
+            starts: record.starts,
+            target: stamp,
+        };
         state.replace(FILE, &parked)?;
         std::fs::File::open(state.path())?.sync_all()
     })();
@@ -105,11 +128,14 @@ pub(crate) fn changed_since_parked(
         Ok(None) => return Some("a block device does not tell whether it was written to since".to_owned()),
         Err(error) => return Some(format!("the target cannot be looked at: {error}")),
     };
-    let Some(then) = parked(state, record) else {
-        return Some("there is no record of how it was when it was parked".to_owned());
-    };
-    if now == then {
+    let unknown = "there is no record of how it was when it was parked";
+    let Some(parked) = parked(state, record) else { return Some(unknown.to_owned()) };
+    let then = &parked.target;
+    if now == *then {
         return None;
+    }
+    if !parked.is_of_last_start(record) {
+        return Some(unknown.to_owned());
     }
     Some(if now.inode != then.inode {
         "it is another file than the one that was parked".to_owned()
@@ -122,13 +148,13 @@ pub(crate) fn changed_since_parked(
 
 /// What the stamp tells of writes to the target past the session.
 pub(super) fn written_past(state: &StateDir, record: &SessionRecord, target: &Path) -> WrittenPast {
-    Look::at(state, record, target).written_past()
+    Look::at(state, record, target).written_past(record)
 }
 
 /// How a target was before it was opened for writing, which changes it.
 pub(super) struct Look {
     now: Option<Stamp>,
-    parked: Option<Stamp>,
+    parked: Option<Parked>,
 }
 
 impl Look {
@@ -137,16 +163,16 @@ impl Look {
         Self { now: now.ok().flatten(), parked: parked(state, record) }
     }
 
-    /// As [`written_past`], under the target's lock. Whoever served it until then has parked it meanwhile, and knows what was
-    /// written.
+    /// As [`written_past`], under the target's lock, with the record as it is there. Whoever served it until then has parked it
+    /// meanwhile, and knows what was written.
     pub(super) fn under_lock(&self, state: &StateDir, record: &SessionRecord) -> WrittenPast {
-        if self.parked == parked(state, record) { self.written_past() } else { WrittenPast::No }
+        if self.parked == parked(state, record) { self.written_past(record) } else { WrittenPast::No }
     }
 
-    fn written_past(&self) -> WrittenPast {
+    fn written_past(&self, record: &SessionRecord) -> WrittenPast {
         match (&self.now, &self.parked) {
-            (Some(now), Some(parked)) if now == parked => WrittenPast::No,
-            (Some(_), Some(_)) => WrittenPast::Yes,
+            (Some(now), Some(parked)) if *now == parked.target => WrittenPast::No,
+            (Some(_), Some(parked)) if parked.is_of_last_start(record) => WrittenPast::Yes,
             _ => WrittenPast::Unknown,
         }
     }
@@ -169,11 +195,18 @@ pub(super) fn tell(target: &Path, written_past: WrittenPast, ended: Resumed, is_
     }
 }
 
-/// How the target was when this session was parked last.
-fn parked(state: &StateDir, record: &SessionRecord) -> Option<Stamp> {
+impl Parked {
+    /// Whether nobody served the session since, so that any difference is somebody else's.
+    const fn is_of_last_start(&self, record: &SessionRecord) -> bool {
+        self.starts == record.starts
+    }
+}
+
+/// How the target was when this session was parked last, as far as that was written down.
+fn parked(state: &StateDir, record: &SessionRecord) -> Option<Parked> {
     let text = std::fs::read(state.file(FILE)).ok()?;
     let parked: Parked = serde_json::from_slice(&text).ok()?;
-    (parked.version == VERSION && parked.session == record.session).then_some(parked.target)
+    (parked.version == VERSION && parked.session == record.session).then_some(parked)
 }
 
 #[cfg(test)]
@@ -212,5 +245,44 @@ mod tests {
         assert!(changed().unwrap().contains("another file"));
         let other = SessionRecord { session: "11".repeat(16), ..record };
         assert!(changed_since_parked(&state, &other, &path).unwrap().contains("no record"));
+    }
+
+    #[test]
+    fn only_the_stamp_of_the_last_start_tells_of_somebody_elses_writes() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("t.raw");
+        std::fs::write(&path, [1; 8192]).unwrap();
+        let state = StateDir::of(&path, None).unwrap();
+        state.create().unwrap();
+        let first = SessionRecord { target: path.clone(), starts: 1, ..record() };
+        let write = || File::options().write(true).open(&path).unwrap().write_all_at(&[2; 100], 0).unwrap();
+        let look = |record: &SessionRecord| {
+            let look = Look::at(&state, record, &path);
+            assert_eq!(look.under_lock(&state, record), written_past(&state, record, &path));
+            look.under_lock(&state, record)
+        };
+        assert_eq!(look(&first), WrittenPast::Unknown, "killed before it was ever parked");
+        keep(&state, &first);
+        assert_eq!(look(&first), WrittenPast::No);
+        let second = SessionRecord { starts: 2, ..first.clone() };
+        assert_eq!(look(&second), WrittenPast::No, "killed before anything was written");
+        write();
+        assert_eq!(look(&first), WrittenPast::Yes, "nobody has served it since");
+        assert_eq!(look(&second), WrittenPast::Unknown, "killed while it was served, or before the stamp");
+        assert!(changed_since_parked(&state, &second, &path).unwrap().contains("no record"));
+        keep(&state, &second);
+        assert_eq!(look(&second), WrittenPast::No);
+        write();
+        assert_eq!(look(&second), WrittenPast::Yes);
+        // Somebody served and parked it while its lock was waited for.
+        let early = Look::at(&state, &second, &path);
+        let third = SessionRecord { starts: 3, ..second };
+        keep(&state, &third);
+        assert_eq!(early.under_lock(&state, &third), WrittenPast::No);
+        // Somebody served it meanwhile, and was killed.
+        write();
+        let early = Look::at(&state, &third, &path);
+        let fourth = SessionRecord { starts: 4, ..third };
+        assert_eq!(early.under_lock(&state, &fourth), WrittenPast::Unknown);
     }
 }

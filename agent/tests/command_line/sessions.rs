@@ -1,5 +1,10 @@
 //! Live-restores beside the other verbs.
 
+use std::fs::File;
+use std::io::{BufRead as _, BufReader};
+use std::process::Stdio;
+use std::time::{Duration, SystemTime};
+
 use rustix::process::{Pid, Signal, kill_process};
 
 use crate::support::{MIB, Scratch, assert_same, slow_live_restore};
@@ -43,4 +48,71 @@ fn the_target_of_a_live_restore_is_captured_whatever_its_state() {
     capture("t.raw", &["full scan", "no record"]);
     std::fs::write(scratch.path("t.raw.lifeboot/session.json"), "{").unwrap();
     scratch.run(&["capture", "again", "t.raw"]).fails(&["session.json is damaged"]);
+}
+
+#[test]
+fn an_agent_that_was_killed_while_it_parked_is_not_taken_for_somebody_elses_writes() {
+    let scratch = Scratch::new();
+    scratch.disk("d.raw", 8 * MIB, &[(0, 4 << 20, 1)]);
+    scratch.run(&["capture", "web01", "d.raw"]).ends_with(0);
+    let (target, session) = (scratch.path("t.raw"), scratch.path("t.raw.lifeboot"));
+    let stamp = session.join("parked.json");
+    // Stands for a write, of the agent or of somebody else.
+    let touch = |second: u64| {
+        let target = File::options().write(true).open(&target).unwrap();
+        target.set_modified(SystemTime::UNIX_EPOCH + Duration::from_secs(second)).unwrap();
+    };
+    let served = |meanwhile: &dyn Fn()| {
+        let said = File::create(scratch.path("said")).unwrap();
+        let args = ["live-restore", "web01@latest", "t.raw", "--listen", "unix:s", "--no-background"];
+        let mut child = scratch.command(&args).stdout(Stdio::piped()).stderr(said).spawn().unwrap();
+        let mut lines = BufReader::new(child.stdout.take().unwrap()).lines();
+        assert!(lines.any(|line| line.unwrap().starts_with("ready: ")));
+        meanwhile();
+        kill_process(Pid::from_child(&child), Signal::TERM).unwrap();
+        assert!(child.wait().unwrap().success());
+        std::fs::read_to_string(scratch.path("said")).unwrap()
+    };
+    let changed = || {
+        let plan = scratch.json(&["save", "t.raw", "--dry-run"]);
+        plan["disks"][0]["changed_bytes"].as_u64().unwrap()
+    };
+    served(&|| {});
+    let first = std::fs::read(&stamp).unwrap();
+    served(&|| touch(1));
+    // The checkpoint was written, the stamp not.
+    std::fs::write(&stamp, &first).unwrap();
+    assert_eq!(changed(), 0);
+    let told = served(&|| touch(2));
+    assert!(!told.contains("was written to"), "{told}");
+    // By a power cut.
+    std::fs::write(&stamp, &first).unwrap();
+    std::fs::remove_file(session.join("live")).unwrap();
+    assert_eq!(changed(), 0);
+    let told = served(&|| touch(3));
+    assert!(!told.contains("was written to"), "{told}");
+    // Somebody else's are found all the same.
+    touch(4);
+    assert!(changed() > 0);
+    let told = served(&|| {});
+    assert!(told.contains("was written to"), "{told}");
+}
+
+#[test]
+fn a_session_that_was_parked_again_because_another_could_not_be_served_is_known_to_be_untouched() {
+    let scratch = Scratch::new();
+    scratch.disk("a.raw", 4 * MIB, &[(0, 2 << 20, 1)]);
+    scratch.disk("b.raw", 4 * MIB, &[(0, 2 << 20, 2)]);
+    scratch.run(&["capture", "two", "a.raw", "b.raw"]).ends_with(0);
+    let args = ["live-restore", "two@latest", "ta.raw", "tb.raw", "--listen", "unix:s", "--exit-when-done"];
+    scratch.run(&args).ends_with(0);
+    std::fs::write(scratch.path("tb.raw.lifeboot/journal"), "").unwrap();
+    scratch.run(&args).fails(&["tb.raw.lifeboot"]);
+    let capture = ["capture", "again", "ta.raw"];
+    let ran = scratch.run(&capture).ends_with(0);
+    assert!(ran.stdout.contains("incremental: 0 of 32 chunks"), "{ran:#?}");
+    let target = File::options().write(true).open(scratch.path("ta.raw")).unwrap();
+    target.set_modified(SystemTime::UNIX_EPOCH).unwrap();
+    let ran = scratch.run(&capture).ends_with(0);
+    assert!(ran.stdout.contains("it was written to"), "{ran:#?}");
 }
