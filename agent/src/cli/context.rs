@@ -4,6 +4,7 @@ use std::path::PathBuf;
 use std::sync::OnceLock;
 
 use anyhow::Context as _;
+use clap::builder::{OsStringValueParser, TypedValueParser as _};
 use tracing::level_filters::LevelFilter;
 
 use super::{Interrupt, UsageError};
@@ -18,6 +19,8 @@ pub struct Global {
         long,
         global = true,
         env = "LIFEBOOT_REPO",
+        // An empty one is none: a variable that was set to nothing is not in the way of --repo.
+        value_parser = OsStringValueParser::new().map(PathBuf::from),
         value_name = "REPO",
         help_heading = "Global options"
     )]
@@ -58,7 +61,7 @@ impl Context {
     /// # Errors
     /// [`UsageError`] where neither was given.
     pub fn repository_path(&self) -> anyhow::Result<PathBuf> {
-        let Some(path) = &self.repo else {
+        let Some(path) = self.repo.as_ref().filter(|path| !path.as_os_str().is_empty()) else {
             return Err(
                 UsageError::new("no repository was named: give --repo REPO, or set LIFEBOOT_REPO").into()
             );

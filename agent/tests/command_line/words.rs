@@ -1,6 +1,6 @@
 //! Help, completions, man pages, and the ways of talking.
 
-use crate::support::{MIB, Scratch};
+use crate::support::{MIB, Ran, Scratch};
 
 #[test]
 fn every_verb_has_help_a_man_page_and_a_completion() {
@@ -62,4 +62,19 @@ fn an_error_says_what_failed_on_what_and_what_to_do() {
         ran.stderr,
         "lifeboot: there is no such repository (repo); look at the path, and whether its file system is mounted\n"
     );
+}
+
+#[test]
+fn an_empty_variable_names_no_repository_and_is_in_nobodys_way() {
+    let scratch = Scratch::new();
+    let run = |args: &[&str]| {
+        let mut command = scratch.command(args);
+        Ran::of(command.env("LIFEBOOT_REPO", "").output().unwrap())
+    };
+    for args in [["-r", "repo", "snapshots"], ["snapshots", "-r", "repo"]] {
+        run(&args).ends_with(0);
+    }
+    run(&["snapshots"]).ends_with(2).tells(&["no repository was named", "LIFEBOOT_REPO"]);
+    run(&["snapshots", "--repo", ""]).ends_with(2).tells(&["no repository was named"]);
+    run(&["status", "nothing.raw"]).fails(&["no live-restore to nothing.raw is known"]);
 }
