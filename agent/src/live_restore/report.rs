@@ -34,7 +34,7 @@ impl RateMeter {
     }
 }
 
-/// The status of a disk that an agent serves.
+/// The status of a disk that an agent serves, but for what all of its disks share.
 pub(super) fn status(disk: &ServedDisk, stats: &StatsSnapshot) -> Status {
     let record = &disk.record;
     let layout = record.layout();
@@ -45,7 +45,7 @@ pub(super) fn status(disk: &ServedDisk, stats: &StatsSnapshot) -> Status {
         live::Phase::Poisoned => Phase::Poisoned,
         live::Phase::Parked => Phase::Stopped,
     };
-    let mut status = Status {
+    Status {
         pid: Some(std::process::id()),
         uri: disk.uris().into_iter().next(),
         home_bytes: stats.home_bytes,
@@ -74,9 +74,7 @@ pub(super) fn status(disk: &ServedDisk, stats: &StatsSnapshot) -> Status {
         moved: disk.handed_over().is_some(),
         background: Some(stats.background),
         ..Status::at_rest(record, phase)
-    };
-    status.seconds_left = status.expected_seconds();
-    status
+    }
 }
 
 /// What could not be brought home so far.

@@ -76,7 +76,7 @@ pub struct Status {
     pub guest_bytes: u64,
     /// Bytes brought home a second, lately.
     pub bytes_per_second: u64,
-    /// When the rest will be home at this rate; `None` where nobody copies it home.
+    /// When the rest will be home at this rate, or at what the limit allows; `None` where nobody copies it home.
     pub seconds_left: Option<u64>,
     /// Stored bytes fetched from the repository since this agent began.
     pub fetched_bytes: u64,
@@ -180,15 +180,17 @@ impl Status {
         self.phase == Phase::Running && !self.is_settled()
     }
 
-    /// How long the rest takes at the rate of the last seconds; `None` where nobody copies it home: guests may never ask for it,
-    /// and what is damaged cannot be had.
+    /// How long the rest takes at the rate of the last seconds, but no faster than `limit`: bytes a second that the background may
+    /// take for this disk, 0 is no limit. What came before that was lowered, or because guests asked for it, does not last. `None`
+    /// where nobody copies it home: guests may never ask for it, and what is damaged cannot be had.
     #[must_use]
-    pub fn expected_seconds(&self) -> Option<u64> {
+    pub fn expected_seconds(&self, limit: u64) -> Option<u64> {
         let left = self.size.saturating_sub(self.home_bytes);
         if left == 0 || self.bytes_per_second == 0 || self.is_without_background() || !self.is_coming_home() {
             return None;
         }
-        Some(left.div_ceil(self.bytes_per_second))
+        let most = if limit == 0 { u64::MAX } else { limit };
+        Some(left.div_ceil(self.bytes_per_second.min(most)))
     }
 
     /// Names what is damaged on stderr, and says how the verb ended.
@@ -235,12 +237,19 @@ mod tests {
 
     #[test]
     fn a_time_is_left_where_somebody_copies_the_rest_home() {
-        assert_eq!(running().expected_seconds(), Some(3));
-        assert_eq!(Status { home_bytes: 1000, ..running() }.expected_seconds(), None);
-        assert_eq!(Status { bytes_per_second: 0, ..running() }.expected_seconds(), None);
-        assert_eq!(Status { background: Some(false), ..running() }.expected_seconds(), None);
+        assert_eq!(running().expected_seconds(0), Some(3));
+        assert_eq!(Status { home_bytes: 1000, ..running() }.expected_seconds(0), None);
+        assert_eq!(Status { bytes_per_second: 0, ..running() }.expected_seconds(0), None);
+        assert_eq!(Status { background: Some(false), ..running() }.expected_seconds(0), None);
         let damaged = |damaged_bytes| Status { damaged_bytes, ..running() };
-        assert_eq!(damaged(209).expected_seconds(), Some(3));
-        assert_eq!(damaged(210).expected_seconds(), None, "all is home but what is damaged");
+        assert_eq!(damaged(209).expected_seconds(0), Some(3));
+        assert_eq!(damaged(210).expected_seconds(0), None, "all is home but what is damaged");
+    }
+
+    #[test]
+    fn no_more_is_promised_than_the_limit_allows() {
+        assert_eq!(running().expected_seconds(10), Some(21));
+        assert_eq!(running().expected_seconds(100), Some(3));
+        assert_eq!(running().expected_seconds(1 << 40), Some(3));
     }
 }
