@@ -126,7 +126,7 @@ impl Save<'_> {
         let bases = served.iter().map(|disk| base_of(&repository, &disk.state, &disk.record));
         let bases = bases.collect::<anyhow::Result<Vec<_>>>()?;
         let mut report = Report {
-            snapshot: order.name().to_string(),
+            snapshot: order.free_name(&repository).to_string(),
             live_restore_of: records[0].snapshot.clone(),
             up_to: SavedUpTo::Acknowledged,
             disks: Vec::new(),

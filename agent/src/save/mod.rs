@@ -97,7 +97,7 @@ pub struct Args {
 /// What a save does, or has done.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub(crate) struct Report {
-    /// The snapshot's full name; of one that is still to be made, what it will be called unless that second is taken.
+    /// The snapshot's full name; of one that is still to be made, a name that is free, which it has unless another takes it first.
     pub(crate) snapshot: String,
     /// What it is made on top of.
     pub(crate) live_restore_of: String,
@@ -213,7 +213,7 @@ impl Args {
         }
         plan.lines().for_each(|line| context.output().announce(line));
         let total = plan.disks.iter().map(|disk| disk.changed_bytes).sum();
-        let progress = context.output().progress(format_args!("saving {}", plan.snapshot), Some(total));
+        let progress = context.output().progress(format_args!("saving {}", plan.group()), Some(total));
         let request = SaveRequest { dry_run: false, ..request };
         let report = ask_to_save(agent, &request, &interrupt, |bytes| progress.set(bytes))?;
         drop(progress);
@@ -251,7 +251,7 @@ impl Args {
             planned_disk(name, &wanted.path, &wanted.record, frozen.chunks().len() as u64, frozen.bytes())
         });
         let mut report = Report {
-            snapshot: order.name().to_string(),
+            snapshot: order.free_name(repository).to_string(),
             live_restore_of: records[0].snapshot.clone(),
             up_to,
             disks: planned.collect(),
@@ -267,7 +267,7 @@ impl Args {
         }
         report.lines().for_each(|line| context.output().announce(line));
         let total = report.disks.iter().map(|disk| disk.changed_bytes).sum();
-        let progress = context.output().progress(format_args!("saving {}", report.snapshot), Some(total));
+        let progress = context.output().progress(format_args!("saving {}", report.group()), Some(total));
         let disks: Vec<Disk<'_>> = names
             .into_iter()
             .zip(&rests)
@@ -417,20 +417,25 @@ fn warn_of(output: &Output, rest: &Rest, path: &Path) {
 }
 
 impl Report {
-    /// What will be done, a line for each disk.
+    /// What will be done, a line for each disk. The second that the snapshot will be called by is only known when it is made.
     fn lines(&self) -> impl Iterator<Item = String> {
         let doing = if self.dry_run { "would save" } else { "saving" };
         self.disks.iter().map(move |disk| {
             format!(
-                "{doing} {} as {}/{}: {} of {} to read, on top of {}",
+                "{doing} {} as {} of a new snapshot of {}: {} of {} to read, on top of {}",
                 disk.target.display(),
-                self.snapshot,
                 disk.name,
+                self.group(),
                 human_size(disk.changed_bytes),
                 human_size(disk.size_bytes),
                 self.live_restore_of,
             )
         })
+    }
+
+    /// The group of the snapshot.
+    fn group(&self) -> &str {
+        self.snapshot.split('@').next().unwrap_or_default()
     }
 
     /// Says what would be done, and does nothing.

@@ -16,7 +16,7 @@ use std::rc::Rc;
 use std::time::Duration;
 
 use block::{AlignedBuf, Engine};
-use jiff::Timestamp;
+use jiff::{Timestamp, ToSpan as _};
 use repository::{
     CaptureOptions, Consistency, DiskEntry, DiskName, GroupName, MAX_NOTE_LEN, Repository, Saved, Snapshot,
     SnapshotMeta, SnapshotName,
@@ -114,9 +114,13 @@ impl LackingRange {
 }
 
 impl Order {
-    /// What the snapshot will be called, unless that second is taken.
-    pub(crate) fn name(&self) -> SnapshotName {
-        SnapshotName::new(self.group.clone(), self.time)
+    /// What the snapshot would be called if it were made now: by its second, or the next one that is not taken.
+    pub(crate) fn free_name(&self, repository: &Repository) -> SnapshotName {
+        // Of a group that cannot be listed nothing is foretold: making the snapshot says what is wrong.
+        let taken = repository.snapshot_names(&self.group).unwrap_or_default();
+        let at = |time: Timestamp| SnapshotName::new(self.group.clone(), time);
+        let times = std::iter::successors(Some(self.time), |time| time.checked_add(1.second()).ok());
+        times.map(at).find(|name| !taken.contains(name)).unwrap_or_else(|| at(self.time))
     }
 }
 

@@ -116,3 +116,29 @@ fn a_session_that_was_parked_again_because_another_could_not_be_served_is_known_
     let ran = scratch.run(&capture).ends_with(0);
     assert!(ran.stdout.contains("it was written to"), "{ran:#?}");
 }
+
+#[test]
+fn a_save_announces_no_name_that_it_does_not_have() {
+    let scratch = Scratch::new();
+    scratch.disk("d.raw", 4 * MIB, &[(0, 2 << 20, 1)]);
+    scratch.run(&["capture", "web01", "d.raw"]).ends_with(0);
+    let args = ["live-restore", "web01@latest", "t.raw", "--listen", "unix:s", "--exit-when-done"];
+    scratch.run(&args).ends_with(0);
+    let made = || {
+        let all = scratch.json(&["snapshots", "n"]);
+        let names = all.as_array().unwrap().iter().map(|one| one["snapshot"].as_str().unwrap().to_owned());
+        names.collect::<Vec<_>>()
+    };
+    for _ in 0..3 {
+        let ran = scratch.run(&["save", "t.raw", "n"]).ends_with(0);
+        let [saving, saved] = ran.stdout.lines().collect::<Vec<_>>()[..] else { panic!("{ran:#?}") };
+        assert!(saving.contains("as disk0 of a new snapshot of n:"), "{saving}");
+        assert!(saved.contains(made().iter().max().unwrap().as_str()), "{saved}");
+        // Those just made have taken seconds that have not passed.
+        let foretold = scratch.json(&["save", "t.raw", "n", "--dry-run"]);
+        let name = foretold["snapshot"].as_str().unwrap().to_owned();
+        assert!(name.starts_with("n@") && !made().contains(&name), "{name}: {:?}", made());
+    }
+    let ran = scratch.run(&["save", "t.raw", "n", "--dry-run"]).ends_with(0);
+    assert!(ran.stdout.starts_with("would save ") && !ran.stdout.contains("n@"), "{ran:#?}");
+}
