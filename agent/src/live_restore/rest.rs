@@ -151,12 +151,7 @@ pub(crate) fn lock_target(
     interrupt: &Interrupt,
 ) -> anyhow::Result<FileDisk> {
     if !path.exists() {
-        let dir = state.path().display();
-        return Err(Failure::new(
-            format!("the target {} of the session in {dir} is gone", path.display()),
-            format!("put it back: what the guest wrote is in it; or {}", state.giving_up()),
-        )
-        .into());
+        return Err(target::gone(state, path).into());
     }
     lock_target_within(state, path, engine, target::LOCK_PATIENCE, interrupt)
 }

@@ -8,6 +8,7 @@ use super::open::cannot_resume;
 use super::parts::parse_id;
 use super::record::SessionRecord;
 use super::state_dir::{JOURNAL, StateDir};
+use super::target;
 use crate::cli::Failure;
 use crate::live::{BootId, SessionId, is_live_file_believable, peek};
 use crate::status::{Phase, Status};
@@ -69,5 +70,9 @@ pub fn stopped_status(state: &StateDir, record: &SessionRecord) -> anyhow::Resul
     if peek.complete {
         status.phase = Phase::Complete;
     }
+    status.waiting = target::trouble(state, record).map(|failure| match crate::cli::told(&failure.into()) {
+        (what, Some(advice)) => format!("{what}: {advice}"),
+        (what, None) => what,
+    });
     Ok(status)
 }

@@ -60,12 +60,37 @@ pub(super) fn check_not_cut_off(
     if target.size() >= record.size {
         return Ok(());
     }
-    Err(Failure::new(
+    Err(cut_off(target.path(), target.size(), state, record).into())
+}
+
+/// Why the target of a session that nobody serves cannot be gone on with, as far as can be seen without opening it. That of one that
+/// was handed over is its machine's.
+pub(super) fn trouble(state: &StateDir, record: &SessionRecord) -> Option<Failure> {
+    let path = state.target(record);
+    match std::fs::metadata(path) {
+        _ if record.handed_over => None,
+        Ok(there) if there.is_file() && there.len() < record.size => {
+            Some(cut_off(path, there.len(), state, record))
+        }
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Some(gone(state, path)),
+        _ => None,
+    }
+}
+
+/// That the target of a session that is there is not.
+pub(super) fn gone(state: &StateDir, path: &Path) -> Failure {
+    Failure::new(
+        format!("the target {} of the session in {} is gone", path.display(), state.path().display()),
+        format!("put it back: what the guest wrote is in it; or {}", state.giving_up()),
+    )
+}
+
+fn cut_off(path: &Path, size: u64, state: &StateDir, record: &SessionRecord) -> Failure {
+    Failure::new(
         format!(
-            "the target {} has {} bytes, and the disk {}: since its session was served last it was cut off, and what stood there is \
+            "the target {} has {size} bytes, and the disk {}: since its session was served last it was cut off, and what stood there is \
              lost",
-            target.path().display(),
-            target.size(),
+            path.display(),
             record.size
         ),
         format!(
@@ -75,7 +100,6 @@ pub(super) fn check_not_cut_off(
             state.giving_up()
         ),
     )
-    .into())
 }
 
 /// The locked target of a session that is to be made, as it was found.

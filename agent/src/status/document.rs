@@ -114,7 +114,8 @@ pub struct Status {
     /// QEMU has said that the machine runs from the target.
     #[serde(default)]
     pub moved: bool,
-    /// Why it does not go on just now: the source is away, the target is full.
+    /// Why it does not go on just now: the source is away, the target is full; of a session that no agent serves, that its target is
+    /// gone, or was cut off.
     pub waiting: Option<String>,
 }
 

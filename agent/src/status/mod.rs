@@ -129,7 +129,11 @@ fn state_of(status: &Status) -> &'static str {
         }
         Phase::Running => "running: copying home",
         Phase::Complete if status.pid.is_some() => "complete, and still served",
+        Phase::Complete if status.waiting.is_some() => "was complete, and its target is not what it was",
         Phase::Complete => "complete",
+        Phase::Stopped if status.waiting.is_some() => {
+            "stopped: the same live-restore command goes on once this is mended"
+        }
         Phase::Stopped if status.is_settled() => {
             "stopped: all is home but what is damaged; the same live-restore command asks for that again"
         }
@@ -196,7 +200,7 @@ fn table(status: &Status) -> Table {
         );
     }
     if let Some(why) = &status.waiting {
-        row("waiting", why.clone());
+        row(if status.pid.is_some() { "waiting" } else { "in the way" }, why.clone());
     }
     if status.is_damaged() {
         let ranges = human_count(status.damaged.len() as u64, "range", "ranges");

@@ -156,6 +156,16 @@ fn on_a_file_system_that_became_read_only_what_only_reads_works_and_discard_says
     drop(failing);
 }
 
+/// Demands that the status of the session says all of this, for people and for programs.
+#[track_caller]
+fn status_tells(scratch: &Scratch, words: &[&str]) {
+    let told = scratch.run(&["status", "t.raw"]).ends_with(0).stdout;
+    assert!(words.iter().all(|word| told.contains(word)), "it lacks one of {words:?}: {told}");
+    let status = scratch.json(&["status", "t.raw"]);
+    let waiting = status["waiting"].as_str().unwrap_or_default();
+    assert!(status["phase"] == "stopped" && waiting.contains(words[0]), "{status}");
+}
+
 #[test]
 fn a_target_that_was_cut_off_is_called_that_and_its_session_given_up_as_advised() {
     let scratch = parked(&[]);
@@ -166,6 +176,12 @@ fn a_target_that_was_cut_off_is_called_that_and_its_session_given_up_as_advised(
         let failed = scratch.run(verb).fails(&["1048576 bytes", "cut off", "put a whole copy of it back"]);
         assert!(!failed.stderr.contains("tries again"), "{failed:?}");
     }
+    let words = ["cut off", "put a whole copy of it back", "goes on once this is mended"];
+    status_tells(&scratch, &words);
+    let aside = scratch.path("aside.raw");
+    std::fs::rename(scratch.path("t.raw"), &aside).unwrap();
+    status_tells(&scratch, &["is gone", "put it back", "lifeboot discard", "goes on once this is mended"]);
+    std::fs::rename(&aside, scratch.path("t.raw")).unwrap();
     let failed = scratch.run(&["save", "t.raw"]);
     follow(&scratch, &failed, "lifeboot discard", "--yes");
     let anew = [&["live-restore", "web01@latest", "t.raw", "--force"][..], &LISTEN].concat();
