@@ -80,6 +80,11 @@ impl fmt::Display for TargetIdentity {
     }
 }
 
+/// What a directory is, by whatever name: a copy of it is another.
+pub(super) fn name_of_directory(path: &Path) -> Option<String> {
+    TargetIdentity::at(path).ok().flatten()?.name
+}
+
 fn of_file(statx: &Statx) -> TargetIdentity {
     let mut name = format!("inode {}", statx.stx_ino);
     if StatxFlags::from_bits_retain(statx.stx_mask).contains(StatxFlags::BTIME) {

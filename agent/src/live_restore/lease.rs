@@ -22,7 +22,7 @@ use parking_lot::{Condvar, Mutex};
 use repository::{Lease, Repository, SnapshotName};
 use serde::{Deserialize, Serialize};
 
-use super::identity::TargetIdentity;
+use super::identity::name_of_directory;
 use super::parts::{id_text, new_id};
 use super::service::ServedDisk;
 use super::state_dir;
@@ -180,7 +180,7 @@ impl Leased {
         // First where it stands: what is left in the repository can then be found again.
         let repository = std::path::absolute(self.repository.path())?;
         let session = lease.session.clone();
-        let kept = Kept { version: VERSION, session, repository, directory: directory(&self.state) };
+        let kept = Kept { version: VERSION, session, repository, directory: name_of_directory(&self.state) };
         keep(&self.state, &kept).context("cannot note where the lease is left")?;
         Ok(self.repository.keep_lease(lease)?)
     }
@@ -202,13 +202,8 @@ fn read(state: &Path) -> Option<Kept> {
 impl Kept {
     /// Whether it was noted in this directory, and not in one that this is a copy of.
     fn is_of(&self, state: &Path) -> bool {
-        self.directory.is_some() && self.directory == directory(state)
+        self.directory.is_some() && self.directory == name_of_directory(state)
     }
-}
-
-/// What a session's directory is, by whatever name.
-fn directory(state: &Path) -> Option<String> {
-    TargetIdentity::at(state).ok().flatten()?.name
 }
 
 /// The id under which the session that is kept in this directory leaves its lease.

@@ -8,6 +8,7 @@ use std::io;
 use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 
+use super::copied;
 use super::state_dir::{JOURNAL, LIVE_FILE, RECORD, StateDir, remove_dirs};
 
 /// What is to be done to the target.
@@ -56,8 +57,14 @@ impl Made {
     pub(super) fn create_dir(&mut self, state: &StateDir) -> anyhow::Result<()> {
         self.dirs = state.create()?;
         // Without its record a session is none; the record goes last, so that what is left says that it never began.
-        self.files =
-            vec![state.file(JOURNAL), state.file(LIVE_FILE), state.temporary(RECORD), state.file(RECORD)];
+        self.files = vec![
+            state.file(JOURNAL),
+            state.file(LIVE_FILE),
+            state.temporary(copied::FILE),
+            state.file(copied::FILE),
+            state.temporary(RECORD),
+            state.file(RECORD),
+        ];
         Ok(())
     }
 

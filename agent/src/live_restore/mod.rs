@@ -16,6 +16,7 @@
 mod advice;
 mod carrier;
 mod control;
+mod copied;
 mod damage;
 mod discarded;
 mod distrust;
@@ -174,7 +175,8 @@ pub(crate) struct SessionArgs {
     force: bool,
 
     /// The target was copied or moved as a whole, together with its session: go on with it here. What it holds is
-    /// checked all the same
+    /// checked all the same. Where sessions are kept with --state, copy that directory too and name the copy: the only session
+    /// there that fits the target is taken for its own. Of several, name the directory of the one
     #[arg(long)]
     moved: bool,
 

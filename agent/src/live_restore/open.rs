@@ -22,6 +22,7 @@ use anyhow::Context as _;
 use block::{Engine, FileDisk, OpenDevice};
 use repository::{DiskEntry, GroupName, Repository, Snapshot, SnapshotName};
 
+use super::copied;
 use super::distrust;
 use super::fetching::{Fetching, SharedPool};
 use super::identity::TargetIdentity;
@@ -110,11 +111,7 @@ pub(super) fn find<'a>(wish: &'a Wish<'a>, state: &'a StateDir) -> anyhow::Resul
     }
     let begun = state.record()?.filter(SessionRecord::was_begun);
     if wish.moved && begun.is_none() {
-        return Err(Failure::new(
-            format!("no session of {} was found in {}", path.display(), state.path().display()),
-            "copy that directory with its target; or leave out --moved to begin a new session",
-        )
-        .into());
+        return Err(no_copy_found(&path, state));
     }
     let restored = match begun {
         Some(record) => {
@@ -134,6 +131,26 @@ pub(super) fn find<'a>(wish: &'a Wish<'a>, state: &'a StateDir) -> anyhow::Resul
         }
     };
     Ok(Found { wish, state, path, restored })
+}
+
+fn no_copy_found(path: &Path, state: &StateDir) -> anyhow::Error {
+    let is_beside = state.path() == pointer::beside(path);
+    let (place, copied) = if is_beside {
+        let copied = format!(
+            "copy its session to {} as well, the directory as a whole; where that is kept elsewhere, copy the state directory and name \
+             the copy with --state",
+            state.path().display()
+        );
+        (state.path(), copied)
+    } else {
+        let copied = "copy the state directory of the original, or the session's own directory in it, and name the copy with --state";
+        (state.path().parent().unwrap_or_else(|| state.path()), copied.to_owned())
+    };
+    Failure::new(
+        format!("no session of {} was found in {}", path.display(), place.display()),
+        format!("{copied}; or leave out --moved to begin a new session, which takes --force where the target holds data"),
+    )
+    .into()
 }
 
 /// What comes from the repository; `None` where that cannot be had, and the session is wholly home and needs none of it.
@@ -203,8 +220,13 @@ impl Found<'_> {
         }
         let look = stamp::Look::at(state, found, path);
         let target = target::reopen(path, state.path(), wish.engine, interrupt)?;
+        // Until the record names this target.
+        let _taking = wish.moved.then(|| copied::lock(state)).transpose()?;
         // Until now somebody else may have served it, moved a machine onto it, or given it up.
         let mut record = locked_record(state, found)?;
+        if wish.moved {
+            copied::check_not_taken(state, found, &record)?;
+        }
         // Of a copy no stamp tells.
         let written_past = if wish.moved { WrittenPast::Unknown } else { look.under_lock(state, &record) };
         if !wish.is_settled {
@@ -264,6 +286,7 @@ impl Found<'_> {
         record.identity = identity;
         record.boot = Some(boot.to_string());
         state.keep(&record)?;
+        state.keep_place(&record)?;
         distrust::forget(&record);
         // One that is complete is found from beside its target, too, as long as it is served.
         if let Err(error) = state.keep_pointer(&record) {
@@ -343,6 +366,7 @@ impl Found<'_> {
         })?;
         record.boot = Some(boot.to_string());
         state.keep(&record)?;
+        state.keep_place(&record)?;
         Ok(Opened { session, target, journal, record, fetching, resumed: None, made: Some(made) })
     }
 }

@@ -101,7 +101,7 @@ impl Order {
     /// those is told by [`Self::assign`].
     pub(super) fn snapshots_needed(&self) -> Vec<String> {
         let paths = paths(&self.targets).unwrap_or_default();
-        let of = |path: &Path| StateDir::of(path, self.state.as_deref()).ok()?.record().ok()?;
+        let of = |path: &Path| self.state_of(path).ok()?.record().ok()?;
         let begun = paths.into_iter().map(|path| of(path).filter(SessionRecord::was_begun));
         let mut needed: Vec<String> =
             begun.map(|record| record.map_or_else(|| self.snapshot.clone(), |it| it.snapshot)).collect();
@@ -122,7 +122,7 @@ impl Order {
             refuse_dangling(target)?;
         }
         if let [target] = self.targets.as_slice() {
-            let state = StateDir::of(target, self.state.as_deref())?;
+            let state = self.state_of(target)?;
             return Ok(vec![Wanted { spec: self.snapshot.clone(), target: target.clone(), state }]);
         }
         let spec: SnapshotSpec = self.snapshot.parse()?;
@@ -144,8 +144,9 @@ impl Order {
             .into());
         }
         check_different(targets.iter().map(|(_, path)| *path))?;
-        let states = targets.iter().map(|(_, path)| StateDir::of(path, self.state.as_deref()));
+        let states = targets.iter().map(|(_, path)| self.state_of(path));
         let states = states.collect::<anyhow::Result<Vec<_>>>()?;
+        check_own(&states)?;
         let records = states.iter().map(|state| Ok(state.record()?.filter(SessionRecord::was_begun)));
         let records = records.collect::<anyhow::Result<Vec<_>>>()?;
         let snapshot = self.snapshot_of(&spec, repository, &targets, &records)?;
@@ -181,6 +182,10 @@ impl Order {
         // The exports stand in the snapshot's order, whatever that of the targets is.
         wanted.sort_by_key(|wanted| disks.iter().position(|disk| wanted.spec.ends_with(&format!("/{disk}"))));
         Ok(wanted)
+    }
+
+    fn state_of(&self, target: &Path) -> anyhow::Result<StateDir> {
+        StateDir::of_moved(target, self.state.as_deref(), self.moved)
     }
 
     /// The snapshot that all disks are of.
@@ -284,6 +289,18 @@ fn check_different<'a>(targets: impl Iterator<Item = &'a Path>) -> anyhow::Resul
         seen.push(path);
     }
     Ok(())
+}
+
+/// Fails where two targets have found one session.
+fn check_own(states: &[StateDir]) -> anyhow::Result<()> {
+    let is_twice =
+        |(at, state): &(usize, &StateDir)| states[..*at].iter().any(|it| it.path() == state.path());
+    let Some((_, state)) = states.iter().enumerate().find(is_twice) else { return Ok(()) };
+    Err(Failure::new(
+        format!("two of the targets can go on with the session in {}", state.path().display()),
+        "go on with each by a command of its own that names its session's directory with --state; after that they can be named together",
+    )
+    .into())
 }
 
 #[cfg(test)]

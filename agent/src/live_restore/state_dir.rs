@@ -11,6 +11,7 @@
 //! | `journal` | which blocks are known on stable storage | see `agent::live` |
 //! | `live` | the live file, for a restart on the same boot | see `agent::live` |
 //! | `damaged.json` | what could not be brought home | while there is such, by the agent that finds it |
+//! | `place.json` | which directory this is, so that a copy is known | by each start that finds another |
 //! | `lease.json` | where the repository was told that the snapshot is needed | while it is needed |
 //! | `move.json` | whether the machine of a session that is marked as handed over was moved | by each move, before and after it |
 //! | `control.sock` | answers `lifeboot status` and other verbs while an agent runs | by each agent |
@@ -120,7 +121,7 @@ impl StateDir {
         Ok(state)
     }
 
-    fn is_begun(&self) -> bool {
+    pub(super) fn is_begun(&self) -> bool {
         self.record().ok().flatten().is_some_and(|record| record.was_begun())
     }
 
@@ -128,7 +129,7 @@ impl StateDir {
         Self { path, sought: None }
     }
 
-    fn sought_as(self, sought: Sought) -> Self {
+    pub(super) fn sought_as(self, sought: Sought) -> Self {
         Self { sought: Some(sought), ..self }
     }
 
@@ -247,17 +248,10 @@ pub(super) fn remove_dirs(dirs: &[PathBuf]) {
     }
 }
 
-/// The directory below `root` of the session whose target this is; else of one that was begun under its path; else
+/// The directory below `root`, or `root` itself, of the session whose target this is; else of one that was begun under its path; else
 /// a free one, called `name`.
 fn find(root: &Path, target: &Path, identity: Option<&TargetIdentity>, name: &str) -> PathBuf {
-    let begun = |path: PathBuf| {
-        let record = StateDir::at(path.clone()).record().ok().flatten();
-        record.filter(SessionRecord::was_begun).map(|record| (path, record))
-    };
-    let entries = std::fs::read_dir(root).into_iter().flatten().flatten();
-    let mut sessions: Vec<(PathBuf, SessionRecord)> =
-        entries.filter_map(|entry| begun(entry.path())).collect();
-    sessions.sort_by(|(a, _), (b, _)| a.cmp(b));
+    let sessions = sessions_below(root);
     let is_same = |record: &SessionRecord| {
         identity.is_some_and(|identity| identity.name.is_some() && identity.is_same(&record.identity))
     };
@@ -270,6 +264,18 @@ fn find(root: &Path, target: &Path, identity: Option<&TargetIdentity>, name: &st
     let names = std::iter::once(name.to_owned()).chain((2_u64..).map(|number| format!("{name}-{number}")));
     let mut dirs = names.map(|name| root.join(name));
     dirs.find(|dir| sessions.iter().all(|(path, _)| path != dir)).expect("the numbers do not end")
+}
+
+/// The sessions that were begun of a state directory, which may be a session's own, with their directories.
+pub(super) fn sessions_below(root: &Path) -> Vec<(PathBuf, SessionRecord)> {
+    let begun = |path: PathBuf| {
+        let record = StateDir::at(path.clone()).record().ok().flatten();
+        record.filter(SessionRecord::was_begun).map(|record| (path, record))
+    };
+    let entries = std::fs::read_dir(root).into_iter().flatten().flatten().map(|entry| entry.path());
+    let mut sessions: Vec<_> = std::iter::once(root.to_owned()).chain(entries).filter_map(begun).collect();
+    sessions.sort_by(|(a, _), (b, _)| a.cmp(b));
+    sessions
 }
 
 /// The end of an identity, as part of a file's name.

@@ -77,7 +77,8 @@ pub struct Args {
     #[arg(long, value_name = "TEXT")]
     note: Option<String>,
 
-    /// The target was copied or moved as a whole, together with its session
+    /// The target was copied or moved as a whole, together with its session. Where that was kept with --state, name the copy of
+    /// that directory, or the session's own directory in it
     #[arg(long)]
     moved: bool,
 
@@ -147,7 +148,7 @@ impl Verb for Args {
             .transpose()?;
         let wanted = std::iter::once(&self.target)
             .chain(&self.with)
-            .map(|target| Wanted::find(target, self.state.as_deref()))
+            .map(|target| Wanted::find(target, self.state.as_deref(), self.moved))
             .collect::<anyhow::Result<Vec<_>>>()?;
         let repository = Repository::open(context.repository_path()?)?;
         for one in &wanted {
@@ -306,9 +307,9 @@ pub(crate) fn ask_to_save(
 }
 
 impl Wanted {
-    fn find(target: &Path, state: Option<&Path>) -> anyhow::Result<Self> {
+    fn find(target: &Path, state: Option<&Path>, moved: bool) -> anyhow::Result<Self> {
         let path = live_restore::absolute(target)?;
-        let state = StateDir::of(target, state)?;
+        let state = StateDir::of_moved(target, state, moved)?;
         let Some(record) = state.record()?.filter(SessionRecord::was_begun) else {
             return Err(Failure::new(
                 format!("there is nothing to save: no live-restore to {} is known", target.display()),

@@ -5,7 +5,9 @@ use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use crate::support::{MIB, Scratch, is_root, noise};
+use rustix::process::{Pid, Signal, kill_process};
+
+use crate::support::{MIB, Scratch, is_root, live_restore_to, noise};
 
 /// A loop device on a file, detached when dropped.
 struct Loop(PathBuf);
@@ -146,4 +148,34 @@ fn a_damaged_chunk_leaves_zeroes_on_a_device_and_not_what_was_there() {
     wanted.resize(4 << 20, 0);
     wanted[offset..offset + (128 << 10)].fill(0);
     assert!(device.read(4 << 20) == wanted);
+}
+
+#[test]
+fn a_block_device_that_was_copied_goes_on_with_its_copied_session() {
+    if !is_root() {
+        return;
+    }
+    let scratch = Scratch::new();
+    let disk = scratch.disk("d.raw", 4 * MIB, &[(0, 2 << 20, 1)]);
+    scratch.run(&["capture", "web01", "d.raw"]).ends_with(0);
+    let original = Loop::on(&scratch.disk("a.raw", 4 * MIB, &[]));
+    let state = ["--state", "st"];
+    let mut live = live_restore_to(&scratch, original.name(), &[&state[..], &["--limit", "20"]].concat());
+    kill_process(Pid::from_child(&live), Signal::TERM).unwrap();
+    assert!(live.wait().unwrap().success());
+    std::fs::copy(scratch.path("a.raw"), scratch.path("b.raw")).unwrap();
+    let copy = Loop::on(&scratch.path("b.raw"));
+    let go_on = |device: &Loop, further: &[&str]| {
+        let args = ["live-restore", "web01@latest", device.name(), "--listen", "unix:s", "--exit-when-done"];
+        scratch.run(&[&args[..], further].concat())
+    };
+    go_on(&copy, &["--state", "st", "--moved"]).fails(&["which is still there", "cp -a"]);
+    let copied = Command::new("cp").arg("-a").args([scratch.path("st"), scratch.path("st2")]).status();
+    assert!(copied.unwrap().success());
+    go_on(&copy, &["--state", "st2", "--moved"]).ends_with(0);
+    go_on(&copy, &["--state", "st2"]).ends_with(0);
+    go_on(&original, &state).ends_with(0);
+    for device in [&copy, &original] {
+        assert_eq!(device.read(4 << 20), std::fs::read(&disk).unwrap());
+    }
 }

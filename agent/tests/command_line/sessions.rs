@@ -2,12 +2,12 @@
 
 use std::fs::File;
 use std::io::{BufRead as _, BufReader};
-use std::process::Stdio;
+use std::process::{Command, Stdio};
 use std::time::{Duration, SystemTime};
 
 use rustix::process::{Pid, Signal, kill_process};
 
-use crate::support::{MIB, Scratch, assert_same, slow_live_restore};
+use crate::support::{MIB, Scratch, assert_same, live_restore, slow_live_restore};
 
 #[test]
 fn the_target_of_a_live_restore_is_captured_whatever_its_state() {
@@ -141,4 +141,39 @@ fn a_save_announces_no_name_that_it_does_not_have() {
     }
     let ran = scratch.run(&["save", "t.raw", "n", "--dry-run"]).ends_with(0);
     assert!(ran.stdout.starts_with("would save ") && !ran.stdout.contains("n@"), "{ran:#?}");
+}
+
+#[test]
+fn a_copied_session_that_is_kept_in_a_state_directory_goes_on_with_its_copied_target() {
+    let scratch = Scratch::new();
+    let disk = scratch.disk("d.raw", 8 * MIB, &[(0, 4 << 20, 1)]);
+    scratch.run(&["capture", "web01", "d.raw"]).ends_with(0);
+    let mut live = live_restore(&scratch, &["--state", "st", "--limit", "20"]);
+    kill_process(Pid::from_child(&live), Signal::TERM).unwrap();
+    assert!(live.wait().unwrap().success());
+    let copy = |from: &str, to: &str| {
+        let args = ["-a", from, to].map(|name| if name == "-a" { name.into() } else { scratch.path(name) });
+        assert!(Command::new("cp").args(args).status().unwrap().success());
+    };
+    copy("t.raw", "u.raw");
+    let go_on = |target: &str, state: &str, further: &[&str]| {
+        let args = ["live-restore", "web01@latest", target, "--state", state, "--listen", "unix:s"];
+        scratch.run(&[&args[..], &["--exit-when-done"], further].concat())
+    };
+    go_on("u.raw", "nothing", &["--moved"]).fails(&["no session of", "copy the state directory"]);
+    // The original's is left to it, whatever is missing.
+    go_on("u.raw", "st", &["--moved"]).fails(&["t.raw, which is still there", "cp -a"]);
+    scratch.run(&["save", "u.raw", "--state", "st", "--moved"]).fails(&["which is still there"]);
+    copy("st", "st2");
+    scratch.run(&["save", "u.raw", "copy", "--state", "st2", "--moved"]).ends_with(0);
+    go_on("u.raw", "st2", &["--moved"]).ends_with(0);
+    assert_same(&disk, &scratch.path("u.raw"));
+    assert_eq!(scratch.json(&["status", "u.raw", "--state", "st2"])["phase"], "complete");
+    // From now on it is its own.
+    go_on("u.raw", "st2", &[]).ends_with(0);
+    go_on("u.raw", "st2", &["--moved"]).ends_with(0);
+    copy("d.raw", "v.raw");
+    go_on("v.raw", "st2", &["--moved"]).fails(&["u.raw, which is still there"]);
+    go_on("t.raw", "st", &[]).ends_with(0);
+    assert_same(&disk, &scratch.path("t.raw"));
 }
