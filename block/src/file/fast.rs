@@ -16,6 +16,7 @@ use crate::{Attempt, ByteRange, Result};
 const INLINE_WRITE_MAX: usize = 512 << 10;
 /// A page of the cache.
 const PAGE: u64 = 4096;
+
 /// What was found not to work. Shared by all handles of a disk.
 #[derive(Debug, Default)]
 pub(super) struct Missing {

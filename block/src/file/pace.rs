@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 /// A write that took longer than this was made to wait, or its thread had to give way meanwhile.
 const STALL: Duration = Duration::from_millis(1);
 /// For how many writes after a stall it is found out which of the two the next one was.
-const WATCHED_WRITES: u32 = 32;
+const WATCHED_WRITES: u32 = 256;
 /// How much of the waiting each write that does not stall makes up for.
 const FORGIVEN: Duration = Duration::from_micros(500);
 /// How much waiting is too much.
