@@ -92,12 +92,13 @@ struct Report<'a> {
 }
 
 /// What is known of the session that is to be discarded.
-#[derive(Clone, Copy)]
 struct Found<'a> {
     record: Option<&'a SessionRecord>,
     /// QEMU has said that the machine runs from the target.
     is_moved: bool,
     status: Option<&'a Status>,
+    /// Why more may have been written to the target than the session knows of: a machine may have run from it.
+    written_past: Option<String>,
     /// Why something of it cannot be told.
     damage: Option<&'a anyhow::Error>,
     /// Why the target is not the session's.
@@ -185,11 +186,15 @@ impl Verb for Args {
         }
         self.check_may_change(&state.changed_by_discard(&path), &path)?;
         if is_begun {
-            let is_moved = record.as_ref().is_some_and(|record| state.is_moved(record));
+            let record = record.as_ref();
+            let whole = record.filter(|_| known.is_some_and(|status| status.phase == Phase::Complete));
             let found = Found {
-                record: record.as_ref(),
-                is_moved,
+                record,
+                is_moved: record.is_some_and(|record| state.is_moved(record)),
                 status: known,
+                written_past: whole
+                    .filter(|_| path.exists())
+                    .and_then(|record| live_restore::changed_since_parked(&state, record, &path)),
                 damage: damage.as_ref(),
                 is_another: is_another.as_ref(),
             };
@@ -200,7 +205,7 @@ impl Verb for Args {
                     .because(error)
             })?;
             self.ask(output, &interrupt, "give --yes; `lifeboot save` keeps what the guest wrote before")?;
-            check_still(&state, record.as_ref(), &path)?;
+            check_still(&state, record, &path)?;
         }
         interrupt.check()?;
         state.discard(record.as_ref())?;
@@ -254,8 +259,7 @@ impl Args {
 
     /// Says what would be lost.
     fn tell(&self, output: &Output, found: &Found<'_>, path: &Path) -> anyhow::Result<()> {
-        let Found { record, is_moved, status, damage, is_another } = *found;
-        if let Some(record) = record {
+        if let Some(record) = found.record {
             output.forewarn(format_args!(
                 "the session restores {}/{} to {}",
                 record.snapshot,
@@ -263,41 +267,61 @@ impl Args {
                 path.display()
             ))?;
         }
-        match (record, status) {
-            (_, Some(status)) if self.remove_target => output.forewarn(format_args!(
-                "lost with the target is all that the guest wrote: up to {}, unless it was saved",
-                human_size(status.guest_bytes)
-            ))?,
-            _ if is_moved => output.forewarn(
-                "nothing is lost: a running machine was moved onto the target, which is a disk of its own",
-            )?,
-            (Some(record), _) if record.handed_over => output.forewarn(
-                "nothing is lost: all of the disk is home; a machine was moved onto the target, or was about to be when the agent \
-                 ended, and no program is seen to have the target open",
-            )?,
-            (_, Some(status)) if status.phase == Phase::Complete => output.forewarn(format_args!(
-                "nothing is lost but that the next capture reads the whole disk: all of it is home, {} written by the guest",
-                human_size(status.guest_bytes)
-            ))?,
-            (_, Some(status)) => output.forewarn(format_args!(
-                "lost is what the guest wrote: up to {}, unless it was saved; {:.1} % of {} is home",
-                human_size(status.guest_bytes),
-                status.percent(),
-                human_size(status.size)
-            ))?,
+        match self.lost(found, path) {
+            Some(lost) => output.forewarn(lost)?,
             // Why is said below.
-            _ => output.warn("what would be lost cannot be told: the session's files are damaged"),
+            None => output.warn("what would be lost cannot be told: the session's files are damaged"),
         }
-        if let Some(error) = damage {
+        if let Some(error) = found.damage {
             output.warn(format_args!("{error:#}"));
         }
-        if let Some(error) = is_another {
+        if let Some(error) = found.is_another {
             output.warn(format_args!("{error:#}; it is left alone"));
         }
-        if self.remove_target {
+        if self.remove_target && path.exists() {
             output.forewarn(format_args!("{} will be removed", path.display()))?;
         }
         Ok(())
+    }
+
+    /// What would be lost, where that can be told.
+    fn lost(&self, found: &Found<'_>, path: &Path) -> Option<String> {
+        let is_there = path.exists();
+        if found.is_moved && is_there {
+            return Some(
+                "nothing is lost: a running machine was moved onto the target, which is a disk of its own"
+                    .to_owned(),
+            );
+        }
+        if found.record.is_some_and(|record| record.handed_over) && is_there {
+            return Some(
+                "nothing is lost: all of the disk is home; a machine was moved onto the target, or was about to be when the agent \
+                 ended, and no program is seen to have the target open"
+                    .to_owned(),
+            );
+        }
+        let status = found.status?;
+        let written = human_size(status.guest_bytes);
+        let home = format!("{:.1} % of {} is home", status.percent(), human_size(status.size));
+        Some(if status.phase == Phase::Complete && is_there && !self.remove_target {
+            format!(
+                "nothing is lost but that the next capture reads the whole disk: all of it is home, {written} written by the guest"
+            )
+        } else if let Some(why) = &found.written_past {
+            format!(
+                "lost with the target is all that a machine wrote to it, unless it was saved; how much is not known: {why}"
+            )
+        } else if status.guest_bytes == 0 {
+            format!("nothing is lost: the guest wrote nothing, as far as is known; {home}")
+        } else if !is_there {
+            format!(
+                "the target does not exist: lost with it is all that the guest wrote, up to {written}, unless it was saved"
+            )
+        } else if self.remove_target {
+            format!("lost with the target is all that the guest wrote: up to {written}, unless it was saved")
+        } else {
+            format!("lost is what the guest wrote: up to {written}, unless it was saved; {home}")
+        })
     }
 
     /// Asks, unless told not to.

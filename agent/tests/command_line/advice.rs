@@ -88,6 +88,24 @@ fn a_session_that_is_kept_elsewhere_is_given_up_by_the_command_that_is_advised()
 }
 
 #[test]
+fn a_discard_says_that_nothing_was_written_and_removes_no_target_that_is_not_there() {
+    let scratch = parked(&[]);
+    std::fs::remove_file(scratch.path("t.raw")).unwrap();
+    let told = scratch.run(&["discard", "t.raw", "--yes", "--remove-target"]).ends_with(0).stdout;
+    assert!(told.contains("the guest wrote nothing") && !told.contains("unless it was saved"), "{told}");
+    assert!(told.contains("t.raw does not exist") && !told.contains("will be removed"), "{told}");
+
+    go_on(&scratch, &[]).ends_with(0);
+    let discard = ["discard", "t.raw", "--remove-target"];
+    let told = scratch.run(&discard).ends_with(1).stdout;
+    assert!(told.contains("the guest wrote nothing") && told.contains("t.raw will be removed"), "{told}");
+    // As when a machine was started from it, which the session does not hear of.
+    write(&scratch.path("t.raw"), b"x");
+    let told = scratch.run(&discard).ends_with(1).stdout;
+    assert!(told.contains("how much is not known") && !told.contains("wrote nothing"), "{told}");
+}
+
+#[test]
 fn a_restore_onto_a_session_advises_what_gives_it_up() {
     let scratch = parked(&[]);
     let restore = || scratch.run(&["restore", "web01@latest", "t.raw", "--force"]);
