@@ -203,3 +203,48 @@ fn a_ctrl_c_at_the_terminal_is_ours_and_asking_again_ends_the_machine_sooner() {
     machine.process().wait_success().unwrap();
     assert_eq!(status(&data).unwrap()["phase"], "stopped");
 }
+
+/// QEMU as it runs for nobody: without a guest, and not tied to whoever started it.
+const BARE: [&str; 8] = ["-m", "64", "-display", "none", "-serial", "null", "-S", "-nodefaults"];
+
+/// Ends a QEMU that has lost its parent.
+struct Orphan(rustix::process::Pid);
+
+impl Drop for Orphan {
+    fn drop(&mut self) {
+        // It may have ended.
+        let _ = rustix::process::kill_process(self.0, rustix::process::Signal::KILL);
+    }
+}
+
+#[test]
+fn the_command_that_a_second_boot_prints_goes_on_with_the_machine_of_one_that_was_killed() {
+    let backup = Backup::new("boot-killed", false);
+    let (data, state) = (backup.work.file("data target.raw"), backup.work.file("a state"));
+    let boot = |further: &[&str]| {
+        let further =
+            [&["--qemu", "qemu-system-x86_64", "--state", state.to_str().unwrap()], further].concat();
+        backup.boot(&[data.display().to_string()], &further, &BARE.map(std::ffi::OsString::from))
+    };
+    let mut machine = Machine::run_qemu(&boot(&["--limit", "4KiB"]), backup.work.path()).unwrap();
+    let started = wait_event(&mut machine, "started");
+    let pid = rustix::process::Pid::from_raw(i32::try_from(started["pid"].as_u64().unwrap()).unwrap());
+    let _orphan = Orphan(pid.unwrap());
+    // QEMU is there once its last monitor is.
+    let machines = backup.work.socket("any").parent().unwrap().join("lifeboot");
+    let monitors = || std::fs::read_dir(&machines).unwrap().map(|dir| dir.unwrap().path().join("end.sock"));
+    while !monitors().any(|monitor| std::os::unix::net::UnixStream::connect(monitor).is_ok()) {
+        assert!(machine.process().is_running(), "{:?}", machine.process().lines());
+    }
+    machine.process().kill().unwrap();
+
+    let again = run_any(&mut boot(&[])).unwrap();
+    assert_eq!(again.status.code(), Some(1), "{again:?}");
+    let said = String::from_utf8_lossy(&again.stderr).into_owned();
+    let line = said.split('`').find(|part| part.starts_with("lifeboot live-restore ")).unwrap();
+    let program = lifeboot::<&str>([]).unwrap().get_program().to_owned();
+    let line = line.replacen("lifeboot", program.to_str().unwrap(), 1);
+    let told = e2e::process::run(Command::new("sh").args(["-c", &line]).current_dir("/")).unwrap();
+    assert!(told.contains("handed over: the machine runs from"), "{told}");
+    assert!(std::fs::read(&data).unwrap() == std::fs::read(&backup.data).unwrap());
+}

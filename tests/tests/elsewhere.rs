@@ -187,12 +187,15 @@ fn a_session_whose_target_or_export_a_machine_uses_is_not_given_up() {
         "version": 1,
         "snapshot": "vm@2026-11-21T00:33:12Z",
         "disks": [{ "name": "root", "target": "/r" }, { "name": "data", "target": target }],
+        "repository": "/back up",
     });
     fs::write(elsewhere.join("machine.json"), note.to_string()).unwrap();
     let monitor = UnixListener::bind(elsewhere.join("qmp.sock")).unwrap();
     let waiting = std::thread::spawn(move || drop(monitor.accept().unwrap()));
-    let words =
-        format!("live-restore -r REPO vm@2026-11-21T00:33:12Z root=/r data={} --listen", target.display());
+    let words = format!(
+        "live-restore -r '/back up' vm@2026-11-21T00:33:12Z root=/r data={} --listen",
+        target.display()
+    );
     let mut command = discard(&captured, &[]);
     ends(
         command.env("XDG_RUNTIME_DIR", &runtime),

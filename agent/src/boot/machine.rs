@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use serde_json::json;
 
 use super::cannot_start;
-use super::sockets::Sockets;
+use super::sockets::{Origin, Sockets};
 use crate::live_restore::{Service, qemu_arguments};
 use crate::pivot::{Monitor as _, Qmp};
 
@@ -29,6 +29,7 @@ pub(super) struct Machine {
     device_model: String,
     arguments: Vec<OsString>,
     pub(super) sockets: Sockets,
+    origin: Origin,
     child: Option<Child>,
     ended: Option<ExitStatus>,
 }
@@ -40,8 +41,9 @@ impl Machine {
         device_model: String,
         arguments: Vec<OsString>,
         sockets: Sockets,
+        origin: Origin,
     ) -> Self {
-        Self { program, accelerator, device_model, arguments, sockets, child: None, ended: None }
+        Self { program, accelerator, device_model, arguments, sockets, origin, child: None, ended: None }
     }
 
     /// Starts it. Its stdin, stdout and stderr are ours.
@@ -64,7 +66,7 @@ impl Machine {
             // What the terminal sends to everybody in front of it (Ctrl-C, its hangup) is ours to pass on.
             qemu.process_group(0);
         }
-        self.sockets.note(service)?;
+        self.sockets.note(service, &self.origin)?;
         tracing::debug!(?qemu, "starting QEMU");
         self.child = Some(qemu.spawn().map_err(|error| cannot_start(&self.program, error))?);
         Ok(())

@@ -32,7 +32,7 @@ use crate::cli::{Context, Failure, Interrupt, Outcome, UsageError, Verb};
 use crate::live_restore::{SessionArgs, Until, paths, start};
 use crate::pivot::Aio;
 use machine::Machine;
-use sockets::Sockets;
+use sockets::{Origin, Sockets};
 use watch::BootWatcher;
 
 /// Start a machine from its backup at once, and move it onto its own disks when they are home
@@ -109,13 +109,15 @@ impl Verb for Args {
         let accelerator = qemu::accelerator(&program, &arguments, sockets.dir());
         let interrupt = context.interrupt()?;
         // A session that is wholly home does without it.
-        let repository = Repository::open(context.repository_path()?);
+        let path = context.repository_path()?;
+        let repository = Repository::open(&path);
         let listen = vec![ListenAddress::Unix(sockets.nbd())];
         let server = ServerOptions { late_requests: LateRequests::Leave, ..ServerOptions::default() };
         let order = session.order(snapshot, targets, listen, server, true)?;
         // A signal is for the guest first: the service ends when QEMU has.
         let running = start(&order, repository, context, &Interrupt::default())?;
-        let machine = Machine::new(program, accelerator, device_model, arguments, sockets);
+        let origin = Origin::of(&path, order.state.as_deref(), &order.fallbacks);
+        let machine = Machine::new(program, accelerator, device_model, arguments, sockets, origin);
         let mut watcher = BootWatcher::new(context.output(), machine, interrupt, aio, shutdown_timeout);
         let ended = running.tell(Until::Told, &mut watcher)?;
         watcher.outlive(&ended)

@@ -1,14 +1,14 @@
 //! Where the sockets of a machine stand: in a directory for its first target, the same one at each run. Beside them is noted
 //! which disks the machine has, so that whoever meets another of its targets finds it too.
 
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 
 use anyhow::Context as _;
 use serde::{Deserialize, Serialize};
 
 use crate::cli::Failure;
-use crate::live_restore::{Service, absolute, replace};
-use crate::pivot::{Qmp, QmpError};
+use crate::live_restore::{Service, absolute, replace, shell_line};
 use crate::private_dir;
 
 /// The file that says which disks the machine has.
@@ -22,6 +22,30 @@ struct Note {
     /// What it was booted from, by its full name.
     snapshot: String,
     disks: Vec<NotedDisk>,
+    #[serde(flatten)]
+    origin: Origin,
+}
+
+/// What `boot` was told that a command which goes on is told too. All of it is absolute.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+pub(super) struct Origin {
+    /// `None` of a machine that was booted before this was noted.
+    repository: Option<PathBuf>,
+    state: Option<PathBuf>,
+    #[serde(default)]
+    fallbacks: Vec<PathBuf>,
+}
+
+impl Origin {
+    /// Of these paths, which may be relative to where we are.
+    pub(super) fn of(repository: &Path, state: Option<&Path>, fallbacks: &[PathBuf]) -> Self {
+        let absolute = |path: &Path| std::path::absolute(path).unwrap_or_else(|_| path.to_owned());
+        Self {
+            repository: Some(absolute(repository)),
+            state: state.map(absolute),
+            fallbacks: fallbacks.iter().map(|path| absolute(path)).collect(),
+        }
+    }
 }
 
 #[derive(Debug, Serialize, Deserialize)]
@@ -71,8 +95,13 @@ impl Sockets {
         self.dir.join("end.sock")
     }
 
+    /// Whether QEMU has made the monitor that moves drives. It takes the next client once this one is gone.
+    pub(super) fn has_monitor(&self) -> bool {
+        UnixStream::connect(self.mover()).is_ok()
+    }
+
     /// Notes which disks the machine has that is about to be started.
-    pub(super) fn note(&self, service: &Service) -> anyhow::Result<()> {
+    pub(super) fn note(&self, service: &Service, origin: &Origin) -> anyhow::Result<()> {
         let disks = service.disks().iter().map(|disk| &disk.record);
         let note = Note {
             version: VERSION,
@@ -80,6 +109,7 @@ impl Sockets {
             disks: disks
                 .map(|record| NotedDisk { name: record.disk.clone(), target: record.target.clone() })
                 .collect(),
+            origin: origin.clone(),
         };
         let path = self.dir.join(NOTE);
         replace(&path, &note).with_context(|| format!("cannot write {}", path.display()))
@@ -101,30 +131,48 @@ impl Sockets {
 
     /// Fails where a machine of an earlier run is still there, one of whose disks is `target`, and says how it is gone on with.
     pub(super) fn check_unused(&self, target: &Path) -> anyhow::Result<()> {
-        // Whatever it says, somebody is there.
-        if let Err(QmpError::Connect { .. }) = Qmp::connect(&self.mover()) {
+        // Whatever it says, or does not say, somebody is there.
+        if !self.has_monitor() {
             return Ok(());
         }
-        let disks = match self.noted() {
-            Some(Note { snapshot, disks, .. }) => match disks.as_slice() {
-                [one] => format!("{snapshot}/{} {}", one.name, one.target.display()),
-                disks => disks
-                    .iter()
-                    .fold(snapshot, |told, disk| format!("{told} {}={}", disk.name, disk.target.display())),
-            },
-            None => format!("SNAPSHOT {}", target.display()),
-        };
         Err(Failure::new(
             format!("the machine of {} still runs from an earlier `lifeboot boot`", target.display()),
             format!(
-                "if its lifeboot was killed, go on with `lifeboot live-restore -r REPO {disks} --listen unix:{} --qmp {}`; \
-                 else end it first",
-                self.nbd().display(),
-                self.mover().display()
+                "if its lifeboot was killed, go on with `{}`; else end it first",
+                self.going_on(self.noted(), target)
             ),
         )
         .into())
     }
+
+    /// The command that goes on with a machine whose `boot` was killed.
+    fn going_on(&self, noted: Option<Note>, target: &Path) -> String {
+        let text = |path: &Path| path.display().to_string();
+        let (disks, origin) = match noted {
+            Some(Note { snapshot, disks, origin, .. }) => (named(&snapshot, &disks), origin),
+            None => (vec!["SNAPSHOT".to_owned(), text(target)], Origin::default()),
+        };
+        let repository = origin.repository.map_or_else(|| "REPO".to_owned(), |path| text(&path));
+        let mut words: Vec<String> = ["lifeboot", "live-restore", "-r"].map(str::to_owned).into();
+        words.push(repository);
+        words.extend(disks);
+        let states = origin.state.iter().map(|path| ("--state", path));
+        for (option, path) in states.chain(origin.fallbacks.iter().map(|path| ("--fallback", path))) {
+            words.extend([option.to_owned(), text(path)]);
+        }
+        words.extend(["--listen".to_owned(), format!("unix:{}", text(&self.nbd()))]);
+        words.extend(["--qmp".to_owned(), text(&self.mover())]);
+        shell_line(&words)
+    }
+}
+
+/// The snapshot of these disks, and the target of each.
+fn named(snapshot: &str, disks: &[NotedDisk]) -> Vec<String> {
+    if let [one] = disks {
+        return vec![format!("{snapshot}/{}", one.name), one.target.display().to_string()];
+    }
+    let targets = disks.iter().map(|disk| format!("{}={}", disk.name, disk.target.display()));
+    std::iter::once(snapshot.to_owned()).chain(targets).collect()
 }
 
 /// Where the sockets are, or were, of machines that have this target among their disks.
@@ -181,7 +229,8 @@ mod tests {
             let sockets = Sockets::at(dir.path(), &target(names[0])).unwrap();
             make(&sockets.dir).unwrap();
             let disks = names.map(|name| NotedDisk { name: name.to_owned(), target: target(name) });
-            let note = Note { version: VERSION, snapshot: "vm@latest".to_owned(), disks: disks.into() };
+            let (snapshot, origin) = ("vm@latest".to_owned(), Origin::default());
+            let note = Note { version: VERSION, snapshot, disks: disks.into(), origin };
             replace(&sockets.dir.join(NOTE), &note).unwrap();
         }
         std::fs::write(dir.path().join("SESSION.lost"), "").unwrap();
@@ -195,6 +244,29 @@ mod tests {
         assert_eq!(found("e"), [at("e")]);
         Sockets { dir: at("a") }.remove();
         assert_eq!(found("b"), [at("b")]);
+    }
+
+    #[test]
+    fn the_command_that_goes_on_is_one_that_can_be_typed() {
+        let sockets = Sockets { dir: "/run/lifeboot/1".into() };
+        let disk = |name: &str, target: &str| NotedDisk { name: name.to_owned(), target: target.into() };
+        let note = |disks, origin| Note { version: VERSION, snapshot: "vm@t".to_owned(), disks, origin };
+        let origin = Origin::of(Path::new("/my backup"), Some(Path::new("/st'ate")), &["/copy".into()]);
+        let both = note(vec![disk("a", "/v/a b.raw"), disk("c", "/v/c.raw")], origin);
+        assert_eq!(
+            sockets.going_on(Some(both), Path::new("/v/c.raw")),
+            concat!(
+                r"lifeboot live-restore -r '/my backup' vm@t 'a=/v/a b.raw' c=/v/c.raw --state '/st'\''ate' --fallback /copy ",
+                "--listen unix:/run/lifeboot/1/nbd.sock --qmp /run/lifeboot/1/qmp.sock"
+            )
+        );
+        let one = note(vec![disk("a", "/v/a.raw")], Origin::of(Path::new("/b"), None, &[]));
+        let text = String::from_utf8(serde_json::to_vec(&one).unwrap()).unwrap();
+        let line = sockets.going_on(serde_json::from_str(&text).unwrap(), Path::new("/v/a.raw"));
+        assert!(line.starts_with("lifeboot live-restore -r /b vm@t/a /v/a.raw --listen "), "{line}");
+        // As an older one wrote it.
+        let older = r#"{ "version": 1, "snapshot": "vm@t", "disks": [] }"#;
+        assert!(serde_json::from_str::<Note>(older).unwrap().origin.repository.is_none());
     }
 
     #[test]

@@ -121,7 +121,7 @@ fn escaped(text: &str) -> String {
 }
 
 /// The arguments as a shell takes them.
-pub(super) fn shell_line(arguments: &[String]) -> String {
+pub(crate) fn shell_line(arguments: &[String]) -> String {
     let quoted: Vec<String> = arguments
         .iter()
         .map(|argument| {

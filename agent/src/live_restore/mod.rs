@@ -69,6 +69,7 @@ use crate::source::SourceArgs;
 use mover::Mover;
 use narrate::Narrator;
 
+pub(crate) use advice::shell_line;
 pub(crate) use carrier::Carrier;
 pub(crate) use control::Asked;
 pub(crate) use control::ask_unless_interrupted;

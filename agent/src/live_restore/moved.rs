@@ -20,6 +20,7 @@ use std::path::{Path, PathBuf};
 use anyhow::Context as _;
 use serde::{Deserialize, Serialize};
 
+use super::advice::shell_line;
 use super::record::SessionRecord;
 use super::state_dir::StateDir;
 
@@ -64,10 +65,9 @@ impl StateDir {
 
     /// What serves a machine again that may wait for its export, as the beginning of an advice.
     pub(crate) fn serving_again(&self, record: &SessionRecord) -> String {
-        let qmp = self.noted_move(record).map_or_else(
-            || "SOCKET".to_owned(),
-            |noted| super::advice::shell_line(&[noted.qmp.display().to_string()]),
-        );
+        let qmp = self
+            .noted_move(record)
+            .map_or_else(|| "SOCKET".to_owned(), |noted| shell_line(&[noted.qmp.display().to_string()]));
         format!(
             "run the same `lifeboot live-restore …` command as before, with `--qmp {qmp}`: it asks the machine's QEMU, and serves the \
              machine again and moves it home, or says that it was moved"
