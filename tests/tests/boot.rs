@@ -248,3 +248,24 @@ fn the_command_that_a_second_boot_prints_goes_on_with_the_machine_of_one_that_wa
     assert!(told.contains("handed over: the machine runs from"), "{told}");
     assert!(std::fs::read(&data).unwrap() == std::fs::read(&backup.data).unwrap());
 }
+
+#[test]
+fn a_machine_whose_disk_is_home_already_is_moved_as_soon_as_its_qemu_can_be_asked() {
+    let backup = Backup::new("boot-home", false);
+    let data = backup.work.file("data-target.raw");
+    let mut live = backup.repository.verb("live-restore", &["vm@latest"]).unwrap();
+    live.arg(&data).arg("--listen").arg(format!("unix:{}", backup.work.socket("s").display()));
+    e2e::process::run(live.arg("--exit-when-done")).unwrap();
+    // A machine on which everything takes its time.
+    let slow = backup.work.file("slow-qemu");
+    let tied = "exec setpriv --pdeathsig KILL qemu-system-x86_64";
+    let script = format!("#!/bin/sh\ncase $* in *lifeboot-move*) sleep 1;; esac\n{tied} \"$@\"\n");
+    std::fs::write(&slow, script).unwrap();
+    std::fs::set_permissions(&slow, std::fs::Permissions::from_mode(0o755)).unwrap();
+    let further = ["--qemu", slow.to_str().unwrap()];
+    let boot = backup.boot(&[data.display().to_string()], &further, &BARE.map(std::ffi::OsString::from));
+    let mut machine = Machine::run_qemu(&boot, backup.work.path()).unwrap();
+    wait_event(&mut machine, "handed_over");
+    let lines = machine.process().lines();
+    assert!(!lines.iter().any(|line| line.contains("was not moved")), "{lines:?}");
+}

@@ -51,6 +51,8 @@ pub(super) struct BootWatcher<'a> {
     ending: Ending,
     service: Option<Arc<Service>>,
     carrier: Option<Carrier>,
+    /// Disks that are home, while QEMU has not made its monitor.
+    home: Vec<usize>,
     /// By disk: it was told that it was moved.
     moved: Vec<bool>,
     told_at: Option<Instant>,
@@ -74,6 +76,7 @@ impl<'a> BootWatcher<'a> {
             ending: Ending::None,
             service: None,
             carrier: None,
+            home: Vec::new(),
             moved: Vec::new(),
             told_at: None,
             waiting: Vec::new(),
@@ -157,6 +160,16 @@ impl<'a> BootWatcher<'a> {
         }
     }
 
+    /// Has moved what is home, once QEMU can be asked to.
+    fn begin_moves(&mut self) {
+        if let Some(carrier) = &self.carrier
+            && !self.home.is_empty()
+            && self.machine.sockets.has_monitor()
+        {
+            self.home.drain(..).for_each(|disk| carrier.carry(disk));
+        }
+    }
+
     fn look_after_moves(&mut self) {
         let Some(service) = &self.service else { return };
         for (disk, moved) in service.disks().iter().zip(&mut self.moved) {
@@ -171,6 +184,10 @@ impl<'a> BootWatcher<'a> {
             }
         }
         while let Some((disk, error)) = self.carrier.as_ref().and_then(Carrier::failure) {
+            if self.machine.ended().is_some() {
+                tracing::debug!(error = format_args!("{error:#}"), "QEMU ended before the machine was moved");
+                continue;
+            }
             let (message, advice) = told(&error);
             let name = &service.disks()[disk].record.disk;
             let advice = advice.map(|advice| format!(" ({advice})")).unwrap_or_default();
@@ -226,14 +243,13 @@ impl Watcher for BootWatcher<'_> {
     fn disk_complete(&mut self, disk: usize, statuses: &[Status]) {
         self.output.side_event(&Event::DiskComplete(&statuses[disk]));
         self.output.side_line(format_args!("{}: home", statuses[disk].disk));
-        if let Some(carrier) = &self.carrier {
-            carrier.carry(disk);
-        }
+        self.home.push(disk);
     }
 
     fn complete(&mut self, _statuses: &[Status]) {}
 
     fn poll(&mut self) -> ControlFlow<()> {
+        self.begin_moves();
         self.look_after_moves();
         if self.machine.ended().is_some() || self.is_home() {
             return ControlFlow::Break(());
