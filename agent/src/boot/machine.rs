@@ -67,6 +67,7 @@ impl Machine {
             qemu.process_group(0);
         }
         self.sockets.note(service, &self.origin)?;
+        let _inherited = self.sockets.lock()?;
         tracing::debug!(?qemu, "starting QEMU");
         self.child = Some(qemu.spawn().map_err(|error| cannot_start(&self.program, error))?);
         Ok(())

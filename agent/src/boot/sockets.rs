@@ -1,10 +1,13 @@
 //! Where the sockets of a machine stand: in a directory for its first target, the same one at each run. Beside them is noted
 //! which disks the machine has, so that whoever meets another of its targets finds it too.
 
+use std::fs::{File, TryLockError};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use anyhow::Context as _;
+use rustix::io::FdFlags;
 use serde::{Deserialize, Serialize};
 
 use crate::cli::Failure;
@@ -13,6 +16,8 @@ use crate::private_dir;
 
 /// The file that says which disks the machine has.
 const NOTE: &str = "machine.json";
+/// The file that the machine's QEMU holds a lock on for as long as it lives.
+const LOCK: &str = "machine.lock";
 const VERSION: u32 = 1;
 
 /// Which disks a machine has.
@@ -115,6 +120,29 @@ impl Sockets {
         replace(&path, &note).with_context(|| format!("cannot write {}", path.display()))
     }
 
+    /// A lock that whoever is started while this lives inherits, and holds from the moment at which there is a process of it: its monitor
+    /// comes later.
+    pub(super) fn lock(&self) -> anyhow::Result<File> {
+        let path = self.dir.join(LOCK);
+        let locked = (|| {
+            let file = File::options().write(true).create(true).truncate(false).open(&path)?;
+            file.lock_shared()?;
+            rustix::io::fcntl_setfd(&file, FdFlags::empty())?;
+            std::io::Result::Ok(file)
+        })();
+        locked.with_context(|| format!("cannot lock {}", path.display()))
+    }
+
+    fn is_locked(&self) -> bool {
+        let Ok(file) = File::open(self.dir.join(LOCK)) else { return false };
+        let is_held = || matches!(file.try_lock(), Err(TryLockError::WouldBlock));
+        // Somebody else may be looking, which takes a moment.
+        is_held() && {
+            std::thread::sleep(Duration::from_millis(20));
+            is_held()
+        }
+    }
+
     fn noted(&self) -> Option<Note> {
         let note: Note = serde_json::from_slice(&std::fs::read(self.dir.join(NOTE)).ok()?).ok()?;
         (note.version == VERSION).then_some(note)
@@ -123,7 +151,7 @@ impl Sockets {
     /// Removes what is left of a machine that has ended.
     pub(super) fn remove(&self) {
         // QEMU removes its sockets itself, unless it was killed.
-        for file in [self.mover(), self.ender(), self.dir.join(NOTE)] {
+        for file in [self.mover(), self.ender(), self.dir.join(NOTE), self.dir.join(LOCK)] {
             let _ = std::fs::remove_file(file);
         }
         let _ = std::fs::remove_dir(&self.dir);
@@ -132,7 +160,7 @@ impl Sockets {
     /// Fails where a machine of an earlier run is still there, one of whose disks is `target`, and says how it is gone on with.
     pub(super) fn check_unused(&self, target: &Path) -> anyhow::Result<()> {
         // Whatever it says, or does not say, somebody is there.
-        if !self.has_monitor() {
+        if !self.has_monitor() && !self.is_locked() {
             return Ok(());
         }
         Err(Failure::new(
@@ -267,6 +295,22 @@ mod tests {
         // As an older one wrote it.
         let older = r#"{ "version": 1, "snapshot": "vm@t", "disks": [] }"#;
         assert!(serde_json::from_str::<Note>(older).unwrap().origin.repository.is_none());
+    }
+
+    #[test]
+    fn a_machine_is_there_from_its_start_to_its_end() {
+        let dir = tempfile::tempdir().unwrap();
+        let sockets = Sockets { dir: dir.path().to_owned() };
+        let target = Path::new("/v/a.raw");
+        sockets.check_unused(target).unwrap();
+        let lock = sockets.lock().unwrap();
+        let mut machine = std::process::Command::new("sleep").arg("1000").spawn().unwrap();
+        drop(lock);
+        let error = sockets.check_unused(target).unwrap_err();
+        assert!(error.to_string().contains("still runs"), "{error:#}");
+        machine.kill().unwrap();
+        machine.wait().unwrap();
+        sockets.check_unused(target).unwrap();
     }
 
     #[test]
