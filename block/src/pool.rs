@@ -5,7 +5,7 @@
 use std::ptr::NonNull;
 use std::rc::Rc;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
 
 use parking_lot::Mutex;
 use rustix::mm::{Advice, MapFlags, ProtFlags};
@@ -56,14 +56,35 @@ impl BufferPool {
     /// # Errors
     /// Where the memory cannot be had.
     pub fn new(options: PoolOptions) -> Result<Self> {
-        let memory = Arc::new(PoolMemory::map(options)?);
-        let pool = Self { memory, _thread: std::marker::PhantomData };
+        let pool = Self::unregistered(options)?;
         engine::register_pool(&pool.memory);
         Ok(pool)
     }
 
+    fn unregistered(options: PoolOptions) -> Result<Self> {
+        let memory = Arc::new(PoolMemory::map(options)?);
+        Ok(Self { memory, _thread: std::marker::PhantomData })
+    }
+
+    /// As [`BufferPool::new`], but for the registering, which is done with the first buffer that is taken once all pages are there.
+    /// Another thread sees to those: they take milliseconds, which nobody here has to wait.
+    pub(crate) fn registered_later(options: PoolOptions) -> Result<Self> {
+        let pool = Self::unregistered(options)?;
+        if !engine::has_ring() {
+            return Ok(pool);
+        }
+        let memory = Arc::clone(&pool.memory);
+        memory.registration.store(AWAITS_PAGES, Ordering::Relaxed);
+        let spawned = std::thread::Builder::new().name("buffers".to_owned()).spawn(move || memory.populate());
+        if let Err(error) = spawned {
+            tracing::debug!(%error, "no thread makes the buffers' pages: registering does");
+            pool.memory.registration.store(DUE, Ordering::Release);
+        }
+        Ok(pool)
+    }
+
     /// The one pool that everybody on this thread shares, of [`PoolOptions::default`], made at its first use
-    /// and given up when [`crate::Engine::run`] returns.
+    /// and given up when [`crate::Engine::run`] returns. Its buffers are registered a moment later.
     ///
     /// # Errors
     /// Where its memory cannot be had.
@@ -80,6 +101,11 @@ impl BufferPool {
     /// The same, if the pool has a buffer that is free and large enough.
     #[must_use]
     pub fn try_take(&self, len: usize) -> Option<AlignedBuf> {
+        let registration = &self.memory.registration;
+        if registration.load(Ordering::Acquire) == DUE {
+            registration.store(NOT_DUE, Ordering::Relaxed);
+            engine::register_pool(&self.memory);
+        }
         PoolMemory::take(&self.memory, len)
     }
 
@@ -115,6 +141,16 @@ impl Drop for Slot {
     }
 }
 
+/// The pool's buffers are registered, or that failed, or was never to be.
+const NOT_DUE: u8 = 0;
+/// They are to be registered when all pages are there.
+const AWAITS_PAGES: u8 = 1;
+/// They are to be registered.
+const DUE: u8 = 2;
+
+/// How much memory is populated at a time: other threads that map memory wait for one such piece at most.
+const POPULATED_AT_ONCE: usize = 2 << 20;
+
 /// One mapping, cut into the large buffers and then the small ones. It lives until the last buffer, and the
 /// ring that they were registered with, are gone.
 #[derive(Debug)]
@@ -123,6 +159,8 @@ pub(crate) struct PoolMemory {
     base: NonNull<u8>,
     options: PoolOptions,
     free: Mutex<Free>,
+    /// Whether the pool's thread is to register it with its ring.
+    registration: AtomicU8,
 }
 
 // SAFETY: `base` is only handed out in disjoint pieces, each to one owner at a time (`free`).
@@ -164,7 +202,25 @@ impl PoolMemory {
             base,
             options,
             free: Mutex::new(Free { small, large }),
+            registration: AtomicU8::new(NOT_DUE),
         })
+    }
+
+    /// Has all pages made; then they can be registered in no time.
+    fn populate(&self) {
+        let len = Self::bytes(self.options);
+        for at in (0..len).step_by(POPULATED_AT_ONCE) {
+            let piece = POPULATED_AT_ONCE.min(len - at);
+            // SAFETY: the range is part of the mapping; populating changes no contents.
+            let populated = unsafe {
+                rustix::mm::madvise(self.base.add(at).as_ptr().cast(), piece, Advice::LinuxPopulateWrite)
+            };
+            // Before Linux 5.14 it is registering that makes them.
+            if populated.is_err() {
+                break;
+            }
+        }
+        self.registration.store(DUE, Ordering::Release);
     }
 
     const fn bytes(options: PoolOptions) -> usize {
@@ -262,6 +318,7 @@ unsafe impl tokio_uring::buf::IoBufMut for Registered {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::{Engine, IoEngine};
 
     #[test]
     fn buffers_come_back_when_dropped_and_never_overlap() {
@@ -278,6 +335,28 @@ mod tests {
         drop(bufs);
         assert!(pool.take(BufferPool::LARGE).slot().is_some());
         assert!(pool.take(BufferPool::LARGE + 1).slot().is_none());
+    }
+
+    #[test]
+    fn a_pool_that_is_registered_later_is_so_once_and_can_be_used_at_once() {
+        let Ok(engine) = Engine::choose(IoEngine::Uring) else { return };
+        engine.run(async {
+            let pool = BufferPool::registered_later(PoolOptions { small: 2, large: 3 }).unwrap();
+            let mut bufs: Vec<_> = (0..3).map(|_| pool.take(BufferPool::LARGE)).collect();
+            for (n, buf) in (1u8..).zip(&mut bufs) {
+                buf.fill(n);
+            }
+            let registration = || pool.memory.registration.load(Ordering::Acquire);
+            while registration() == AWAITS_PAGES {
+                std::thread::yield_now();
+            }
+            for (n, buf) in (1u8..).zip(&bufs) {
+                assert!(buf.iter().all(|&byte| byte == n), "populating overwrites nothing");
+            }
+            drop(pool.take(10));
+            assert!(pool.is_registered());
+            assert_eq!(registration(), NOT_DUE);
+        });
     }
 
     #[test]

@@ -135,7 +135,7 @@ pub(crate) fn thread_pool_of_buffers() -> Result<BufferPool> {
         if let Some(pool) = &*local.buffers.borrow() {
             return Ok(pool.clone());
         }
-        let pool = BufferPool::new(PoolOptions::default())?;
+        let pool = BufferPool::registered_later(PoolOptions::default())?;
         *local.buffers.borrow_mut() = Some(pool.clone());
         Ok(pool)
     })

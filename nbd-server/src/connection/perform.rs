@@ -30,7 +30,7 @@ pub(super) fn buffer(len: usize) -> AlignedBuf {
     }
 }
 
-/// Has the thread's pool of buffers, which takes some milliseconds to be made and registered.
+/// Has the thread's pool of buffers made, whose pages take some milliseconds, on another thread.
 pub(super) fn make_buffers() {
     // Where it cannot be had, buffers are made one by one.
     let _ = BufferPool::of_thread();
