@@ -22,6 +22,7 @@
 //! | any other | as above |
 
 mod left_behind;
+mod lost;
 
 use std::io::{self, BufRead as _, IsTerminal as _, Write as _};
 use std::os::unix::fs::MetadataExt as _;
@@ -38,8 +39,9 @@ use serde::Serialize;
 use crate::cli::{Context, Failure, Interrupt, Outcome, READ_ONLY_ADVICE, UsageError, Verb};
 use crate::in_use;
 use crate::live_restore::{self, LeftBehind, SessionRecord, StateDir};
-use crate::output::{Output, human_size};
+use crate::output::Output;
 use crate::status::{Phase, Status};
+use lost::Found;
 
 /// How soon a signal is seen while an answer is waited for.
 const SIGNAL_INTERVAL: Duration = Duration::from_millis(100);
@@ -89,20 +91,6 @@ struct Report<'a> {
     home_bytes: Option<u64>,
     size_bytes: Option<u64>,
     complete: bool,
-}
-
-/// What is known of the session that is to be discarded.
-struct Found<'a> {
-    record: Option<&'a SessionRecord>,
-    /// QEMU has said that the machine runs from the target.
-    is_moved: bool,
-    status: Option<&'a Status>,
-    /// Why more may have been written to the target than the session knows of: a machine may have run from it.
-    written_past: Option<String>,
-    /// Why something of it cannot be told.
-    damage: Option<&'a anyhow::Error>,
-    /// Why the target is not the session's.
-    is_another: Option<&'a anyhow::Error>,
 }
 
 impl<'a> Report<'a> {
@@ -198,7 +186,7 @@ impl Verb for Args {
                 damage: damage.as_ref(),
                 is_another: is_another.as_ref(),
             };
-            let told = self.tell(output, &found, &path);
+            let told = found.tell(output, &path, self.remove_target);
             told.map_err(|error| {
                 let what = "nothing was discarded: what would be lost cannot be said";
                 Failure::new(what, "give it a stdout that can be written, then run the same command")
@@ -255,73 +243,6 @@ impl Args {
             output.warn(format_args!("{} stays: nothing tells that a live-restore made it", path.display()));
         }
         Ok(Outcome::Done)
-    }
-
-    /// Says what would be lost.
-    fn tell(&self, output: &Output, found: &Found<'_>, path: &Path) -> anyhow::Result<()> {
-        if let Some(record) = found.record {
-            output.forewarn(format_args!(
-                "the session restores {}/{} to {}",
-                record.snapshot,
-                record.disk,
-                path.display()
-            ))?;
-        }
-        match self.lost(found, path) {
-            Some(lost) => output.forewarn(lost)?,
-            // Why is said below.
-            None => output.warn("what would be lost cannot be told: the session's files are damaged"),
-        }
-        if let Some(error) = found.damage {
-            output.warn(format_args!("{error:#}"));
-        }
-        if let Some(error) = found.is_another {
-            output.warn(format_args!("{error:#}; it is left alone"));
-        }
-        if self.remove_target && path.exists() {
-            output.forewarn(format_args!("{} will be removed", path.display()))?;
-        }
-        Ok(())
-    }
-
-    /// What would be lost, where that can be told.
-    fn lost(&self, found: &Found<'_>, path: &Path) -> Option<String> {
-        let is_there = path.exists();
-        if found.is_moved && is_there {
-            return Some(
-                "nothing is lost: a running machine was moved onto the target, which is a disk of its own"
-                    .to_owned(),
-            );
-        }
-        if found.record.is_some_and(|record| record.handed_over) && is_there {
-            return Some(
-                "nothing is lost: all of the disk is home; a machine was moved onto the target, or was about to be when the agent \
-                 ended, and no program is seen to have the target open"
-                    .to_owned(),
-            );
-        }
-        let status = found.status?;
-        let written = human_size(status.guest_bytes);
-        let home = format!("{:.1} % of {} is home", status.percent(), human_size(status.size));
-        Some(if status.phase == Phase::Complete && is_there && !self.remove_target {
-            format!(
-                "nothing is lost but that the next capture reads the whole disk: all of it is home, {written} written by the guest"
-            )
-        } else if let Some(why) = &found.written_past {
-            format!(
-                "lost with the target is all that a machine wrote to it, unless it was saved; how much is not known: {why}"
-            )
-        } else if status.guest_bytes == 0 {
-            format!("nothing is lost: the guest wrote nothing, as far as is known; {home}")
-        } else if !is_there {
-            format!(
-                "the target does not exist: lost with it is all that the guest wrote, up to {written}, unless it was saved"
-            )
-        } else if self.remove_target {
-            format!("lost with the target is all that the guest wrote: up to {written}, unless it was saved")
-        } else {
-            format!("lost is what the guest wrote: up to {written}, unless it was saved; {home}")
-        })
     }
 
     /// Asks, unless told not to.

@@ -1,0 +1,90 @@
+//! What a discard loses, in words.
+
+use std::path::Path;
+
+use crate::live_restore::SessionRecord;
+use crate::output::{Output, human_size};
+use crate::status::{Phase, Status};
+
+/// What is known of the session that is to be discarded.
+pub(super) struct Found<'a> {
+    pub(super) record: Option<&'a SessionRecord>,
+    /// QEMU has said that the machine runs from the target.
+    pub(super) is_moved: bool,
+    pub(super) status: Option<&'a Status>,
+    /// Why more may have been written to the target than the session knows of: a machine may have run from it.
+    pub(super) written_past: Option<String>,
+    /// Why something of it cannot be told.
+    pub(super) damage: Option<&'a anyhow::Error>,
+    /// Why the target is not the session's.
+    pub(super) is_another: Option<&'a anyhow::Error>,
+}
+
+impl Found<'_> {
+    /// Says what would be lost of the session of the target at `path`, and with that where it is removed too.
+    pub(super) fn tell(&self, output: &Output, path: &Path, remove_target: bool) -> anyhow::Result<()> {
+        if let Some(record) = self.record {
+            output.forewarn(format_args!(
+                "the session restores {}/{} to {}",
+                record.snapshot,
+                record.disk,
+                path.display()
+            ))?;
+        }
+        match self.lost(path, remove_target) {
+            Some(lost) => output.forewarn(lost)?,
+            // Why is said below.
+            None => output.warn("what would be lost cannot be told: the session's files are damaged"),
+        }
+        if let Some(error) = self.damage {
+            output.warn(format_args!("{error:#}"));
+        }
+        if let Some(error) = self.is_another {
+            output.warn(format_args!("{error:#}; it is left alone"));
+        }
+        if remove_target && path.exists() {
+            output.forewarn(format_args!("{} will be removed", path.display()))?;
+        }
+        Ok(())
+    }
+
+    /// What would be lost, where that can be told.
+    fn lost(&self, path: &Path, remove_target: bool) -> Option<String> {
+        let is_there = path.exists();
+        if self.is_moved && is_there {
+            return Some(
+                "nothing is lost: a running machine was moved onto the target, which is a disk of its own"
+                    .to_owned(),
+            );
+        }
+        if self.record.is_some_and(|record| record.handed_over) && is_there {
+            return Some(
+                "nothing is lost: all of the disk is home; a machine was moved onto the target, or was about to be when the agent \
+                 ended, and no program is seen to have the target open"
+                    .to_owned(),
+            );
+        }
+        let status = self.status?;
+        let written = human_size(status.guest_bytes);
+        let home = format!("{:.1} % of {} is home", status.percent(), human_size(status.size));
+        Some(if status.phase == Phase::Complete && is_there && !remove_target {
+            format!(
+                "nothing is lost but that the next capture reads the whole disk: all of it is home, {written} written by the guest"
+            )
+        } else if let Some(why) = &self.written_past {
+            format!(
+                "lost with the target is all that a machine wrote to it, unless it was saved; how much is not known: {why}"
+            )
+        } else if status.guest_bytes == 0 {
+            format!("nothing is lost: the guest wrote nothing, as far as is known; {home}")
+        } else if !is_there {
+            format!(
+                "the target does not exist: lost with it is all that the guest wrote, up to {written}, unless it was saved"
+            )
+        } else if remove_target {
+            format!("lost with the target is all that the guest wrote: up to {written}, unless it was saved")
+        } else {
+            format!("lost is what the guest wrote: up to {written}, unless it was saved; {home}")
+        })
+    }
+}
