@@ -1,7 +1,9 @@
 //! `lifeboot boot`: a machine of two disks from its backup, onto its own disks, as its operator sees it.
 #![allow(clippy::unwrap_used, reason = "what a test calls may panic as the test may")]
 
+use std::io::Read as _;
 use std::os::unix::fs::PermissionsExt as _;
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
@@ -230,10 +232,14 @@ fn the_command_that_a_second_boot_prints_goes_on_with_the_machine_of_one_that_wa
     let started = wait_event(&mut machine, "started");
     let pid = rustix::process::Pid::from_raw(i32::try_from(started["pid"].as_u64().unwrap()).unwrap());
     let _orphan = Orphan(pid.unwrap());
-    // QEMU is there once its last monitor is.
+    // QEMU listens before it has opened its disks, and greets once it has: killed in between, it would end.
     let machines = backup.work.socket("any").parent().unwrap().join("lifeboot");
     let monitors = || std::fs::read_dir(&machines).unwrap().map(|dir| dir.unwrap().path().join("end.sock"));
-    while !monitors().any(|monitor| std::os::unix::net::UnixStream::connect(monitor).is_ok()) {
+    let greets = |monitor: PathBuf| {
+        let greeted = UnixStream::connect(monitor).and_then(|mut qmp| qmp.read(&mut [0; 1]));
+        greeted.is_ok_and(|len| len == 1)
+    };
+    while !monitors().any(greets) {
         assert!(machine.process().is_running(), "{:?}", machine.process().lines());
     }
     machine.process().kill().unwrap();
