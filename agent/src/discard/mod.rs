@@ -13,7 +13,7 @@
 //! | none | nothing: exit code 0 |
 //! | served by an agent | refused |
 //! | a machine of `lifeboot boot` waits for an agent to serve it | refused, unless it is known to be moved onto the target |
-//! | is marked as handed over, the machine is not known to be moved, and a program has the target open | refused: the machine may wait for an agent |
+//! | a move was begun, the machine is not known to be moved, and a program has the target open | refused: the machine may wait for an agent |
 //! | a program holds a lock on the target, as QEMU does | refused, unless all is home or it was handed over, and the target stays |
 //! | its files may not be read | refused: that is no damage |
 //! | its file system is read-only | refused |
@@ -328,7 +328,7 @@ impl Args {
 /// Fails where a machine may wait for an agent that ended while it was to be moved. QEMU opens the target before the session is
 /// marked, and closes it only when the mark goes too: where nobody has it open, that machine has ended.
 fn check_nobody_waits(state: &StateDir, record: &SessionRecord, path: &Path) -> anyhow::Result<()> {
-    let Some(opener) = in_use::opener(path).filter(|_| record.handed_over) else { return Ok(()) };
+    let Some(opener) = in_use::opener(path).filter(|_| state.may_be_waited_for(record)) else { return Ok(()) };
     Err(Failure::new(
         format!(
             "a machine was about to be moved onto {} when the agent ended, and may still wait on its export: {opener} has the target open",

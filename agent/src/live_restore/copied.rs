@@ -6,7 +6,8 @@
 //!
 //! # Nobody else's
 //! A session that an agent serves is that agent's. One whose recorded target is still there is that target's, unless its directory is a
-//! copy: `place.json` names the directory that it was written in (its inode and time of birth), and a copy is another. Each start
+//! copy: `place.json` names the directory that it was written in (its inode and time of birth, and its path), and a copy is another at
+//! another path. Each start
 //! brings it up to date, after the record and before anything is served: so a record and a place that do not fit together
 //! only ever tell of a copy that has a target of its own already. A session without that file is not known to be a copy.
 //!
@@ -38,6 +39,8 @@ struct Place {
     session: String,
     /// What its directory was, by whatever name.
     directory: String,
+    /// Its path: another directory at the same one stands in for it, as after a backup was restored.
+    path: PathBuf,
 }
 
 impl StateDir {
@@ -69,7 +72,8 @@ impl StateDir {
     /// What the operating system says.
     pub(super) fn keep_place(&self, record: &SessionRecord) -> anyhow::Result<()> {
         let Some(directory) = name_of_directory(self.path()) else { return Ok(()) };
-        let place = Place { version: VERSION, session: record.session.clone(), directory };
+        let path = std::fs::canonicalize(self.path()).unwrap_or_else(|_| self.path().to_owned());
+        let place = Place { version: VERSION, session: record.session.clone(), directory, path };
         if self.place().as_ref() == Some(&place) {
             return Ok(());
         }
@@ -85,7 +89,10 @@ impl StateDir {
     /// Whether this directory is known to be a copy of the one that the session was served from.
     fn is_copy(&self, record: &SessionRecord) -> bool {
         let place = self.place().filter(|place| place.session == record.session);
-        place.is_some_and(|place| Some(place.directory) != name_of_directory(self.path()))
+        place.is_some_and(|place| {
+            let is_here = std::fs::canonicalize(self.path()).is_ok_and(|path| path == place.path);
+            !is_here && Some(place.directory) != name_of_directory(self.path())
+        })
     }
 
     /// Why this session cannot be that of another target, called `identity`.
@@ -300,6 +307,12 @@ mod tests {
         let copy = scratch.target("u.raw", SIZE);
         let command = format!("`cp -a {} {}-copy`", dir.display(), scratch.path("st").display());
         scratch.refused(&copy, "st", &["t.raw, which is still there", &command]);
+        // A copy that stands in for it.
+        scratch.copy("st", "again");
+        std::fs::remove_dir_all(scratch.path("st")).unwrap();
+        std::fs::rename(scratch.path("again"), scratch.path("st")).unwrap();
+        scratch.refused(&copy, "st", &["t.raw, which is still there"]);
+        StateDir::at(dir.clone()).keep_place(&record).unwrap();
         std::fs::rename(scratch.path("st"), scratch.path("renamed")).unwrap();
         scratch.refused(&copy, "renamed", &["t.raw, which is still there"]);
         // It has a copy that goes on with it, and another copy is none of its business.

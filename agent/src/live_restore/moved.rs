@@ -63,6 +63,12 @@ impl StateDir {
         record.handed_over && self.noted_move(record).is_some_and(|noted| noted.moved)
     }
 
+    /// Whether a machine may wait on the export for an agent that ended while it was to be moved: from step 1 on, at which QEMU has the
+    /// target open.
+    pub(crate) fn may_be_waited_for(&self, record: &SessionRecord) -> bool {
+        !self.is_moved(record) && (record.handed_over || self.noted_move(record).is_some())
+    }
+
     /// What serves a machine again that may wait for its export, as the beginning of an advice.
     pub(crate) fn serving_again(&self, record: &SessionRecord) -> String {
         let qmp = self
@@ -92,12 +98,14 @@ mod tests {
         state.create().unwrap();
         let marked = SessionRecord { handed_over: true, ..record() };
         assert!(!state.is_moved(&marked), "a mark alone tells nothing");
+        assert!(state.may_be_waited_for(&marked) && !state.may_be_waited_for(&record()));
         assert!(state.serving_again(&marked).contains("--qmp SOCKET"));
         begin(&state, &marked, Path::new("/run/a b")).unwrap();
         assert!(!state.is_moved(&marked));
+        assert!(state.may_be_waited_for(&record()), "killed before the mark");
         assert!(state.serving_again(&marked).contains("--qmp '/run/a b'"));
         end(&state, &marked, Path::new("/run/q"));
-        assert!(state.is_moved(&marked));
+        assert!(state.is_moved(&marked) && !state.may_be_waited_for(&marked));
         assert!(!state.is_moved(&record()), "the mark was taken back");
         assert!(!state.is_moved(&SessionRecord { session: "11".repeat(16), ..marked.clone() }));
         begin(&state, &marked, Path::new("/run/q")).unwrap();

@@ -255,7 +255,7 @@ fn check_size(disk: &FileDisk, size: u64) -> anyhow::Result<()> {
 fn holds_data(path: &Path, place: &str) -> anyhow::Error {
     Failure::new(
         format!("the target {} holds data already{place}, and no session of it was found", path.display()),
-        "name another target, or give --force to overwrite what it holds",
+        "name another target; give --moved if it was copied together with its session, or --force to overwrite what it holds",
     )
     .into()
 }
