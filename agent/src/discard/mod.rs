@@ -328,7 +328,9 @@ impl Args {
 /// Fails where a machine may wait for an agent that ended while it was to be moved. QEMU opens the target before the session is
 /// marked, and closes it only when the mark goes too: where nobody has it open, that machine has ended.
 fn check_nobody_waits(state: &StateDir, record: &SessionRecord, path: &Path) -> anyhow::Result<()> {
-    let Some(opener) = in_use::opener(path).filter(|_| state.may_be_waited_for(record)) else { return Ok(()) };
+    let Some(opener) = in_use::opener(path).filter(|_| state.may_be_waited_for(record)) else {
+        return Ok(());
+    };
     Err(Failure::new(
         format!(
             "a machine was about to be moved onto {} when the agent ended, and may still wait on its export: {opener} has the target open",
