@@ -240,6 +240,20 @@ pub fn run_any(command: &mut Command) -> Result<Output> {
     wrapped.stdin(Stdio::null()).output().with_context(|| format!("cannot start {}", show(command)))
 }
 
+/// Demands that `command` ends with this code, and says all of `words` on stderr.
+///
+/// # Panics
+/// Where it does not, or cannot be started.
+#[track_caller]
+pub fn ends(command: &mut Command, code: i32, words: &[&str]) {
+    let output = run_any(command).expect("it can be started");
+    let said = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert_eq!(output.status.code(), Some(code), "{said}");
+    for word in words {
+        assert!(said.contains(word), "it lacks {word:?}: {said}");
+    }
+}
+
 /// Runs `command`, demands success and parses its stdout as one JSON document.
 ///
 /// # Errors

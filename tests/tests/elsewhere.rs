@@ -10,20 +10,9 @@ use std::process::Command;
 use e2e::captured::Captured;
 use e2e::disk;
 use e2e::lifeboot::{lifeboot, status};
-use e2e::process::{Process, run, run_any};
+use e2e::process::{Process, ends, run, run_any};
 
 const DISK_BYTES: u64 = 16 << 20;
-
-/// Ends with this code, and says all of `words` on stderr.
-#[track_caller]
-fn ends(command: &mut Command, code: i32, words: &[&str]) {
-    let output = run_any(command).unwrap();
-    let said = String::from_utf8_lossy(&output.stderr).into_owned();
-    assert_eq!(output.status.code(), Some(code), "{said}");
-    for word in words {
-        assert!(said.contains(word), "it lacks {word:?}: {said}");
-    }
-}
 
 fn capture(captured: &Captured, source: &Path) -> Command {
     let mut command = captured.repository.verb("capture", &["-q", "again"]).unwrap();

@@ -13,22 +13,11 @@ use e2e::disk;
 use e2e::failing::FileSystem;
 use e2e::lifeboot::{LiveRestore, Repository, lifeboot, status};
 use e2e::nbd::Export;
-use e2e::process::{PATIENCE, Process, run, run_any, run_json};
+use e2e::process::{PATIENCE, Process, ends, run, run_any, run_json};
 use e2e::work_dir::WorkDir;
 use serde_json::Value;
 
 const DISK_BYTES: u64 = 12 << 20;
-
-/// Ends with this code, and says all of `words` on stderr.
-#[track_caller]
-fn ends(command: &mut Command, code: i32, words: &[&str]) {
-    let output = run_any(command).unwrap();
-    let said = String::from_utf8_lossy(&output.stderr).into_owned();
-    assert_eq!(output.status.code(), Some(code), "{said}");
-    for word in words {
-        assert!(said.contains(word), "it lacks {word:?}: {said}");
-    }
-}
 
 fn save(captured: &Captured, further: &[&str]) -> Command {
     let mut command = captured.repository.verb("save", further).unwrap();

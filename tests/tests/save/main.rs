@@ -13,7 +13,7 @@ use std::process::{Command, Stdio};
 use e2e::captured::Captured;
 use e2e::disk;
 use e2e::lifeboot::{LiveRestore, lifeboot, status};
-use e2e::process::{Process, run, run_any, run_json};
+use e2e::process::{Process, ends, run, run_json};
 use e2e::work_dir::SmallFileSystem;
 use serde_json::Value;
 
@@ -61,17 +61,6 @@ fn worked(captured: &Captured) -> PathBuf {
 fn save(captured: &Captured, further: &[&str]) -> Value {
     let mut command = captured.repository.verb("save", &["--json"]).unwrap();
     run_json(command.arg(&captured.target).args(further)).unwrap()
-}
-
-/// Ends with this code, and says all of `words` on stderr.
-#[track_caller]
-fn ends(command: &mut Command, code: i32, words: &[&str]) {
-    let output = run_any(command).unwrap();
-    let said = String::from_utf8_lossy(&output.stderr).into_owned();
-    assert_eq!(output.status.code(), Some(code), "{said}");
-    for word in words {
-        assert!(said.contains(word), "it lacks {word:?}: {said}");
-    }
 }
 
 /// Demands that a snapshot restores to the bytes of `expected`, and that the repository is sound.
