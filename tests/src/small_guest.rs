@@ -41,6 +41,15 @@ const NBD_MODULES: &[&str] =
 const NBD_PROGRAMS: &[&str] =
     &["nbd-client", "ip", "mkfs.ext4", "fsck.ext4", "umount", "cmp", "dd", "blockdev", "cp"];
 
+/// What makes sockets of the family vsock, which lead back into the guest, after [`MODULES`].
+const VSOCK_MODULES: &[&str] = &[
+    "../net/vmw_vsock/vsock.ko",
+    "../net/vmw_vsock/vmw_vsock_virtio_transport_common.ko",
+    "../net/vmw_vsock/vsock_loopback.ko",
+];
+/// Clients of a server in there.
+const VSOCK_PROGRAMS: &[&str] = &["nbdinfo", "nbdcopy", "cmp", "dd", "cp"];
+
 /// Makes the initial file system at `path`.
 ///
 /// # Errors
@@ -55,6 +64,15 @@ pub fn make_initrd(image: &GuestImage, path: &Path) -> Result<()> {
 /// As for [`make_initrd`].
 pub fn make_nbd_initrd(image: &GuestImage, path: &Path) -> Result<()> {
     make(image, path, &[PROGRAMS, NBD_PROGRAMS].concat(), &[MODULES, NBD_MODULES].concat())
+}
+
+/// The same with sockets of the family vsock, and with a `server` of ours to run in there.
+///
+/// # Errors
+/// As for [`make_initrd`].
+pub fn make_vsock_initrd(image: &GuestImage, path: &Path, server: &Command) -> Result<()> {
+    let server = server.get_program().to_str().context("its path is no text")?;
+    make(image, path, &[PROGRAMS, VSOCK_PROGRAMS, &[server]].concat(), &[MODULES, VSOCK_MODULES].concat())
 }
 
 fn make(image: &GuestImage, path: &Path, programs: &[&str], modules: &[&str]) -> Result<()> {
@@ -76,7 +94,9 @@ fn make(image: &GuestImage, path: &Path, programs: &[&str], modules: &[&str]) ->
         let found = run(Command::new("sh").args(["-c", find, program])).with_context(|| {
             format!("{program} is missing: run scripts/setup.sh as root, which installs it")
         })?;
-        files.push((format!("usr/bin/{program}"), PathBuf::from(found.trim())));
+        let found = PathBuf::from(found.trim());
+        let name = found.file_name().with_context(|| format!("{} has no name", found.display()))?;
+        files.push((format!("usr/bin/{}", name.display()), found));
     }
     let mut libraries = BTreeSet::new();
     for (_, file) in &files {
