@@ -5,8 +5,9 @@
 //! background to compare with, so each figure is a ratio of ours to ours, in the same round.
 
 use std::fs::File;
-use std::io::{BufWriter, Write};
-use std::path::Path;
+use std::io::{BufWriter, Seek as _, SeekFrom, Write};
+use std::os::unix::fs::FileTypeExt as _;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
@@ -38,17 +39,28 @@ pub(crate) struct Options {
     /// Give targets, and the plain file, all of their blocks beforehand, as `fallocate` does
     #[arg(long)]
     pub(crate) preallocate: bool,
+    /// Restore to this block device, and have it in place of the plain file: what it holds is lost
+    #[arg(long, value_name = "PATH", conflicts_with = "preallocate")]
+    pub(crate) device: Option<PathBuf>,
 }
 
 impl Options {
     /// As the figures need it.
     pub(crate) const fn for_figures() -> Self {
         let (size, source_rate) = (ByteSize::gib(1), ByteSize::mb(100));
-        Self { size, source_rate, source_delay: 5, preallocate: false }
+        Self { size, source_rate, source_delay: 5, preallocate: false, device: None }
     }
 
-    /// A file that reads as zeroes, as long as the disk.
+    /// The device, or else a file of this name in `dir`.
+    fn disk(&self, dir: &Path, name: &str) -> PathBuf {
+        self.device.clone().unwrap_or_else(|| dir.join(name))
+    }
+
+    /// Makes a file that reads as zeroes, as long as the disk. Nothing has to be made of a device.
     fn empty(&self, path: &Path) -> Result<()> {
+        if self.device.is_some() {
+            return Ok(());
+        }
         let (file, size) = (File::create(path)?, self.size.as_u64());
         if self.preallocate {
             return rustix::fs::fallocate(&file, FallocateFlags::empty(), 0, size).context("fallocate");
@@ -91,7 +103,7 @@ pub(crate) enum Who {
     Disturbed,
     /// No background: one read after another, then writes.
     Alone,
-    /// A raw file, with nothing to restore: what the file system charges for a hole, and the storage for writes beside reads.
+    /// A raw file, or the device, with nothing to restore: what the file system charges for a hole, and the storage for writes beside reads.
     Plain,
 }
 
@@ -119,6 +131,10 @@ pub(crate) fn run(common: &Common, options: &Options) -> Result<Report> {
     let (image, repo) = (scratch.path().join("disk.raw"), scratch.path().join("repo"));
     let size = options.size.as_u64();
     ensure!(size >= 2 * WRITTEN_TO, "the disk must have at least {} bytes", 2 * WRITTEN_TO);
+    if let Some(device) = &options.device {
+        let there = size_of_device(device)?;
+        ensure!(there == size, "{} has {there} bytes, and the disk {size}: give --size", device.display());
+    }
     write_image(&image, size)?;
     child::run(&mut common.programs.init(&repo)?)?;
     child::run(&mut common.programs.capture(&repo, &image, None)?)?;
@@ -137,12 +153,15 @@ pub(crate) fn run(common: &Common, options: &Options) -> Result<Report> {
                 remove(&dir)?;
                 return Ok(sample);
             }
-            let target = dir.join("target.raw");
+            let target = options.disk(&dir, "target.raw");
             if options.preallocate {
                 options.empty(&target)?;
             }
             let mut command = common.programs.live_restore(&repo, &target, &socket)?;
             command.arg("--no-trace");
+            if options.device.is_some() {
+                command.arg("--force").arg("--state").arg(dir.join("state"));
+            }
             command.arg(format!("--source-rate={}", options.source_rate.as_u64()));
             command.arg(format!("--source-delay={}ms", options.source_delay));
             if *who == Who::Alone {
@@ -172,6 +191,13 @@ pub(crate) fn run(common: &Common, options: &Options) -> Result<Report> {
         options.source_delay
     ));
     Ok(report)
+}
+
+/// Bytes of a block device.
+fn size_of_device(path: &Path) -> Result<u64> {
+    let device = File::open(path).with_context(|| format!("cannot open {}", path.display()))?;
+    ensure!(device.metadata()?.file_type().is_block_device(), "{} is no block device", path.display());
+    Ok((&device).seek(SeekFrom::End(0))?)
 }
 
 fn is_complete(server: &mut Server) -> Result<bool> {
@@ -267,7 +293,7 @@ fn plain(
     socket: &Path,
     report: &mut Report,
 ) -> Result<Sample> {
-    let (file, half) = (dir.join("plain.raw"), dir.join("half.raw"));
+    let (file, half) = (options.disk(dir, "plain.raw"), options.disk(dir, "half.raw"));
     options.empty(&file)?;
     let mut command = Command::new(common.programs.path("lifeboot-nbd")?);
     // As live-restore opens its target.
