@@ -192,7 +192,14 @@ impl Verb for Args {
                 Failure::new(what, "give it a stdout that can be written, then run the same command")
                     .because(error)
             })?;
-            self.ask(output, &interrupt, "give --yes; `lifeboot save` keeps what the guest wrote before")?;
+            let nothing_to_save =
+                found.written_past.is_none() && known.is_some_and(|status| status.guest_bytes == 0);
+            let advice = if nothing_to_save {
+                "give --yes"
+            } else {
+                "give --yes; `lifeboot save` keeps what the guest wrote before"
+            };
+            self.ask(output, &interrupt, advice)?;
             check_still(&state, record, &path)?;
         }
         interrupt.check()?;

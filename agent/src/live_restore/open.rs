@@ -218,7 +218,7 @@ impl Found<'_> {
             )
             .into());
         }
-        let look = stamp::Look::at(state, found, path);
+        let look = stamp::Look::at(state, found, path, wish.moved);
         let target = target::reopen(path, state.path(), wish.engine, interrupt)?;
         // Until the record names this target.
         let _taking = wish.moved.then(|| copied::lock(state)).transpose()?;
@@ -227,8 +227,7 @@ impl Found<'_> {
         if wish.moved {
             copied::check_not_taken(state, found, &record)?;
         }
-        // Of a copy no stamp tells.
-        let written_past = if wish.moved { WrittenPast::Unknown } else { look.under_lock(state, &record) };
+        let written_past = look.under_lock(state, &record);
         if !wish.is_settled {
             record.check_not_handed_over(state)?;
         }

@@ -22,7 +22,7 @@ use super::{distrust, stamp, target, wanted};
 use crate::cli::{Failure, Interrupt};
 use crate::live::{
     AtRest, BootId, ChunkCheck, ChunkSource, DiskLayout, Frozen, FrozenReader, RestParts, SessionId,
-    TokioClock, WrittenPast,
+    TokioClock,
 };
 use crate::source::{DiskSource, FetchPool, PoolOptions, RepositoryStore, zero_chunks};
 use crate::status::DamagedRange;
@@ -82,7 +82,7 @@ impl Rest {
             boot: BootId::current().context("cannot read the kernel's boot id")?,
             last_boot: record.last_boot(),
             check: Some(Arc::new(MapCheck(map)) as Arc<dyn ChunkCheck>),
-            written_past: if moved { WrittenPast::Unknown } else { stamp::written_past(state, record, path) },
+            written_past: stamp::written_past(state, record, path, moved),
         };
         let journal = state.file(JOURNAL);
         let options = FileOptions::new(engine).direct(DirectIo::Off).read_only(true);

@@ -146,33 +146,44 @@ pub(crate) fn changed_since_parked(
     })
 }
 
-/// What the stamp tells of writes to the target past the session.
-pub(super) fn written_past(state: &StateDir, record: &SessionRecord, target: &Path) -> WrittenPast {
-    Look::at(state, record, target).written_past(record)
+/// What the stamp tells of writes past the session to the target, which may have been `moved`.
+pub(super) fn written_past(
+    state: &StateDir,
+    record: &SessionRecord,
+    target: &Path,
+    moved: bool,
+) -> WrittenPast {
+    Look::at(state, record, target, moved).written_past(record)
 }
 
 /// How a target was before it was opened for writing, which changes it.
 pub(super) struct Look {
     now: Option<Stamp>,
     parked: Option<Parked>,
+    /// It may be a copy, or have been moved: then a stamp that it does not have is another file's.
+    moved: bool,
 }
 
 impl Look {
-    pub(super) fn at(state: &StateDir, record: &SessionRecord, target: &Path) -> Self {
+    pub(super) fn at(state: &StateDir, record: &SessionRecord, target: &Path, moved: bool) -> Self {
         let now = std::fs::File::open(target).and_then(|file| Stamp::of(&file));
-        Self { now: now.ok().flatten(), parked: parked(state, record) }
+        Self { now: now.ok().flatten(), parked: parked(state, record), moved }
     }
 
     /// As [`written_past`], under the target's lock, with the record as it is there. Whoever served it until then has parked it
     /// meanwhile, and knows what was written.
     pub(super) fn under_lock(&self, state: &StateDir, record: &SessionRecord) -> WrittenPast {
-        if self.parked == parked(state, record) { self.written_past(record) } else { WrittenPast::No }
+        if self.moved || self.parked == parked(state, record) {
+            self.written_past(record)
+        } else {
+            WrittenPast::No
+        }
     }
 
     fn written_past(&self, record: &SessionRecord) -> WrittenPast {
         match (&self.now, &self.parked) {
             (Some(now), Some(parked)) if *now == parked.target => WrittenPast::No,
-            (Some(_), Some(parked)) if parked.is_of_last_start(record) => WrittenPast::Yes,
+            (Some(_), Some(parked)) if parked.is_of_last_start(record) && !self.moved => WrittenPast::Yes,
             _ => WrittenPast::Unknown,
         }
     }
@@ -257,8 +268,8 @@ mod tests {
         let first = SessionRecord { target: path.clone(), starts: 1, ..record() };
         let write = || File::options().write(true).open(&path).unwrap().write_all_at(&[2; 100], 0).unwrap();
         let look = |record: &SessionRecord| {
-            let look = Look::at(&state, record, &path);
-            assert_eq!(look.under_lock(&state, record), written_past(&state, record, &path));
+            let look = Look::at(&state, record, &path, false);
+            assert_eq!(look.under_lock(&state, record), written_past(&state, record, &path, false));
             look.under_lock(&state, record)
         };
         assert_eq!(look(&first), WrittenPast::Unknown, "killed before it was ever parked");
@@ -275,14 +286,38 @@ mod tests {
         write();
         assert_eq!(look(&second), WrittenPast::Yes);
         // Somebody served and parked it while its lock was waited for.
-        let early = Look::at(&state, &second, &path);
+        let early = Look::at(&state, &second, &path, false);
         let third = SessionRecord { starts: 3, ..second };
         keep(&state, &third);
         assert_eq!(early.under_lock(&state, &third), WrittenPast::No);
         // Somebody served it meanwhile, and was killed.
         write();
-        let early = Look::at(&state, &third, &path);
+        let early = Look::at(&state, &third, &path, false);
         let fourth = SessionRecord { starts: 4, ..third };
         assert_eq!(early.under_lock(&state, &fourth), WrittenPast::Unknown);
+    }
+    #[test]
+    fn of_a_target_that_may_have_been_moved_only_the_same_stamp_tells() {
+        let dir = tempfile::tempdir().unwrap();
+        let (path, copy) = (dir.path().join("t.raw"), dir.path().join("u.raw"));
+        std::fs::write(&path, [1; 8192]).unwrap();
+        let state = StateDir::of(&path, None).unwrap();
+        state.create().unwrap();
+        let record = SessionRecord { target: path.clone(), starts: 1, ..record() };
+        let look = |path: &Path| {
+            let look = Look::at(&state, &record, path, true);
+            assert_eq!(look.under_lock(&state, &record), written_past(&state, &record, path, true));
+            look.under_lock(&state, &record)
+        };
+        keep(&state, &record);
+        assert_eq!(look(&path), WrittenPast::No, "it stayed where it was");
+        let mut cp = std::process::Command::new("cp");
+        assert!(cp.arg("-a").arg(&path).arg(&copy).status().unwrap().success());
+        assert_eq!(look(&copy), WrittenPast::Unknown);
+        let early = Look::at(&state, &record, &copy, true);
+        File::options().write(true).open(&path).unwrap().write_all_at(&[2; 100], 0).unwrap();
+        assert_eq!(look(&path), WrittenPast::Unknown, "renamed and written to");
+        keep(&state, &SessionRecord { starts: 2, ..record.clone() });
+        assert_eq!(early.under_lock(&state, &record), WrittenPast::Unknown, "that was the original's");
     }
 }

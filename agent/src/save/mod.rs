@@ -314,7 +314,8 @@ impl Wanted {
             return Err(Failure::new(
                 format!("there is nothing to save: no live-restore to {} is known", target.display()),
                 format!(
-                    "its session would be kept in {}; --state names another place",
+                    "its session would be kept in {}; --state names another place, and --moved says that target and session were \
+                     copied or moved together",
                     state.path().display()
                 ),
             )
@@ -409,6 +410,11 @@ fn warn_of(output: &Output, rest: &Rest, path: &Path) {
         Resumed::LiveFileLost => output.warn(format_args!(
             "the live file of {path} is lost: what is saved is as of the guest's last flush"
         )),
+    }
+    if rest.view.counts_as_written() {
+        output.warn(format_args!(
+            "{path} may have been written to since its session was served last: all of it that is home is read"
+        ));
     }
     if rest.view.journal_is_lost() {
         output.warn(format_args!(

@@ -81,7 +81,10 @@ pub(crate) fn session_of(target: &Path, state: Option<&Path>) -> anyhow::Result<
     let Some(record) = state.record()? else {
         return Err(Failure::new(
             format!("no live-restore to {} is known", target.display()),
-            format!("its session would be kept in {}; --state names another place", state.path().display()),
+            format!(
+                "its session would be kept in {}; --state names another place, or the session's own directory in it",
+                state.path().display()
+            ),
         )
         .into());
     };

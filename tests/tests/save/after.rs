@@ -145,6 +145,8 @@ fn what_a_machine_wrote_to_its_own_disk_before_that_was_moved_is_in_every_backup
     let moved = captured.work.file("moved.raw");
     run(Command::new("cp").arg(&captured.target).arg(&moved)).unwrap();
     run(Command::new("cp").arg("-a").arg(state_of(&captured.target)).arg(state_of(&moved))).unwrap();
+    let mut command = captured.repository.verb("save", &["--dry-run", "--moved"]).unwrap();
+    ends(command.arg(&moved), 0, &["moved.raw may have been written to", "is read"]);
     let mut command = captured.repository.verb("save", &["--json", "--moved"]).unwrap();
     let report = run_json(command.arg(&moved)).unwrap();
     ensure_restores(&captured, name(&report), &captured.target);

@@ -312,7 +312,7 @@ fn a_discard_says_what_is_lost_asks_and_leaves_no_session() {
     live.export().qemu_io(&["write -P 0x11 0 64k"]).unwrap();
     ends(&mut discard(&["--yes"]), 1, &["served by the agent", "SIGTERM"]);
     live.park().unwrap();
-    ends(&mut discard(&[]), 1, &["nobody said yes", "--yes"]);
+    ends(&mut discard(&[]), 1, &["nobody said yes", "--yes", "lifeboot save"]);
     let stopped = status(&captured.target).unwrap();
     assert_eq!(stopped["phase"], "stopped");
     assert_eq!(stopped["stable_bytes"], stopped["home_bytes"], "parked is on stable storage: {stopped}");
@@ -327,6 +327,9 @@ fn a_discard_says_what_is_lost_asks_and_leaves_no_session() {
     ends(&mut command, 1, &["holds data already", "--force"]);
     let live = captured.start(&["--force"]).unwrap();
     live.park().unwrap();
+    let said = discard(&[]).output().unwrap();
+    let said = String::from_utf8_lossy(&said.stderr);
+    assert!(said.contains("--yes") && !said.contains("lifeboot save"), "nothing was written: {said}");
     // A session that nobody understands can be given up too.
     fs::write(state_of(&captured.target).join("session.json"), "{").unwrap();
     ends(&mut discard(&["--yes", "--remove-target"]), 1, &["not removed"]);

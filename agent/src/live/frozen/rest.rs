@@ -59,6 +59,7 @@ pub struct AtRest {
     backup: Arc<Backup>,
     ended: Resumed,
     is_whole: bool,
+    counts_as_written: bool,
     journal_is_lost: bool,
 }
 
@@ -118,7 +119,8 @@ impl AtRest {
             }
         }
         let is_whole = home.count() == blocks;
-        if parts.written_past.counts(ended, is_whole) {
+        let counts_as_written = parts.written_past.counts(ended, is_whole);
+        if counts_as_written {
             guest.or(&home);
         }
         let set = FrozenSet::new(disk, &home, &guest);
@@ -135,6 +137,7 @@ impl AtRest {
             backup: Arc::new(backup),
             ended,
             is_whole,
+            counts_as_written,
             journal_is_lost: replayed.is_none(),
         })
     }
@@ -155,6 +158,12 @@ impl AtRest {
     #[must_use]
     pub const fn is_whole(&self) -> bool {
         self.is_whole
+    }
+
+    /// Whether all that is home counts as written by the guest: somebody may have written to the target past the session.
+    #[must_use]
+    pub const fn counts_as_written(&self) -> bool {
+        self.counts_as_written
     }
 
     /// Whether the journal could not be used, and the live file told all.
