@@ -130,8 +130,13 @@ impl Operations {
     }
 
     /// Whether none is in flight here.
-    pub(crate) fn is_idle(&self) -> bool {
-        self.here.get() == 0
+    fn is_idle(&self) -> bool {
+        self.count() == 0
+    }
+
+    /// How many are in flight here.
+    pub(crate) fn count(&self) -> usize {
+        self.here.get()
     }
 
     async fn none(&self) {

@@ -88,18 +88,17 @@ impl Socket {
         }
     }
 
-    /// Whether bytes pass as they are, so that they may be received by [`Socket::try_receive`]: not where they are encrypted.
-    pub(crate) const fn is_plain(&self) -> bool {
-        !matches!(self, Self::Tls(_))
+    /// Reads what is there, if anything is, without a word to the event loop: that may say later that there is
+    /// something, when there is not. The peer's end, and what is wrong with a plain socket, are found by [`Socket::poll_read`].
+    pub(crate) fn try_read(&mut self, buf: &mut [u8]) -> Option<io::Result<usize>> {
+        match self {
+            Self::Tls(socket) => socket.try_read(buf),
+            _ => self.try_receive(buf).map(Ok),
+        }
     }
 
-    /// Receives what is there, if anything is, without a word to the event loop: that may say later that there is
-    /// something, when there is not. For plain sockets alone.
+    /// Receives what is there, as it is on the wire.
     pub(crate) fn try_receive(&self, buf: &mut [u8]) -> Option<usize> {
-        if !self.is_plain() {
-            return None;
-        }
-        // The peer's end and errors are found by `poll_read`.
         rustix::net::recv(self, buf, RecvFlags::DONTWAIT).ok().map(|(len, _)| len).filter(|len| *len > 0)
     }
 

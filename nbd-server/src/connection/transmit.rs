@@ -50,6 +50,14 @@ struct Transmission {
     stall: Stall,
 }
 
+/// Where the next bytes go.
+fn room<'a>(state: &'a mut State, intake: &'a mut Intake, limit: usize) -> &'a mut [u8] {
+    match state {
+        State::Payload { buf, filled, .. } => &mut buf[*filled..],
+        _ => intake.room(limit),
+    }
+}
+
 /// Has the current task go on once the event loop has looked for whoever else has come.
 fn give_way(cx: &mut Context<'_>) {
     let once = std::pin::pin!(tokio::task::yield_now());
@@ -167,8 +175,10 @@ impl Transmission {
                     Poll::Ready(Ok(_)) => {}
                     Poll::Ready(Err(error)) => self.cut(End::Socket(error)),
                     Poll::Pending if idle && self.control.is_stopping() => self.finish(End::Stopping),
-                    Poll::Pending => match self.wait_awake(idle) {
-                        Waited::Found(len) => self.intake.received(len),
+                    Poll::Pending => match self.wait_awake() {
+                        Waited::Found(Ok(0)) => self.finish(End::PeerClosed),
+                        Waited::Found(Ok(_)) => {}
+                        Waited::Found(Err(error)) => self.cut(End::Socket(error)),
                         Waited::GiveWay => {
                             give_way(cx);
                             return Poll::Pending;
@@ -188,16 +198,24 @@ impl Transmission {
         2 * self.transmitting.count() <= *PROCESSORS
     }
 
-    /// Waits for the next request for a moment without letting the thread sleep; how many bytes came.
-    fn wait_awake(&mut self, idle: bool) -> Waited<usize> {
-        if !matches!(self.state, State::Header) {
+    /// Waits for the next request, or for more of the one that comes, for a moment without letting the thread sleep; how many bytes
+    /// came.
+    fn wait_awake(&mut self) -> Waited<io::Result<usize>> {
+        let in_flight = match self.state {
+            State::Header => 0,
+            State::Payload { .. } => 1,
+            State::Memory { .. } | State::Skip { .. } => return Waited::Sleep,
+        };
+        let is_alone = self.shared.tasks() == in_flight && self.shard.operations.count() == in_flight;
+        if !(is_alone && self.is_sent() && self.has_room()) {
             return Waited::Sleep;
         }
-        if !(idle && self.socket.is_plain() && self.has_room() && self.shard.operations.is_idle()) {
-            return Waited::Sleep;
+        let (socket, room) = (&mut self.socket, room(&mut self.state, &mut self.intake, self.receive_limit));
+        let waited = self.spin.wait(|| socket.try_read(room));
+        if let Waited::Found(Ok(len)) = waited {
+            self.received(len);
         }
-        let room = self.intake.room(self.receive_limit);
-        self.spin.wait(|| self.socket.try_receive(room))
+        waited
     }
 
     /// Takes no more requests. What is in flight ends, and its replies are sent.
@@ -235,19 +253,22 @@ impl Transmission {
     }
 
     fn receive(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<usize>> {
-        if let State::Payload { buf, filled, .. } = &mut self.state {
-            let received = self.socket.poll_read(cx, &mut buf[*filled..]);
-            if let Poll::Ready(Ok(len)) = received {
-                *filled += len;
-                self.stall.moved(len);
-            }
-            return received;
-        }
-        let received = self.socket.poll_read(cx, self.intake.room(self.receive_limit));
+        let room = room(&mut self.state, &mut self.intake, self.receive_limit);
+        let received = self.socket.poll_read(cx, room);
         if let Poll::Ready(Ok(len)) = received {
-            self.intake.received(len);
+            self.received(len);
         }
         received
+    }
+
+    /// Notes that so many bytes came to where the next ones go.
+    fn received(&mut self, len: usize) {
+        if let State::Payload { filled, .. } = &mut self.state {
+            *filled += len;
+            self.stall.moved(len);
+        } else {
+            self.intake.received(len);
+        }
     }
 
     /// Sends what is queued; whether anything was.

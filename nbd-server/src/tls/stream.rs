@@ -138,16 +138,40 @@ impl TlsSocket {
 
     /// Reads plain text that is there, as much as fits; 0 where the peer said that nothing more comes, or just closed.
     pub(crate) fn poll_read(&mut self, cx: &mut Context<'_>, buf: &mut [u8]) -> Poll<io::Result<usize>> {
+        loop {
+            if let Some(len) = self.decrypt(buf)? {
+                return Poll::Ready(Ok(len));
+            }
+            // What TLS itself has to say goes out with the next reply where it cannot go now.
+            self.try_flush()?;
+            // An end without TLS's goodbye is one too: every message of NBD has its length.
+            if ready!(self.poll_receive(cx))? == 0 {
+                return Poll::Ready(Ok(0));
+            }
+        }
+    }
+
+    /// Reads plain text of what can be received at once, without a word to the event loop; `None` where that is none.
+    pub(crate) fn try_read(&mut self, buf: &mut [u8]) -> Option<io::Result<usize>> {
+        debug_assert_eq!(self.start, self.end, "what was received before is understood first");
+        let len = self.wire.try_receive(&mut self.received)?;
+        (self.start, self.end) = (0, len);
+        self.decrypt(buf).transpose()
+    }
+
+    /// Plain text of what was received, as much as fits, 0 where the peer said that nothing more comes; `None` where more must be
+    /// received first.
+    fn decrypt(&mut self, buf: &mut [u8]) -> io::Result<Option<usize>> {
         let mut filled = 0;
         loop {
             match self.session.read(&mut buf[filled..]).map_err(|problem| invalid(&problem.why))? {
                 Plain::Bytes(len) => {
                     filled += len;
                     if filled == buf.len() {
-                        return Poll::Ready(Ok(filled));
+                        return Ok(Some(filled));
                     }
                 }
-                Plain::Ended => return Poll::Ready(Ok(filled)),
+                Plain::Ended => return Ok(Some(filled)),
                 Plain::NoneYet if self.start < self.end => {
                     let taken = self
                         .session
@@ -155,18 +179,10 @@ impl TlsSocket {
                         .map_err(|problem| invalid(&problem.why))?;
                     self.start += taken;
                     if taken == 0 {
-                        return Poll::Ready(Err(invalid("it takes nothing more")));
+                        return Err(invalid("it takes nothing more"));
                     }
                 }
-                Plain::NoneYet if filled > 0 => return Poll::Ready(Ok(filled)),
-                Plain::NoneYet => {
-                    // What TLS itself has to say goes out with the next reply where it cannot go now.
-                    self.try_flush()?;
-                    // An end without TLS's goodbye is one too: every message of NBD has its length.
-                    if ready!(self.poll_receive(cx))? == 0 {
-                        return Poll::Ready(Ok(0));
-                    }
-                }
+                Plain::NoneYet => return Ok(Some(filled).filter(|filled| *filled > 0)),
             }
         }
     }
