@@ -9,7 +9,7 @@ use std::process::Command;
 
 use e2e::disk;
 use e2e::lifeboot::{LiveRestore, Repository, lifeboot, status};
-use e2e::process::{Process, run, run_any};
+use e2e::process::{Process, ends, run, run_any};
 use e2e::work_dir::{LoopDevice, SmallFileSystem, WorkDir};
 
 const DISK_BYTES: u64 = 32 << 20;
@@ -129,6 +129,49 @@ fn another_disk_under_a_devices_number_is_refused_and_the_disk_is_found_under_an
     captured.refused(device.path(), &in_state, &["d1.img", "d3.img", "--moved"]);
     captured.complete(device.path(), &moved);
     captured.complete(device.path(), &in_state);
+}
+
+#[test]
+fn of_copied_devices_whose_names_were_swapped_none_gets_the_session_of_another() {
+    let captured = Captured::new("devices-swapped");
+    let state = captured.file("state");
+    let in_state = ["--state", state.to_str().unwrap()];
+    let files = [captured.file("d1.img"), captured.file("d2.img")];
+    let devices = files.each_ref().map(|file| {
+        fs::File::create(file).unwrap().set_len(DISK_BYTES).unwrap();
+        LoopDevice::attach(file).unwrap()
+    });
+    // Nothing is home but what each guest wrote.
+    let written = [[0xa0, 1], [0xb0, 2]];
+    for (device, [byte, mib]) in devices.iter().zip(written) {
+        let live = captured.start(device.path(), &[&in_state[..], &["--no-background"]].concat());
+        live.export().qemu_io(&[&format!("write -P {byte} {mib}M 1M")]).unwrap();
+        live.park().unwrap();
+    }
+    let copies = [captured.file("c1.img"), captured.file("c2.img")];
+    for (file, copied) in files.iter().zip(&copies) {
+        copy(file, copied);
+    }
+    let state = captured.file("copied");
+    copy(&captured.file("state"), &state);
+    drop(devices);
+    // Attached the other way round: the first device has the second disk.
+    let devices = [LoopDevice::attach(&copies[1]).unwrap(), LoopDevice::attach(&copies[0]).unwrap()];
+    let moved = ["--state", state.to_str().unwrap(), "--moved"];
+    for device in &devices {
+        captured.refused(device.path(), &moved, &["several sessions", "--state"]);
+        let mut save = captured.repository.verb("save", &["--dry-run"]).unwrap();
+        ends(save.arg(device.path()).args(moved), 1, &["several sessions"]);
+    }
+    for (device, [byte, mib]) in devices.iter().zip([written[1], written[0]]) {
+        let name = if byte == 0xa0 { "d1.img" } else { "d2.img" };
+        let named = fs::read_dir(&state).unwrap().map(|entry| entry.unwrap().path());
+        let named: Vec<_> = named.filter(|path| path.to_str().unwrap().contains(name)).collect();
+        let [dir] = named.as_slice() else { panic!("{named:?}") };
+        let live = captured.start(device.path(), &["--state", dir.to_str().unwrap(), "--moved"]);
+        live.export().qemu_io(&[&format!("read -P {byte} {mib}M 1M")]).unwrap();
+        live.park().unwrap();
+    }
 }
 
 #[test]

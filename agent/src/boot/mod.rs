@@ -21,7 +21,7 @@ mod sockets;
 mod watch;
 
 use std::ffi::OsString;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use nbd_server::args::parse_time;
@@ -29,7 +29,7 @@ use nbd_server::{LateRequests, ListenAddress, ServerOptions};
 use repository::Repository;
 
 use crate::cli::{Context, Failure, Interrupt, Outcome, UsageError, Verb};
-use crate::live_restore::{SessionArgs, Until, paths, start};
+use crate::live_restore::{SessionArgs, SessionRecord, StateDir, Until, paths, start};
 use crate::pivot::Aio;
 use machine::Machine;
 use sockets::{Origin, Sockets};
@@ -100,11 +100,12 @@ impl Verb for Args {
             ))
             .into());
         }
-        let program = qemu::check(&qemu)?;
         let paths = paths(&targets)?;
         for path in &paths {
             check_no_machine(path)?;
+            check_nobody_waits(path, session.state())?;
         }
+        let program = qemu::check(&qemu)?;
         let sockets = Sockets::of(paths[0])?;
         let accelerator = qemu::accelerator(&program, &arguments, sockets.dir());
         let interrupt = context.interrupt()?;
@@ -128,12 +129,21 @@ impl Verb for Args {
 ///
 /// # Errors
 /// A [`Failure`] that says how it is gone on with.
-pub(crate) fn check_no_machine(target: &std::path::Path) -> anyhow::Result<()> {
+pub(crate) fn check_no_machine(target: &Path) -> anyhow::Result<()> {
     sockets::of_machines_with(target)?.iter().try_for_each(|sockets| sockets.check_unused(target))
 }
 
+/// Fails where another machine than one of `boot` may wait for an agent.
+fn check_nobody_waits(target: &Path, state: Option<&Path>) -> anyhow::Result<()> {
+    let state = StateDir::of(target, state)?;
+    match state.record()?.filter(SessionRecord::was_begun) {
+        Some(record) => state.check_nobody_waits(&record, target, "boot it"),
+        None => Ok(()),
+    }
+}
+
 /// What to say where QEMU cannot be started.
-fn cannot_start(program: &std::path::Path, error: impl Into<anyhow::Error>) -> Failure {
+fn cannot_start(program: &Path, error: impl Into<anyhow::Error>) -> Failure {
     Failure::new(
         format!("cannot start QEMU ({})", program.display()),
         "install QEMU's system emulator for this machine, or name one with --qemu",

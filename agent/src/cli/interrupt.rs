@@ -68,7 +68,8 @@ impl fmt::Debug for OnHangup {
 
 impl Interrupt {
     /// Takes SIGINT, SIGTERM and SIGHUP: the first raises the flag, another one a second later or more
-    /// ends the program, whatever it leaves behind. Where SIGHUP was ignored, as `nohup` has it, it goes on being so.
+    /// ends the program, whatever it leaves behind. Where SIGHUP was ignored, as `nohup` has it, it goes on being so. SIGXFSZ no longer
+    /// kills it either: beyond a limit of file sizes a write fails.
     ///
     /// # Errors
     /// Where the operating system refuses the handlers or the thread.
@@ -83,6 +84,8 @@ impl Interrupt {
             signal(SignalKind::terminate())?,
             signal(SignalKind::hangup())?,
         ];
+        // It stays taken, though nobody waits for it.
+        drop(signal(SignalKind::from_raw(libc::SIGXFSZ))?);
         drop(entered);
         std::thread::Builder::new().name("signals".into()).spawn(move || {
             runtime.block_on(async {

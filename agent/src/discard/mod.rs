@@ -283,7 +283,7 @@ impl Args {
     ) -> anyhow::Result<()> {
         if let Some(record) = record.filter(|record| !state.is_moved(record)) {
             crate::boot::check_no_machine(path)?;
-            check_nobody_waits(state, record, path)?;
+            state.check_nobody_waits(record, path, "discard the session")?;
         }
         let is_handed_over = record.is_some_and(|record| record.handed_over);
         let is_whole = is_handed_over || status.is_some_and(|status| status.phase == Phase::Complete);
@@ -330,22 +330,6 @@ impl Args {
             _ => Ok(()),
         }
     }
-}
-
-/// Fails where a machine may wait for an agent that ended while it was to be moved. QEMU opens the target before the session is
-/// marked, and closes it only when the mark goes too: where nobody has it open, that machine has ended.
-fn check_nobody_waits(state: &StateDir, record: &SessionRecord, path: &Path) -> anyhow::Result<()> {
-    let Some(opener) = in_use::opener(path).filter(|_| state.may_be_waited_for(record)) else {
-        return Ok(());
-    };
-    Err(Failure::new(
-        format!(
-            "a machine was about to be moved onto {} when the agent ended, and may still wait on its export: {opener} has the target open",
-            path.display()
-        ),
-        format!("{}; discard the session then, or when the machine has ended", state.serving_again(record)),
-    )
-    .into())
 }
 
 /// Whether an error says that we may not read something, and so nothing of whether it is damaged.

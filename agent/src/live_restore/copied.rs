@@ -45,24 +45,30 @@ struct Place {
 
 impl StateDir {
     /// Where the session of `target` is kept, as [`StateDir::of`] has it; where there is none, and the target was `moved`, the
-    /// session below the state directory that can be its own.
+    /// session below the state directory that can be its own. That of a device which had this device's path is only one of those: paths of
+    /// devices are given out anew by each host.
     ///
     /// # Errors
     /// As there; where none of the sessions that are there can be, or several.
     pub(crate) fn of_moved(target: &Path, state_root: Option<&Path>, moved: bool) -> anyhow::Result<Self> {
         let state = Self::of(target, state_root)?;
-        if !moved || state.is_begun() {
+        if !moved {
             return Ok(state);
         }
         let Some(sought) = state.sought.clone() else { return Ok(state) };
         let is_file = std::fs::metadata(&sought.target).is_ok_and(|metadata| metadata.is_file());
+        let record = state.record().ok().flatten().filter(SessionRecord::was_begun);
         let root = match &sought.root {
+            _ if is_file && record.is_some() => return Ok(state),
             // It is looked for beside the file.
             None if is_file => return Ok(state),
             None => PathBuf::from(DEFAULT_STATE_ROOT),
             Some(root) => root.clone(),
         };
         let Some(identity) = TargetIdentity::at(&sought.target)? else { return Ok(state) };
+        if record.is_some_and(|record| identity.is_same(&record.identity)) {
+            return Ok(state);
+        }
         Ok(choose(&root, &sought, &identity)?.map_or(state, |path| Self::at(path).sought_as(sought)))
     }
 
@@ -147,8 +153,11 @@ fn choose(root: &Path, sought: &Sought, identity: &TargetIdentity) -> anyhow::Re
                 let words = words.iter().map(|word| word.display().to_string());
                 words.collect::<Vec<_>>()
             };
-            let like = sessions.iter().find(|(_, record)| record.size == identity.size);
-            let (dir, _) = like.unwrap_or(&sessions[0]);
+            let mut like = sessions.iter().filter(|(_, record)| record.size == identity.size);
+            let dir = match (like.next(), like.next()) {
+                (Some((dir, _)), None) => dir.as_path(),
+                _ => Path::new("DIRECTORY"),
+            };
             let copying = shell_line(&words(&[Path::new("cp"), Path::new("-a"), dir, &copy]));
             Err(Failure::new(
                 format!(

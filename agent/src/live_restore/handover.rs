@@ -17,6 +17,7 @@ use super::record::SessionRecord;
 use super::service::{ServedDisk, Service};
 use super::state_dir::StateDir;
 use crate::cli::Failure;
+use crate::in_use;
 use crate::live::Phase;
 use crate::pivot::{self, Drive, Home, Moved, Qmp, QmpError, Trouble, Whereabouts};
 
@@ -198,7 +199,11 @@ pub(super) fn mark(state: &StateDir, record: &SessionRecord, qmp: Option<&Path>)
     if let Some(qmp) = qmp {
         moved::begin(state, record, qmp)?;
     }
-    state.keep(&SessionRecord { handed_over: qmp.is_some(), ..record.clone() })
+    state.keep(&SessionRecord { handed_over: qmp.is_some(), ..record.clone() })?;
+    if qmp.is_none() {
+        moved::forget(state);
+    }
+    Ok(())
 }
 
 /// Looks at the sessions that were marked as handed over, before they are served again: whether QEMU still is on the
@@ -233,6 +238,15 @@ fn look(
     let target = record.target.display();
     match ask(drive, home) {
         Ok((Whereabouts::Target, moved)) => Ok(moved),
+        // This QEMU does not use the target: whoever does is what the mark is for.
+        Ok((Whereabouts::Export, _)) if in_use::is_locked(home.target) => Err(Failure::new(
+            format!(
+                "a machine runs from {target} itself, or was about to be moved there; the QEMU that was named is another one, whose \
+                 drive is on the export"
+            ),
+            "name the QMP socket of the machine that uses the target; two machines cannot have one disk: end the other one",
+        )
+        .into()),
         Ok((Whereabouts::Export, _)) => {
             mark(state, record, None)?;
             Ok(None)
@@ -252,7 +266,7 @@ fn look(
         )
         .into()),
         Err(error) => Err(Failure::new(
-            if crate::in_use::is_locked(home.target) {
+            if in_use::is_locked(home.target) {
                 format!("a machine runs from {target} itself, and the QEMU that was named cannot be asked")
             } else {
                 format!("the machine was moved onto {target}, or was about to be, and its QEMU cannot be asked which")

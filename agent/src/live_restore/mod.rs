@@ -53,7 +53,7 @@ mod turns;
 mod wanted;
 
 use std::num::NonZeroU64;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::Context as _;
@@ -215,6 +215,11 @@ pub(crate) struct SessionArgs {
 }
 
 impl SessionArgs {
+    /// The state directory, if one was named.
+    pub(crate) fn state(&self) -> Option<&Path> {
+        self.state.as_deref()
+    }
+
     /// An order of these disks with these options.
     ///
     /// # Errors

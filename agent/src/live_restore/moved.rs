@@ -5,13 +5,14 @@
 //!
 //! | step | what is on stable storage | a kill after it |
 //! |---|---|---|
-//! | 1 | `move.json`: begun, and at which monitor | the session is not marked, and goes on as ever |
+//! | 1 | `move.json`: begun, at which monitor, and by which start | the session is not marked, and goes on as ever |
 //! | 2 | the mark | the machine may wait |
 //! | 3 | – (QEMU moves the drive) | likewise, for all that is known; whoever asks its QEMU goes on with 4 |
 //! | 4 | `move.json`: moved | the machine runs from the target |
 //!
 //! Nothing is moved without 1 and 2, in this order: so what an earlier move left behind never says of a machine that waits that it
-//! was moved. Where the mark is taken back the file stays, and means nothing.
+//! was moved. Where the mark is taken back the file goes after it. After a kill between 1 and 2 it stays, and means nothing any more
+//! once another start has gone on with the session: the machine has an agent again.
 
 use std::fs::File;
 use std::io;
@@ -23,15 +24,19 @@ use serde::{Deserialize, Serialize};
 use super::advice::shell_line;
 use super::record::SessionRecord;
 use super::state_dir::StateDir;
+use crate::cli::Failure;
+use crate::in_use;
 
 pub(super) const FILE: &str = "move.json";
-const VERSION: u32 = 1;
+const VERSION: u32 = 2;
 
 #[derive(Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct Move {
     version: u32,
     session: String,
+    /// The start of the session that moves it, by its number.
+    starts: u64,
     /// QEMU's monitor.
     qmp: PathBuf,
     /// QEMU has said that the drive is on the target.
@@ -50,9 +55,21 @@ pub(super) fn end(state: &StateDir, record: &SessionRecord, qmp: &Path) {
     }
 }
 
+/// Forgets a move that came to nothing, once the mark is taken back.
+pub(super) fn forget(state: &StateDir) {
+    // Until it is gone the machine is taken for one that may wait.
+    if let Err(error) = std::fs::remove_file(state.file(FILE)).or_else(not_found) {
+        tracing::warn!(%error, path = %state.file(FILE).display(), "it stays, and cannot be removed");
+    }
+}
+
+fn not_found(error: io::Error) -> io::Result<()> {
+    if error.kind() == io::ErrorKind::NotFound { Ok(()) } else { Err(error) }
+}
+
 fn write(state: &StateDir, record: &SessionRecord, qmp: &Path, moved: bool) -> io::Result<()> {
-    let session = record.session.clone();
-    state.replace(FILE, &Move { version: VERSION, session, qmp: qmp.to_owned(), moved })?;
+    let (session, starts) = (record.session.clone(), record.starts);
+    state.replace(FILE, &Move { version: VERSION, session, starts, qmp: qmp.to_owned(), moved })?;
     File::open(state.path())?.sync_all()
 }
 
@@ -65,8 +82,32 @@ impl StateDir {
 
     /// Whether a machine may wait on the export for an agent that ended while it was to be moved: from step 1 on, at which QEMU has the
     /// target open.
-    pub(crate) fn may_be_waited_for(&self, record: &SessionRecord) -> bool {
-        !self.is_moved(record) && (record.handed_over || self.noted_move(record).is_some())
+    fn may_be_waited_for(&self, record: &SessionRecord) -> bool {
+        let was_begun = || self.noted_move(record).is_some_and(|noted| noted.starts == record.starts);
+        !self.is_moved(record) && (record.handed_over || was_begun())
+    }
+
+    /// Fails where a machine may wait for an agent that ended while it was to be moved. QEMU opens the target before the session is
+    /// marked, and closes it only when the mark goes too: where nobody has it open, that machine has ended. `then` says what can be
+    /// done when none waits any more.
+    pub(crate) fn check_nobody_waits(
+        &self,
+        record: &SessionRecord,
+        target: &Path,
+        then: &str,
+    ) -> anyhow::Result<()> {
+        let Some(opener) = in_use::opener(target).filter(|_| self.may_be_waited_for(record)) else {
+            return Ok(());
+        };
+        Err(Failure::new(
+            format!(
+                "a machine was about to be moved onto {} when the agent ended, and may still wait on its export: {opener} has the \
+                 target open",
+                target.display()
+            ),
+            format!("{}; {then} then, or when the machine has ended", self.serving_again(record)),
+        )
+        .into())
     }
 
     /// What serves a machine again that may wait for its export, as the beginning of an advice.
@@ -103,6 +144,12 @@ mod tests {
         begin(&state, &marked, Path::new("/run/a b")).unwrap();
         assert!(!state.is_moved(&marked));
         assert!(state.may_be_waited_for(&record()), "killed before the mark");
+        let gone_on_with = SessionRecord { starts: record().starts + 1, ..record() };
+        assert!(
+            !state.may_be_waited_for(&gone_on_with),
+            "it has an agent again, or had one that ended in order"
+        );
+        assert!(state.may_be_waited_for(&SessionRecord { handed_over: true, ..gone_on_with }));
         assert!(state.serving_again(&marked).contains("--qmp '/run/a b'"));
         end(&state, &marked, Path::new("/run/q"));
         assert!(state.is_moved(&marked) && !state.may_be_waited_for(&marked));
@@ -110,5 +157,8 @@ mod tests {
         assert!(!state.is_moved(&SessionRecord { session: "11".repeat(16), ..marked.clone() }));
         begin(&state, &marked, Path::new("/run/q")).unwrap();
         assert!(!state.is_moved(&marked), "it is moved once more");
+        forget(&state);
+        assert!(!state.may_be_waited_for(&record()), "the mark was taken back");
+        forget(&state);
     }
 }

@@ -193,3 +193,40 @@ fn a_start_that_asks_qemu_finds_that_the_machine_was_moved_and_notes_it() {
     let refused = scratch.run(&live).fails(&["is over", "was moved onto"]);
     assert!(!refused.stderr.contains("about to be"), "{refused:?}");
 }
+
+#[test]
+fn a_move_that_was_begun_and_not_marked_means_nothing_once_the_session_was_gone_on_with() {
+    let (scratch, _qemu) = killed_in_the_move();
+    // As the session is before the mark.
+    let record = scratch.path("t.raw.lifeboot/session.json");
+    let text = std::fs::read_to_string(&record).unwrap();
+    std::fs::write(&record, text.replace("\"handed_over\": true", "\"handed_over\": false")).unwrap();
+    let discard = ["discard", "t.raw", "--yes"];
+    scratch.run(&discard).fails(&["may still wait on its export", "has the target open"]);
+    let boot = ["boot", "web01@latest", "t.raw", "--qemu", "true"];
+    scratch.run(&boot).fails(&["may still wait on its export", "boot it then"]);
+    let live = ["live-restore", "web01@latest", "t.raw", "--listen", "unix:s2", "--exit-when-done"];
+    scratch.run(&live).ends_with(0);
+    // Some program has it open, and is no machine that waits.
+    scratch.run(&discard).ends_with(0);
+}
+
+#[test]
+fn the_mark_of_a_machine_on_the_target_is_not_taken_back_for_another_one() {
+    let (scratch, qemu) = killed_in_the_move();
+    // That one gave the move up; another machine has the target.
+    qemu.ends();
+    qemu.is(Stage::OnExport);
+    let other = File::options().write(true).open(scratch.path("t.raw")).unwrap();
+    rustix::fs::fcntl_lock(&other, rustix::fs::FlockOperation::LockExclusive).unwrap();
+    let record = || std::fs::read(scratch.path("t.raw.lifeboot/session.json")).unwrap();
+    let before = record();
+    let live = ["live-restore", "web01@latest", "t.raw", "--listen", "unix:s", "--qmp", "a qmp"];
+    scratch.run(&live).fails(&[
+        "a machine runs from",
+        "another one, whose drive is on the export",
+        "end the other one",
+    ]);
+    assert!(record() == before, "{}", String::from_utf8_lossy(&record()));
+    scratch.run(&["save", "t.raw"]).fails(&["or was about to be when the agent ended"]);
+}

@@ -336,3 +336,18 @@ fn without_permission_it_says_so() {
     as_nobody(&["snapshots"]).fails(&["repo", "ermission"]);
     assert_eq!(scratch.json(&["snapshots"]).as_array().unwrap().len(), 1);
 }
+
+#[test]
+fn a_limit_of_file_sizes_is_an_error_and_no_death() {
+    let scratch = with_snapshot();
+    let limited = |words: &str| {
+        let mut command = Command::new("bash");
+        command
+            .args(["-c", &format!("ulimit -f 512; exec \"$0\" {words}")])
+            .arg(scratch.command(&[]).get_program());
+        Ran::of(command.current_dir(scratch.path("")).output().unwrap())
+    };
+    limited("restore -r repo web01@latest out.raw").fails(&["out.raw", "File too large"]);
+    limited("live-restore -r repo web01@latest live.raw --listen unix:s --exit-when-done")
+        .fails(&["live.raw", "File too large"]);
+}

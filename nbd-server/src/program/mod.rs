@@ -104,6 +104,8 @@ fn run(
     runtime.block_on(async {
         let mut terminate = signal(SignalKind::terminate()).context("cannot wait for SIGTERM")?;
         let mut interrupt = signal(SignalKind::interrupt()).context("cannot wait for SIGINT")?;
+        // It stays taken, though nobody waits for it: beyond a limit of file sizes a write fails, and no more.
+        drop(signal(SignalKind::from_raw(libc::SIGXFSZ)).context("cannot take SIGXFSZ")?);
         let start = Hangup::at_start();
         let hangups = signal(SignalKind::hangup()).context("cannot wait for SIGHUP")?;
         let handle = server.run(shards, engine)?;
