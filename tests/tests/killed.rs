@@ -16,8 +16,8 @@ use e2e::machine::{Machine, Running};
 use e2e::process::{PATIENCE, run};
 use e2e::small_guest::make_initrd;
 
-/// More kills than these are a matter of patience: `LIFEBOOT_CRASH_ROUNDS=100`.
-const ROUNDS: u64 = 6;
+/// Kills, in two to three minutes; `LIFEBOOT_CRASH_ROUNDS` sets another number.
+const ROUNDS: u64 = 100;
 /// Each run of fio has a part of the disk to itself, so that there is always something absent to be written to. A run takes about two
 /// seconds without the kills in it.
 const PART_MIB: u64 = 32;
