@@ -10,10 +10,10 @@ use rustix::net::{RecvFlags, SendAncillaryBuffer, SendFlags, sendmsg, sockopt};
 use tokio::io::{AsyncRead, Interest, ReadBuf};
 use tokio::net::{TcpStream, UnixStream};
 
-use crate::tls::TlsSocket;
+use crate::tls::{MAX_UNSENT_BYTES, TlsSocket};
 
-/// How much of a file is copied at a time where it is sent that way.
-const PIECE_BYTES: usize = 256 << 10;
+/// How much of a file is copied at a time where it is sent that way: each piece wakes the peer once more.
+const PIECE_BYTES: usize = 1 << 20;
 /// Room for replies in the kernel: with it `sendfile` need not wait for the peer between its pieces.
 const SEND_BUFFER_BYTES: usize = 2 << 20;
 
@@ -97,7 +97,7 @@ impl Socket {
         }
     }
 
-    /// Receives what is there, as it is on the wire.
+    /// Receives what is there, as it is on the wire: under TLS it is encrypted.
     pub(crate) fn try_receive(&self, buf: &mut [u8]) -> Option<usize> {
         rustix::net::recv(self, buf, RecvFlags::DONTWAIT).ok().map(|(len, _)| len).filter(|len| *len > 0)
     }
@@ -162,9 +162,9 @@ impl Socket {
                     Ok(rustix::net::send(fd, piece, SendFlags::NOSIGNAL | more)?)
                 })
             }),
-            Self::Tls(socket) => {
-                send_copied(file, offset, len, |piece| socket.try_send(&[IoSlice::new(piece)]))
-            }
+            Self::Tls(socket) => send_copied(file, offset, len.min(MAX_UNSENT_BYTES), |piece| {
+                socket.try_send(&[IoSlice::new(piece)])
+            }),
         }
     }
 

@@ -6,7 +6,8 @@
 //! second), or a write under TLS (7.0 to 9.8 thousand of 64 KiB). What it must not cost:
 //!
 //! - *Processors.* Where waiting awake was in vain, it is left out for a while, twice as long each time; and it is for those
-//!   who have the machine to themselves: a processor for each connection and one for its client.
+//!   who have the machine to themselves: a processor for each connection and one for its client. Packets of a network, each with a
+//!   little of a large write, are not worth it.
 //! - *Others on the thread.* Nothing else is in flight on it meanwhile, and every [`LONGEST_STREAK`] it gives way: the event loop looks for
 //!   whoever else has come. That hands nothing to the kernel: for that the thread goes to sleep in earnest, each time where others than
 //!   connections work on it, else every [`LONGEST_AWAKE`], so rarely that one request in a hundred does not meet it.
@@ -53,8 +54,12 @@ impl Spin {
         Self { has_company, awake_since: None, streak_since: None, left_out: 0, penalty: 0 }
     }
 
-    /// Calls `look` until it finds something, for a moment.
-    pub(super) fn wait<T>(&mut self, mut look: impl FnMut() -> Option<T>) -> Waited<T> {
+    /// Calls `look` until it finds something, for a moment. What is not `enough` was waited for in vain.
+    pub(super) fn wait<T>(
+        &mut self,
+        mut look: impl FnMut() -> Option<T>,
+        enough: impl FnOnce(&T) -> bool,
+    ) -> Waited<T> {
         let begun = Instant::now();
         if self.left_out > 0 {
             self.left_out -= 1;
@@ -70,16 +75,25 @@ impl Spin {
         }
         loop {
             if let Some(found) = look() {
-                self.penalty = 0;
+                if enough(&found) {
+                    self.penalty = 0;
+                } else {
+                    self.leave_out();
+                }
                 return Waited::Found(found);
             }
             if begun.elapsed() >= LONGEST_WAIT {
-                self.penalty = (self.penalty * 2).clamp(1, MOST_LEFT_OUT);
-                self.left_out = self.penalty;
+                self.leave_out();
                 return self.sleep();
             }
             std::hint::spin_loop();
         }
+    }
+
+    /// After it was in vain.
+    fn leave_out(&mut self) {
+        self.penalty = (self.penalty * 2).clamp(1, MOST_LEFT_OUT);
+        self.left_out = self.penalty;
     }
 
     const fn sleep<T>(&mut self) -> Waited<T> {
@@ -93,14 +107,15 @@ mod tests {
     use super::*;
 
     /// How often of `times` it was looked at all.
-    fn looked(spin: &mut Spin, times: u32, finds: bool) -> u32 {
+    fn looked(spin: &mut Spin, times: u32, finds: Option<()>, enough: bool) -> u32 {
         let mut looked = 0;
         for _ in 0..times {
             let mut here = 0;
-            spin.wait(|| {
+            let look = || {
                 here = 1;
-                finds.then_some(())
-            });
+                finds
+            };
+            spin.wait(look, |()| enough);
             looked += here;
         }
         looked
@@ -109,11 +124,18 @@ mod tests {
     #[test]
     fn in_vain_it_is_done_less_and_less_and_one_success_brings_it_back() {
         let mut spin = Spin::new(false);
-        let few = looked(&mut spin, 2000, false);
+        let few = looked(&mut spin, 2000, None, true);
         assert!((2..=12).contains(&few), "{few}");
-        while looked(&mut spin, 1, true) == 0 {}
+        while looked(&mut spin, 1, Some(()), true) == 0 {}
         assert_eq!(spin.penalty, 0);
-        assert_eq!(looked(&mut spin, 3, false), 2, "after one failure it is left out once");
+        assert_eq!(looked(&mut spin, 3, None, true), 2, "after one failure it is left out once");
+    }
+
+    #[test]
+    fn who_sends_little_at_a_time_is_seldom_waited_for() {
+        let mut spin = Spin::new(false);
+        let few = looked(&mut spin, 2000, Some(()), false);
+        assert!((2..=12).contains(&few), "{few}");
     }
 
     /// What ends a streak of one who is served without end, and how long it took.
@@ -121,7 +143,7 @@ mod tests {
         let begun = Instant::now();
         let mut turns = 0;
         loop {
-            match spin.wait(|| Some(())) {
+            match spin.wait(|| Some(()), |()| true) {
                 Waited::Found(()) => turns += 1,
                 end => {
                     assert!(turns > 0);
@@ -141,7 +163,7 @@ mod tests {
         assert!(took >= LONGEST_STREAK);
         while end_of_streak(&mut spin).0 == Waited::GiveWay {}
         assert!(begun.elapsed() >= LONGEST_AWAKE);
-        assert_eq!(spin.wait(|| Some(())), Waited::Found(()), "and then it goes on");
+        assert_eq!(spin.wait(|| Some(()), |()| true), Waited::Found(()), "and then it goes on");
     }
 
     #[test]

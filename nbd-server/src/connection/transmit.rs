@@ -31,6 +31,10 @@ use take::{State, Taken};
 /// Processors of this machine.
 static PROCESSORS: LazyLock<usize> = LazyLock::new(|| thread::available_parallelism().map_or(1, usize::from));
 
+/// The least of a payload that is worth waiting for awake: over a network packets come more often than the thread could sleep and be
+/// woken, and each has little.
+const LEAST_AWAKE_BYTES: usize = 4 << 10;
+
 struct Transmission {
     socket: Socket,
     intake: Intake,
@@ -170,22 +174,28 @@ impl Transmission {
                 }
             }
             match taken {
-                Taken::NeedsBytes => match self.receive(cx) {
-                    Poll::Ready(Ok(0)) => self.finish(End::PeerClosed),
-                    Poll::Ready(Ok(_)) => {}
-                    Poll::Ready(Err(error)) => self.cut(End::Socket(error)),
-                    Poll::Pending if idle && self.control.is_stopping() => self.finish(End::Stopping),
-                    Poll::Pending => match self.wait_awake() {
-                        Waited::Found(Ok(0)) => self.finish(End::PeerClosed),
-                        Waited::Found(Ok(_)) => {}
-                        Waited::Found(Err(error)) => self.cut(End::Socket(error)),
-                        Waited::GiveWay => {
-                            give_way(cx);
-                            return Poll::Pending;
+                Taken::NeedsBytes => {
+                    let received = match self.receive(cx) {
+                        Poll::Ready(received) => received,
+                        Poll::Pending if idle && self.control.is_stopping() => {
+                            self.finish(End::Stopping);
+                            continue;
                         }
-                        Waited::Sleep => return Poll::Pending,
-                    },
-                },
+                        Poll::Pending => match self.wait_awake() {
+                            Waited::Found(received) => received,
+                            Waited::GiveWay => {
+                                give_way(cx);
+                                return Poll::Pending;
+                            }
+                            Waited::Sleep => return Poll::Pending,
+                        },
+                    };
+                    match received {
+                        Ok(0) => self.finish(End::PeerClosed),
+                        Ok(_) => {}
+                        Err(error) => self.cut(End::Socket(error)),
+                    }
+                }
                 // What was sent just now may have made room.
                 _ if sent => {}
                 _ => return Poll::Pending,
@@ -211,7 +221,10 @@ impl Transmission {
             return Waited::Sleep;
         }
         let (socket, room) = (&mut self.socket, room(&mut self.state, &mut self.intake, self.receive_limit));
-        let waited = self.spin.wait(|| socket.try_read(room));
+        let enough = if in_flight == 0 { 0 } else { room.len().min(LEAST_AWAKE_BYTES) };
+        let waited = self
+            .spin
+            .wait(|| socket.try_read(room), |received| received.as_ref().is_ok_and(|&len| len >= enough));
         if let Waited::Found(Ok(len)) = waited {
             self.received(len);
         }

@@ -29,6 +29,7 @@ use std::time::Instant;
 pub use args::TlsArgs;
 use parking_lot::RwLock;
 pub use proto::server::TlsMode;
+pub(crate) use session::MAX_UNSENT_BYTES;
 pub(crate) use stream::{TlsFailure, TlsSocket};
 
 use crate::Result;

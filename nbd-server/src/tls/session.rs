@@ -7,7 +7,7 @@ use super::psk::PskSession;
 use super::x509::X509Session;
 
 /// How much may be encrypted and not sent, in bytes: beyond it nothing more is taken from whoever writes.
-pub(super) const MAX_UNSENT_BYTES: usize = 256 << 10;
+pub(crate) const MAX_UNSENT_BYTES: usize = 256 << 10;
 
 /// What came of reading.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

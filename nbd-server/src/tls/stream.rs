@@ -153,7 +153,7 @@ impl TlsSocket {
 
     /// Reads plain text of what can be received at once, without a word to the event loop; `None` where that is none.
     pub(crate) fn try_read(&mut self, buf: &mut [u8]) -> Option<io::Result<usize>> {
-        debug_assert_eq!(self.start, self.end, "what was received before is understood first");
+        assert_eq!(self.start, self.end, "what was received before is understood first");
         let len = self.wire.try_receive(&mut self.received)?;
         (self.start, self.end) = (0, len);
         self.decrypt(buf).transpose()
