@@ -305,7 +305,9 @@ fn plain(
     // As much is there as of a live-restore's target; the rest is written past the server, into holes.
     options.empty(&half)?;
     fill(File::options().write(true).open(&half)?, HOME_BYTES)?;
-    std::fs::rename(&half, &file)?;
+    if half != file {
+        std::fs::rename(&half, &file)?;
+    }
     settle();
     let server = Server::listening(&mut command, socket)?;
     let mut client = Client::connect(socket, ours::EXPORT)?;
