@@ -48,7 +48,7 @@ const VSOCK_MODULES: &[&str] = &[
     "../net/vmw_vsock/vsock_loopback.ko",
 ];
 /// Clients of a server in there.
-const VSOCK_PROGRAMS: &[&str] = &["nbdinfo", "nbdcopy", "cmp", "dd", "cp"];
+const VSOCK_PROGRAMS: &[&str] = &["nbdinfo", "nbdcopy", "cmp", "dd"];
 
 /// Makes the initial file system at `path`.
 ///

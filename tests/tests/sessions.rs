@@ -133,13 +133,16 @@ fn another_disk_under_a_devices_number_is_refused_and_the_disk_is_found_under_an
 
 #[test]
 fn of_copied_devices_whose_names_were_swapped_none_gets_the_session_of_another() {
+    // The numbers are the machine's: another run of this test waits for its turn.
+    let turn = fs::File::create(std::env::temp_dir().join("lifeboot-e2e-loop-numbers.lock")).unwrap();
+    turn.lock().unwrap();
     let captured = Captured::new("devices-swapped");
     let state = captured.file("state");
     let in_state = ["--state", state.to_str().unwrap()];
     let files = [captured.file("d1.img"), captured.file("d2.img")];
-    let devices = files.each_ref().map(|file| {
+    let devices = [(233, &files[0]), (234, &files[1])].map(|(number, file)| {
         fs::File::create(file).unwrap().set_len(DISK_BYTES).unwrap();
-        LoopDevice::attach(file).unwrap()
+        LoopDevice::attach_to(number, file).unwrap()
     });
     // Nothing is home but what each guest wrote.
     let written = [[0xa0, 1], [0xb0, 2]];
@@ -156,7 +159,8 @@ fn of_copied_devices_whose_names_were_swapped_none_gets_the_session_of_another()
     copy(&captured.file("state"), &state);
     drop(devices);
     // Attached the other way round: the first device has the second disk.
-    let devices = [LoopDevice::attach(&copies[1]).unwrap(), LoopDevice::attach(&copies[0]).unwrap()];
+    let devices =
+        [LoopDevice::attach_to(233, &copies[1]).unwrap(), LoopDevice::attach_to(234, &copies[0]).unwrap()];
     let moved = ["--state", state.to_str().unwrap(), "--moved"];
     for device in &devices {
         captured.refused(device.path(), &moved, &["several sessions", "--state"]);
