@@ -29,7 +29,7 @@ use nbd_server::{LateRequests, ListenAddress, ServerOptions};
 use repository::Repository;
 
 use crate::cli::{Context, Failure, Interrupt, Outcome, UsageError, Verb};
-use crate::live_restore::{SessionArgs, SessionRecord, StateDir, Until, paths, start};
+use crate::live_restore::{SessionArgs, SessionRecord, StateDir, Until, ask_status, paths, start};
 use crate::pivot::Aio;
 use machine::Machine;
 use sockets::{Origin, Sockets};
@@ -103,7 +103,7 @@ impl Verb for Args {
         let paths = paths(&targets)?;
         for path in &paths {
             check_no_machine(path)?;
-            check_nobody_waits(path, session.state())?;
+            check_nobody_waits(&session.state_of(path)?, path)?;
         }
         let program = qemu::check(&qemu)?;
         let sockets = Sockets::of(paths[0])?;
@@ -133,10 +133,10 @@ pub(crate) fn check_no_machine(target: &Path) -> anyhow::Result<()> {
     sockets::of_machines_with(target)?.iter().try_for_each(|sockets| sockets.check_unused(target))
 }
 
-/// Fails where another machine than one of `boot` may wait for an agent.
-fn check_nobody_waits(target: &Path, state: Option<&Path>) -> anyhow::Result<()> {
-    let state = StateDir::of(target, state)?;
-    match state.record()?.filter(SessionRecord::was_begun) {
+/// Fails where another machine than one of `boot` may wait for an agent. Where there is an agent, it is refused by that.
+fn check_nobody_waits(state: &StateDir, target: &Path) -> anyhow::Result<()> {
+    let record = state.record()?.filter(SessionRecord::was_begun);
+    match record.filter(|_| !matches!(ask_status(state.path()), Ok(Some(_)))) {
         Some(record) => state.check_nobody_waits(&record, target, "boot it"),
         None => Ok(()),
     }

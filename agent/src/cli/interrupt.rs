@@ -68,8 +68,8 @@ impl fmt::Debug for OnHangup {
 
 impl Interrupt {
     /// Takes SIGINT, SIGTERM and SIGHUP: the first raises the flag, another one a second later or more
-    /// ends the program, whatever it leaves behind. Where SIGHUP was ignored, as `nohup` has it, it goes on being so. SIGXFSZ no longer
-    /// kills it either: beyond a limit of file sizes a write fails.
+    /// ends the program, whatever it leaves behind. Where SIGHUP was ignored, as `nohup` has it, it goes on being so. SIGXFSZ is
+    /// taken too: beyond a limit of file sizes a write fails, and no more.
     ///
     /// # Errors
     /// Where the operating system refuses the handlers or the thread.

@@ -52,6 +52,13 @@ pub(crate) fn is_locked(path: &Path) -> bool {
     File::open(path).and_then(|file| locks::holder(&file)).is_ok_and(|holder| holder.is_some())
 }
 
+/// Whether some program other than `process` holds a lock on a file, as [`is_locked`] tells: not where `process` has it open itself.
+pub(crate) fn is_locked_by_another(path: &Path, process: Option<u32>) -> bool {
+    let has_open =
+        |process| std::fs::metadata(path).and_then(|file| has_open(process, &file)).unwrap_or(false);
+    is_locked(path) && !process.is_some_and(has_open)
+}
+
 /// A process that has `path` open, other than this one, in words; `None` where there is none, or that cannot be told.
 pub(crate) fn opener(path: &Path) -> Option<String> {
     let process = open_files::opener(&std::fs::metadata(path).ok()?)?;

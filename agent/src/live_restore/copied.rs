@@ -45,8 +45,8 @@ struct Place {
 
 impl StateDir {
     /// Where the session of `target` is kept, as [`StateDir::of`] has it; where there is none, and the target was `moved`, the
-    /// session below the state directory that can be its own. That of a device which had this device's path is only one of those: paths of
-    /// devices are given out anew by each host.
+    /// session below the state directory that can be its own. That of a device which had this device's path is its own where no
+    /// other can be: paths of devices are given out anew by each host.
     ///
     /// # Errors
     /// As there; where none of the sessions that are there can be, or several.
@@ -58,18 +58,17 @@ impl StateDir {
         let Some(sought) = state.sought.clone() else { return Ok(state) };
         let is_file = std::fs::metadata(&sought.target).is_ok_and(|metadata| metadata.is_file());
         let record = state.record().ok().flatten().filter(SessionRecord::was_begun);
-        let root = match &sought.root {
-            _ if is_file && record.is_some() => return Ok(state),
-            // It is looked for beside the file.
-            None if is_file => return Ok(state),
-            None => PathBuf::from(DEFAULT_STATE_ROOT),
-            Some(root) => root.clone(),
-        };
-        let Some(identity) = TargetIdentity::at(&sought.target)? else { return Ok(state) };
-        if record.is_some_and(|record| identity.is_same(&record.identity)) {
+        if is_file && (record.is_some() || sought.root.is_none()) {
             return Ok(state);
         }
-        Ok(choose(&root, &sought, &identity)?.map_or(state, |path| Self::at(path).sought_as(sought)))
+        let Some(identity) = TargetIdentity::at(&sought.target)? else { return Ok(state) };
+        if record.as_ref().is_some_and(|record| identity.name.is_some() && identity.is_same(&record.identity))
+        {
+            return Ok(state);
+        }
+        let by_path = record.and_then(|_| state.path().canonicalize().ok());
+        let chosen = choose(&sought, &identity, by_path.as_deref())?;
+        Ok(chosen.map_or(state, |path| Self::at(path).sought_as(sought)))
     }
 
     /// Notes which directory the session is served from.
@@ -127,8 +126,14 @@ impl StateDir {
     }
 }
 
-/// The only session below `root` that can be that of this target; `None` where there is none at all.
-fn choose(root: &Path, sought: &Sought, identity: &TargetIdentity) -> anyhow::Result<Option<PathBuf>> {
+/// The only session below the state directory that can be that of this target; `None` where there is none at all. The one in
+/// the directory `by_path`, whose target had the same path, can be, whatever became of it.
+fn choose(
+    sought: &Sought,
+    identity: &TargetIdentity,
+    by_path: Option<&Path>,
+) -> anyhow::Result<Option<PathBuf>> {
+    let root = sought.root.as_deref().unwrap_or(Path::new(DEFAULT_STATE_ROOT));
     let sessions = sessions_below(root);
     if sessions.is_empty() {
         return Ok(None);
@@ -136,13 +141,15 @@ fn choose(root: &Path, sought: &Sought, identity: &TargetIdentity) -> anyhow::Re
     let target = sought.target.display();
     let (mut fitting, mut others) = (Vec::new(), Vec::new());
     for (path, record) in &sessions {
-        match StateDir::at(path.clone()).hindrance(record, identity) {
+        let is_by_path = by_path.is_some() && path.canonicalize().ok().as_deref() == by_path;
+        let hindrance = || StateDir::at(path.clone()).hindrance(record, identity);
+        match if is_by_path { None } else { hindrance() } {
             None => fitting.push((path, record)),
             Some(why) => others.push(format!("{} {why}", path.display())),
         }
     }
-    // A disk may have been copied to a larger device: but not where another one fits as it is.
-    if fitting.iter().any(|(_, record)| record.size == identity.size) {
+    // A disk may have been copied to a larger device: but not where another one fits as it is, and no path speaks for either.
+    if by_path.is_none() && fitting.iter().any(|(_, record)| record.size == identity.size) {
         fitting.retain(|(_, record)| record.size == identity.size);
     }
     match fitting.as_slice() {

@@ -8,18 +8,20 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::Context as _;
+use block::Engine;
 use parking_lot::MutexGuard;
 use serde::{Deserialize, Serialize};
 
 use super::moved;
 use super::open::forget_pointer;
 use super::record::SessionRecord;
+use super::rest::{lock_target, locked_record};
 use super::service::{ServedDisk, Service};
 use super::state_dir::StateDir;
-use crate::cli::Failure;
+use crate::cli::{Failure, Interrupt};
 use crate::in_use;
 use crate::live::Phase;
-use crate::pivot::{self, Drive, Home, Moved, Qmp, QmpError, Trouble, Whereabouts};
+use crate::pivot::{self, Drive, Home, Monitor as _, Moved, Qmp, QmpError, Trouble, Whereabouts};
 
 /// How long it waits before it asks again a QEMU that did not say where its drive is.
 const PAUSE: Duration = Duration::from_secs(1);
@@ -118,13 +120,13 @@ pub(crate) fn hand_over(
             }
             Err(Trouble::OnExport(error)) if !is_marked => return Err(error),
             // A refusal to look is no answer: only where the drive is said to be on the export the mark goes.
-            Err(Trouble::OnExport(error)) => match where_it_is(drive, &home) {
-                Some(Whereabouts::Export) => {
+            Err(Trouble::OnExport(error)) => match ask(drive, &home) {
+                Ok(Answer { whereabouts: Whereabouts::Export, is_anothers: false, .. }) => {
                     served.mark(None)?;
                     return Err(error);
                 }
                 // Something else writes to the target past us.
-                Some(Whereabouts::Both) => return Err(error),
+                Ok(Answer { whereabouts: Whereabouts::Export | Whereabouts::Both, .. }) => return Err(error),
                 _ => say_unknown(&mut last_said, &error),
             },
             Err(Trouble::Unknown(error)) => say_unknown(&mut last_said, &error.into()),
@@ -168,12 +170,6 @@ fn say_unknown(last: &mut String, error: &anyhow::Error) {
     }
 }
 
-fn where_it_is(drive: &Drive, home: &Home<'_>) -> Option<Whereabouts> {
-    Qmp::connect(&drive.qmp)
-        .and_then(|mut qmp| pivot::whereabouts(&mut qmp, home, drive.device.as_deref()))
-        .ok()
-}
-
 fn home_of<'a>(
     record: &'a SessionRecord,
     addresses: &'a [nbd_server::ListenAddress],
@@ -199,15 +195,16 @@ pub(super) fn mark(state: &StateDir, record: &SessionRecord, qmp: Option<&Path>)
     if let Some(qmp) = qmp {
         moved::begin(state, record, qmp)?;
     }
-    state.keep(&SessionRecord { handed_over: qmp.is_some(), ..record.clone() })?;
-    if qmp.is_none() {
+    let kept = state.keep(&SessionRecord { handed_over: qmp.is_some(), ..record.clone() });
+    if qmp.is_none() || kept.is_err() {
         moved::forget(state);
     }
-    Ok(())
+    kept
 }
 
 /// Looks at the sessions that were marked as handed over, before they are served again: whether QEMU still is on the
-/// export is for QEMU to say. Returns what runs from its target already. See `crate::pivot` for what is decided, and why.
+/// export is for QEMU to say. Returns what runs from its target already. See `crate::pivot` for what is decided, and why. While
+/// somebody serves it whose place is taken over, the mark is his.
 ///
 /// # Errors
 /// Where it cannot be told, or nobody can be asked.
@@ -216,10 +213,11 @@ pub(super) fn settle(
     addresses: &[nbd_server::ListenAddress],
     is_default: bool,
     drive: &Drive,
+    takes_over: bool,
 ) -> anyhow::Result<Option<HandedOver>> {
     let Some(record) = state.record()?.filter(|record| record.handed_over) else { return Ok(None) };
     let home = Home { is_default, ..home_of(&record, addresses, &record.disk)? };
-    let moved = look(state, &record, &home, drive)?;
+    let moved = look(state, &record, &home, drive, takes_over)?;
     if moved.is_some() {
         moved::end(state, &record, &drive.qmp);
         // The agent that did it was killed before it came to that.
@@ -234,12 +232,23 @@ fn look(
     record: &SessionRecord,
     home: &Home<'_>,
     drive: &Drive,
+    takes_over: bool,
 ) -> anyhow::Result<Option<Moved>> {
     let target = record.target.display();
-    match ask(drive, home) {
-        Ok((Whereabouts::Target, moved)) => Ok(moved),
-        // This QEMU does not use the target: whoever does is what the mark is for.
-        Ok((Whereabouts::Export, _)) if in_use::is_locked(home.target) => Err(Failure::new(
+    let answer = match ask(drive, home) {
+        Ok(answer) => answer,
+        // QEMU answers nothing while it waits for its requests: to be moved it needs us. Serving is safe whatever it does
+        // next: a machine that is on the target asks us for nothing, and ours writes only what it is asked to. The mark stays
+        // until QEMU says where it is.
+        Err(QmpError::Silent(_)) => return Ok(None),
+        Err(error @ (QmpError::NotQmp { .. } | QmpError::Refused { .. })) => {
+            return Err(Failure::from(error).into());
+        }
+        Err(error) => return Err(cannot_be_asked(home.target, error)),
+    };
+    match answer.whereabouts {
+        Whereabouts::Target => Ok(answer.moved),
+        Whereabouts::Export if answer.is_anothers => Err(Failure::new(
             format!(
                 "a machine runs from {target} itself, or was about to be moved there; the QEMU that was named is another one, whose \
                  drive is on the export"
@@ -247,37 +256,47 @@ fn look(
             "name the QMP socket of the machine that uses the target; two machines cannot have one disk: end the other one",
         )
         .into()),
-        Ok((Whereabouts::Export, _)) => {
-            mark(state, record, None)?;
-            Ok(None)
-        }
+        // A node that an attempt left in this QEMU may hold a lock: the next one removes it.
+        Whereabouts::Export if takes_over || in_use::is_locked(home.target) => Ok(None),
+        Whereabouts::Export => take_mark_back(state, record).map(|()| None),
         // The drive needs us; the mark stays as long as something else of this QEMU uses the target.
-        Ok((Whereabouts::Both, _)) => Ok(None),
-        // QEMU answers nothing while it waits for its requests: to be moved it needs us. Serving is safe whatever it does
-        // next: a machine that is on the target asks us for nothing, and ours writes only what it is asked to. The mark stays
-        // until QEMU says where it is.
-        Err(QmpError::Silent(_)) => Ok(None),
-        Err(error @ (QmpError::NotQmp { .. } | QmpError::Refused { .. })) => Err(Failure::from(error).into()),
-        Ok((Whereabouts::Neither, _)) => Err(Failure::new(
+        Whereabouts::Both => Ok(None),
+        Whereabouts::Neither => Err(Failure::new(
             format!("the machine was moved onto {target}, or was about to be; this QEMU has it neither there nor on the export"),
             format!(
                 "name the QMP socket of the machine's QEMU; if it has ended, start it from {target}, which holds the whole disk"
             ),
         )
         .into()),
-        Err(error) => Err(Failure::new(
-            if in_use::is_locked(home.target) {
-                format!("a machine runs from {target} itself, and the QEMU that was named cannot be asked")
-            } else {
-                format!("the machine was moved onto {target}, or was about to be, and its QEMU cannot be asked which")
-            },
-            format!(
-                "if its QEMU has ended, start it from {target}, which holds the whole disk; if it runs, name its QMP socket"
-            ),
-        )
-        .because(error)
-        .into()),
     }
+}
+
+/// That the QEMU of a machine which may run from `target` cannot be asked.
+fn cannot_be_asked(target: &Path, error: QmpError) -> anyhow::Error {
+    let (is_locked, target) = (in_use::is_locked(target), target.display());
+    Failure::new(
+        if is_locked {
+            format!("a machine runs from {target} itself, and the QEMU that was named cannot be asked")
+        } else {
+            format!("the machine was moved onto {target}, or was about to be, and its QEMU cannot be asked which")
+        },
+        format!("if its QEMU has ended, start it from {target}, which holds the whole disk; if it runs, name its QMP socket"),
+    )
+    .because(error)
+    .into()
+}
+
+/// Takes the mark of a session back that nobody serves, nor has since its record was read.
+fn take_mark_back(state: &StateDir, record: &SessionRecord) -> anyhow::Result<()> {
+    let _lock = lock_target(state, &record.target, Engine::THREADS, &Interrupt::default())?;
+    if locked_record(state, record)? != *record {
+        return Err(Failure::new(
+            format!("somebody went on with the session in {} just now", state.path().display()),
+            "run the same command again",
+        )
+        .into());
+    }
+    mark(state, record, None)
 }
 
 /// Says where the machine of a session is that no agent serves.
@@ -311,7 +330,7 @@ pub(crate) fn ask_without_agent(
     }
     let home = home_of(&record, &[], &record.disk)?;
     let failure = match ask(drive, &home) {
-        Ok((Whereabouts::Target, Some(moved))) => {
+        Ok(Answer { moved: Some(moved), .. }) => {
             moved::end(state, &record, &drive.qmp);
             return Ok(HandedOver { disk: record.disk.clone(), target: record.target.clone(), moved });
         }
@@ -352,10 +371,19 @@ pub(crate) fn no_session_any_more(state: &StateDir, record: &SessionRecord, targ
     )
 }
 
-/// Where the drive is, by what QEMU says, and how, where that is the target.
-fn ask(drive: &Drive, home: &Home<'_>) -> Result<(Whereabouts, Option<Moved>), QmpError> {
+/// What a QEMU says of a drive.
+struct Answer {
+    whereabouts: Whereabouts,
+    /// How it is on the target, where it is.
+    moved: Option<Moved>,
+    /// Another program than this QEMU has locked the target.
+    is_anothers: bool,
+}
+
+fn ask(drive: &Drive, home: &Home<'_>) -> Result<Answer, QmpError> {
     let mut qmp = Qmp::connect(&drive.qmp)?;
-    let there = pivot::whereabouts(&mut qmp, home, drive.device.as_deref())?;
-    let moved = if there == Whereabouts::Target { Some(pivot::at_home(&mut qmp, home)?) } else { None };
-    Ok((there, moved))
+    let whereabouts = pivot::whereabouts(&mut qmp, home, drive.device.as_deref())?;
+    let is_home = whereabouts == Whereabouts::Target;
+    let moved = is_home.then(|| pivot::at_home(&mut qmp, home)).transpose()?;
+    Ok(Answer { whereabouts, moved, is_anothers: in_use::is_locked_by_another(home.target, qmp.process()) })
 }

@@ -215,9 +215,12 @@ pub(crate) struct SessionArgs {
 }
 
 impl SessionArgs {
-    /// The state directory, if one was named.
-    pub(crate) fn state(&self) -> Option<&Path> {
-        self.state.as_deref()
+    /// Where the session of `target` is kept.
+    ///
+    /// # Errors
+    /// As for [`StateDir::of_moved`].
+    pub(crate) fn state_of(&self, target: &Path) -> anyhow::Result<StateDir> {
+        StateDir::of_moved(target, self.state.as_deref(), self.moved)
     }
 
     /// An order of these disks with these options.

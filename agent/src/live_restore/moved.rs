@@ -11,8 +11,8 @@
 //! | 4 | `move.json`: moved | the machine runs from the target |
 //!
 //! Nothing is moved without 1 and 2, in this order: so what an earlier move left behind never says of a machine that waits that it
-//! was moved. Where the mark is taken back the file goes after it. After a kill between 1 and 2 it stays, and means nothing any more
-//! once another start has gone on with the session: the machine has an agent again.
+//! was moved. Where the mark is taken back, or cannot be set, the file goes after it. After a kill between 1 and 2 it stays, and means
+//! nothing any more once another start has counted itself: what that one leaves is as good as what any start leaves.
 
 use std::fs::File;
 use std::io;

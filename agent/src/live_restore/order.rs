@@ -88,7 +88,7 @@ impl Order {
                 super::target::check_unserved(&absolute(&wanted.target)?, wanted.state.path())?;
             }
             // The first disk is what the empty name means.
-            if let Some(home) = settle(&wanted.state, &self.listen, count == 1, drive)? {
+            if let Some(home) = settle(&wanted.state, &self.listen, count == 1, drive, self.takes_over)? {
                 homes.push(home);
                 handed_over.push(wanted.target);
             }

@@ -13,7 +13,7 @@
 //! | `damaged.json` | what could not be brought home | while there is such, by the agent that finds it |
 //! | `place.json` | which directory this is, so that a copy is known | by each start that finds another |
 //! | `lease.json` | where the repository was told that the snapshot is needed | while it is needed |
-//! | `move.json` | whether the machine of a session that is marked as handed over was moved | by each move, before and after it |
+//! | `move.json` | whether the machine of a session that is marked as handed over was moved | by each move, before and after it; removed with the mark |
 //! | `control.sock` | answers `lifeboot status` and other verbs while an agent runs | by each agent |
 
 use std::fs::File;

@@ -28,7 +28,7 @@
 //! | ends in between | where the machine is | what the next start does |
 //! |---|---|---|
 //! | before 3 | on the export, and waits | goes on as ever; a node that QEMU opened in vain is removed by the next attempt |
-//! | after 3, before QEMU has done 4 | on the export, and waits | with `--qmp`: asks QEMU, takes the mark back, goes on. Without: refuses, and says so |
+//! | after 3, before QEMU has done 4 | on the export, and waits | with `--qmp`: asks QEMU, takes the mark back, goes on; not where another program has locked the target, whose machine it is then. Without: refuses, and says so |
 //! | while QEMU does 4 | QEMU waits for its requests to be answered, and does not answer us | with `--qmp`: serves with the mark; QEMU then ends 4, and says so |
 //! | after 4 | on the target | with `--qmp`: says that it is done. Without: refuses |
 //!

@@ -5,7 +5,7 @@ use std::fs::File;
 use std::io::{BufRead, BufReader, Write};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
-use std::process::{Child, Stdio};
+use std::process::{Child, Command, Stdio};
 use std::sync::{Arc, Mutex, mpsc};
 
 use serde_json::{Value, json};
@@ -148,6 +148,17 @@ fn killed_in_the_move() -> (Scratch, Qemu) {
     (scratch, qemu)
 }
 
+/// A program of QEMU's that has the target locked, as a machine has that runs from it.
+fn locked_by_another(scratch: &Scratch) -> Child {
+    let mut command = Command::new("qemu-io");
+    command.args(["-f", "raw"]).arg(scratch.path("t.raw")).stdin(Stdio::piped()).stdout(Stdio::piped());
+    let mut program = command.spawn().unwrap();
+    writeln!(program.stdin.as_mut().unwrap(), "read 0 512").unwrap();
+    let mut lines = BufReader::new(program.stdout.as_mut().unwrap()).lines();
+    assert!(lines.any(|line| line.unwrap().contains("read 512/512")), "it has no lock");
+    program
+}
+
 #[test]
 fn a_machine_that_may_wait_for_its_agent_keeps_its_session_until_qemu_says_that_it_was_moved() {
     let (scratch, qemu) = killed_in_the_move();
@@ -217,8 +228,7 @@ fn the_mark_of_a_machine_on_the_target_is_not_taken_back_for_another_one() {
     // That one gave the move up; another machine has the target.
     qemu.ends();
     qemu.is(Stage::OnExport);
-    let other = File::options().write(true).open(scratch.path("t.raw")).unwrap();
-    rustix::fs::fcntl_lock(&other, rustix::fs::FlockOperation::LockExclusive).unwrap();
+    let mut other = locked_by_another(&scratch);
     let record = || std::fs::read(scratch.path("t.raw.lifeboot/session.json")).unwrap();
     let before = record();
     let live = ["live-restore", "web01@latest", "t.raw", "--listen", "unix:s", "--qmp", "a qmp"];
@@ -229,4 +239,18 @@ fn the_mark_of_a_machine_on_the_target_is_not_taken_back_for_another_one() {
     ]);
     assert!(record() == before, "{}", String::from_utf8_lossy(&record()));
     scratch.run(&["save", "t.raw"]).fails(&["or was about to be when the agent ended"]);
+    other.kill().unwrap();
+    other.wait().unwrap();
+}
+
+#[test]
+fn what_a_move_left_open_in_the_machines_own_qemu_keeps_nobody_from_serving_it_again() {
+    let (scratch, qemu) = killed_in_the_move();
+    qemu.is(Stage::OnExport);
+    // A node that nothing uses may hold a lock all the same.
+    let target = File::options().write(true).open(scratch.path("t.raw")).unwrap();
+    rustix::fs::fcntl_lock(&target, rustix::fs::FlockOperation::LockExclusive).unwrap();
+    let mut live = live_restore(&scratch, &["--qmp", "a qmp"]);
+    live.kill().unwrap();
+    live.wait().unwrap();
 }
