@@ -64,8 +64,14 @@ impl Socket {
         }
     }
 
-    /// Gives the socket room for large replies, as far as the system allows.
+    /// Gives a unix socket room for large replies, as far as the system allows. TCP finds its own: where it is fixed, a congestion
+    /// control that paces (BBR) has the first replies of a connection wait 50 ms.
     pub(crate) fn enlarge_send_buffer(&self) {
+        match self {
+            Self::Unix(_) => {}
+            Self::Tcp(_) => return,
+            Self::Tls(socket) => return socket.enlarge_send_buffer(),
+        }
         if let Err(error) = sockopt::set_socket_send_buffer_size(self, SEND_BUFFER_BYTES) {
             tracing::debug!(%error, "the socket's send buffer stays as it is");
         }

@@ -215,6 +215,10 @@ impl TlsSocket {
         Ok(true)
     }
 
+    pub(crate) fn enlarge_send_buffer(&self) {
+        self.wire.enlarge_send_buffer();
+    }
+
     pub(crate) fn is_flushed(&self) -> bool {
         !self.session.has_unsent()
     }
