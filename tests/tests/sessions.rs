@@ -57,12 +57,7 @@ impl Captured {
     /// Starts it where that must fail, and demands all of `words` of what it says.
     #[track_caller]
     fn refused(&self, target: &Path, further: &[&str], words: &[&str]) {
-        let output = run_any(&mut self.command(target, further)).unwrap();
-        let said = String::from_utf8_lossy(&output.stderr).into_owned();
-        assert_eq!(output.status.code(), Some(1), "{said}");
-        for word in words {
-            assert!(said.contains(word), "it lacks {word:?}: {said}");
-        }
+        ends(&mut self.command(target, further), 1, words);
     }
 
     /// Starts it as a person would; returns what it said until it was ready, and it runs.
@@ -81,6 +76,13 @@ fn state_of(target: &Path) -> PathBuf {
     name.into()
 }
 
+/// Held by who attaches loop devices by their numbers, which are the machine's: another one waits for its turn.
+fn turn_of_numbers() -> fs::File {
+    let turn = fs::File::create(std::env::temp_dir().join("lifeboot-e2e-loop-numbers.lock")).unwrap();
+    turn.lock().unwrap();
+    turn
+}
+
 fn copy(from: &Path, to: &Path) {
     run(Command::new("cp").arg("-a").arg(from).arg(to)).unwrap();
 }
@@ -94,9 +96,7 @@ fn full_of(byte: u8, path: &Path) -> Vec<u8> {
 
 #[test]
 fn another_disk_under_a_devices_number_is_refused_and_the_disk_is_found_under_another() {
-    // The numbers are the machine's: another run of this test waits for its turn.
-    let turn = fs::File::create(std::env::temp_dir().join("lifeboot-e2e-loop-numbers.lock")).unwrap();
-    turn.lock().unwrap();
+    let _turn = turn_of_numbers();
     let captured = Captured::new("device-number");
     let (first, second, state) = (captured.file("d1.img"), captured.file("d2.img"), captured.file("state"));
     fs::File::create(&first).unwrap().set_len(DISK_BYTES).unwrap();
@@ -133,9 +133,7 @@ fn another_disk_under_a_devices_number_is_refused_and_the_disk_is_found_under_an
 
 #[test]
 fn of_copied_devices_whose_names_were_swapped_none_gets_the_session_of_another() {
-    // The numbers are the machine's: another run of this test waits for its turn.
-    let turn = fs::File::create(std::env::temp_dir().join("lifeboot-e2e-loop-numbers.lock")).unwrap();
-    turn.lock().unwrap();
+    let _turn = turn_of_numbers();
     let captured = Captured::new("devices-swapped");
     let state = captured.file("state");
     let in_state = ["--state", state.to_str().unwrap()];
