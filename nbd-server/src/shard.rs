@@ -129,18 +129,13 @@ impl Operations {
         }
     }
 
-    /// Whether none is in flight here.
-    fn is_idle(&self) -> bool {
-        self.count() == 0
-    }
-
     /// How many are in flight here.
     pub(crate) fn count(&self) -> usize {
         self.here.get()
     }
 
     async fn none(&self) {
-        while !self.is_idle() {
+        while self.count() > 0 {
             self.ended.notified().await;
         }
     }

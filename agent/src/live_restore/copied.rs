@@ -7,9 +7,8 @@
 //! # Nobody else's
 //! A session that an agent serves is that agent's. One whose recorded target is still there is that target's, unless its directory is a
 //! copy: `place.json` names the directory that it was written in (its inode and time of birth, and its path), and a copy is another at
-//! another path. Each start
-//! brings it up to date, after the record and before anything is served: so a record and a place that do not fit together
-//! only ever tell of a copy that has a target of its own already. A session without that file is not known to be a copy.
+//! another path. Each start brings it up to date, after the record and before anything is served: so a record and a place that do
+//! not fit together only ever tell of a copy that has a target of its own already. A session without that file is not known to be a copy.
 //!
 //! Two starts, for two copies of a target, may find one directory. Both lock it until the record names the target ([`lock`]), and
 //! whoever comes second finds a record that has changed, and fails.

@@ -147,7 +147,7 @@ mod tests {
         let gone_on_with = SessionRecord { starts: record().starts + 1, ..record() };
         assert!(
             !state.may_be_waited_for(&gone_on_with),
-            "it has an agent again, or had one that ended in order"
+            "what a later start leaves is as good as what any leaves"
         );
         assert!(state.may_be_waited_for(&SessionRecord { handed_over: true, ..gone_on_with }));
         assert!(state.serving_again(&marked).contains("--qmp '/run/a b'"));

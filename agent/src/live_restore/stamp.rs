@@ -296,6 +296,7 @@ mod tests {
         let fourth = SessionRecord { starts: 4, ..third };
         assert_eq!(early.under_lock(&state, &fourth), WrittenPast::Unknown);
     }
+
     #[test]
     fn of_a_target_that_may_have_been_moved_only_the_same_stamp_tells() {
         let dir = tempfile::tempdir().unwrap();
@@ -316,7 +317,7 @@ mod tests {
         assert_eq!(look(&copy), WrittenPast::Unknown);
         let early = Look::at(&state, &record, &copy, true);
         File::options().write(true).open(&path).unwrap().write_all_at(&[2; 100], 0).unwrap();
-        assert_eq!(look(&path), WrittenPast::Unknown, "renamed and written to");
+        assert_eq!(look(&path), WrittenPast::Unknown, "written to: by whom is not known");
         keep(&state, &SessionRecord { starts: 2, ..record.clone() });
         assert_eq!(early.under_lock(&state, &record), WrittenPast::Unknown, "that was the original's");
     }
