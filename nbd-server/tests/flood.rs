@@ -38,6 +38,8 @@ fn half_open_connections_held_or_dropped_cost_their_places_and_no_more() {
     let places = limits.half_open;
     let served = Served::new(MemoryDisk::new(1 << 20), ServerOptions { limits, ..ServerOptions::default() });
     let mut established = served.client();
+    // Once it is served, the server has looked at what it looks at once, and in files: how many processors there are.
+    assert_eq!(established.read(0, 4096).result, Ok(()));
     let before = descriptors();
     let flood = FLOOD.min(more_descriptors() - before - 2 * places);
 
