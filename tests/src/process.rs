@@ -87,6 +87,11 @@ impl Process {
         self.cursor = self.output.lock().lines.len();
     }
 
+    /// Has [`Process::wait_for`] look at all that was ever printed: for what may come before or after what was waited for.
+    pub fn reread_output(&mut self) {
+        self.cursor = 0;
+    }
+
     /// Everything that it has printed so far.
     pub fn lines(&self) -> Vec<String> {
         self.output.lock().lines.clone()

@@ -188,6 +188,8 @@ fn a_repository_that_may_only_be_read_is_restored_from_with_one_warning() {
     let captured = Captured::new("lease-read-only", DISK_BYTES, 84).unwrap();
     let _read_only = ReadOnly::mount(captured.repository.path());
     let mut live = captured.start(&["--no-background"]).unwrap();
+    // Another thread warns of it, and may do so before the start says that it is ready.
+    live.process().reread_output();
     let warned = live.process().wait_for_text("cannot be told that vm@").unwrap();
     assert!(warned.contains("read-only"), "{warned}");
     let (stopped, _) = live.park().unwrap();
