@@ -74,7 +74,10 @@ pub(super) fn is_resident(inner: &Inner, range: ByteRange) -> bool {
     }
     if !inner.missing.cachestat.load(Ordering::Relaxed) {
         match cached_pages(inner.fd.as_fd(), range) {
-            Some(pages) => return pages == range.units(PAGE).end - range.units(PAGE).start,
+            Some(pages) => {
+                return pages == range.units(PAGE).end - range.units(PAGE).start
+                    && is_filled(inner, range.end() - 1);
+            }
             None => inner.missing.cachestat.store(true, Ordering::Relaxed),
         }
     }
@@ -83,7 +86,12 @@ pub(super) fn is_resident(inner: &Inner, range: ByteRange) -> bool {
 }
 
 fn edges_are_resident(inner: &Inner, range: ByteRange) -> bool {
-    [range.start(), range.end() - 1].iter().all(|&at| read_nowait(inner, at, &mut [0]) == Ok(1))
+    [range.start(), range.end() - 1].into_iter().all(|at| is_filled(inner, at))
+}
+
+/// Whether the page of the byte `at` is in the page cache and has been read: others are there that are still waited for.
+fn is_filled(inner: &Inner, at: u64) -> bool {
+    read_nowait(inner, at, &mut [0]) == Ok(1)
 }
 
 fn read_nowait(inner: &Inner, offset: u64, buf: &mut [u8]) -> rustix::io::Result<usize> {
