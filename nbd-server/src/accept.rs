@@ -27,6 +27,12 @@ const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(10);
 /// and so many times: a host that is gone is noticed after 90 s.
 const KEEPALIVE_PROBES: u32 = 6;
 
+/// The congestion control of connections within this machine: Linux's own choice, which lets them have what their windows allow.
+///
+/// A machine may be set to another that paces (BBR). It sends as fast as it has seen data arrive, which tells of a network's speed, but
+/// here of how busy the processors were: large reads had half of what they have without.
+const CONGESTION_CONTROL_WITHIN: &[u8] = b"cubic";
+
 /// A shard as the acceptor sees it.
 #[derive(Clone, Debug)]
 pub(crate) struct Shard {
@@ -192,6 +198,11 @@ fn prepare(socket: Socket) -> io::Result<Accepted> {
                 .with_interval(KEEPALIVE_INTERVAL)
                 .with_retries(KEEPALIVE_PROBES);
             socket.set_tcp_keepalive(&keepalive)?;
+            if is_within_this_machine(&socket)
+                && let Err(error) = socket.set_tcp_congestion(CONGESTION_CONTROL_WITHIN)
+            {
+                tracing::debug!(%error, "a connection within this machine keeps its congestion control");
+            }
             Ok(Accepted::Tcp(socket.into()))
         }
         // Whatever else is a stream: what tokio's type for unix streams does is what any stream can.
@@ -199,11 +210,30 @@ fn prepare(socket: Socket) -> io::Result<Accepted> {
     }
 }
 
+/// `false` of a peer that is gone already, and so has no address.
+fn is_within_this_machine(socket: &Socket) -> bool {
+    let ip = |at: io::Result<SockAddr>| Some(at.ok()?.as_socket()?.ip().to_canonical());
+    let Some(peer) = ip(socket.peer_addr()) else { return false };
+    peer.is_loopback() || ip(socket.local_addr()) == Some(peer)
+}
+
 #[cfg(test)]
 mod tests {
     use std::net::{TcpListener, TcpStream};
 
     use super::*;
+
+    #[test]
+    fn a_connection_within_this_machine_is_not_paced() {
+        let listener = Socket::from(TcpListener::bind("127.0.0.1:0").unwrap());
+        listener.set_tcp_congestion(b"reno").unwrap();
+        let _peer = TcpStream::connect(listener.local_addr().unwrap().as_socket().unwrap()).unwrap();
+        let Accepted::Tcp(stream) = prepare(listener.accept().unwrap().0).unwrap() else {
+            panic!("it is TCP")
+        };
+        let name = Socket::from(stream).tcp_congestion().unwrap();
+        assert_eq!(name.split(|&byte| byte == 0).next(), Some(CONGESTION_CONTROL_WITHIN));
+    }
 
     #[test]
     fn a_tcp_peer_that_is_gone_is_noticed_in_a_bounded_time() {
