@@ -68,6 +68,15 @@ pub enum Attempt {
     Zeroes,
 }
 
+/// Where [`BlockDevice::load`] has put the bytes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Loaded {
+    /// In the buffer.
+    Buffer,
+    /// Where [`BlockDevice::resident`] finds them, at least for now. The buffer's contents mean nothing.
+    Resident,
+}
+
 /// What is known of a range without reading it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Default)]
 pub struct ExtentState {
@@ -123,6 +132,14 @@ pub trait BlockDevice {
 
     /// Fills `buf` (its whole length) from `offset`. On failure the buffer's contents mean nothing.
     fn read(&self, offset: u64, buf: AlignedBuf) -> DeviceFuture<'_, (Result<()>, AlignedBuf)>;
+
+    /// As [`BlockDevice::read`], but what this brings to where [`BlockDevice::resident`] finds it may be left there.
+    fn load(&self, offset: u64, buf: AlignedBuf) -> DeviceFuture<'_, (Result<Loaded>, AlignedBuf)> {
+        Box::pin(async move {
+            let (result, buf) = self.read(offset, buf).await;
+            (result.map(|()| Loaded::Buffer), buf)
+        })
+    }
 
     /// Writes the whole of `buf` at `offset`.
     fn write(

@@ -22,7 +22,8 @@ mod turns;
 pub use bitmap::AtomicBitmap;
 pub use buffer::{ALIGNMENT, AlignedBuf};
 pub use device::{
-    Attempt, BlockDevice, DeviceFuture, Durability, Extent, ExtentState, Geometry, OpenDevice, ZeroMode,
+    Attempt, BlockDevice, DeviceFuture, Durability, Extent, ExtentState, Geometry, Loaded, OpenDevice,
+    ZeroMode,
 };
 pub use engine::{Engine, IoEngine};
 pub use error::{Error, ErrorKind, Result};

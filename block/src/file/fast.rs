@@ -14,6 +14,8 @@ use crate::{Attempt, ByteRange, Result};
 
 /// The most bytes written inline: what a socket brings at a time.
 const INLINE_WRITE_MAX: usize = 512 << 10;
+/// How far from one probe to the next: what the kernel and the disk read as one, or in order.
+const PROBED: u64 = 128 << 10;
 /// A page of the cache.
 const PAGE: u64 = 4096;
 
@@ -86,12 +88,20 @@ pub(super) fn is_resident(inner: &Inner, range: ByteRange) -> bool {
 }
 
 fn edges_are_resident(inner: &Inner, range: ByteRange) -> bool {
-    [range.start(), range.end() - 1].into_iter().all(|at| is_filled(inner, at))
+    [range.start(), range.end() - 1].iter().all(|&at| read_nowait(inner, at, &mut [0]) == Ok(1))
 }
 
-/// Whether the page of the byte `at` is in the page cache and has been read: others are there that are still waited for.
-fn is_filled(inner: &Inner, at: u64) -> bool {
-    read_nowait(inner, at, &mut [0]) == Ok(1)
+/// Bytes of `range`: where all of them have been read into the page cache, so has what lies between. The last one comes first, since
+/// it is read last as a rule.
+pub(super) fn probes(range: ByteRange) -> impl Iterator<Item = u64> {
+    let others = (range.start()..range.end()).step_by(PROBED as usize);
+    std::iter::once(range.end() - 1).chain(others)
+}
+
+/// Whether the page of the byte `at`, which is in the page cache, has been read: others are still waited for. Where that cannot be
+/// asked, as on tmpfs, it has.
+pub(super) fn is_filled(inner: &Inner, at: u64) -> bool {
+    matches!(read_nowait(inner, at, &mut [0]), Ok(1) | Err(Errno::OPNOTSUPP | Errno::NOSYS))
 }
 
 fn read_nowait(inner: &Inner, offset: u64, buf: &mut [u8]) -> rustix::io::Result<usize> {

@@ -10,8 +10,12 @@ use super::{Inner, extents, fast};
 use crate::queue::{Control, Direction, Queue, Transfer, run_on_a_thread};
 use crate::{
     AlignedBuf, Attempt, BlockDevice, ByteRange, DeviceFuture, Durability, Error, ErrorKind, Extent,
-    Geometry, Result, ZeroMode,
+    Geometry, Loaded, Result, ZeroMode,
 };
+
+/// The most that is left in the page cache for whoever sends it from there. What is in memory of it already is copied at once, which
+/// others on the thread wait for.
+const LOAD_MAX: u64 = 1 << 20;
 
 /// A disk by way of the queue `Q`.
 pub(super) struct Handle<Q> {
@@ -35,6 +39,31 @@ impl<Q: Queue> Handle<Q> {
             return self.read_unaligned(range, buf).await;
         }
         self.transfer_all(Direction::Read, offset, buf).await
+    }
+
+    /// Has the page cache filled, and waits for that with a few bytes of it: nothing is copied, and nobody is woken for each page.
+    async fn load_any(&self, offset: u64, mut buf: AlignedBuf) -> (Result<Loaded>, AlignedBuf) {
+        let range = match self.inner.range(offset, buf.len()) {
+            Ok(range) => range,
+            Err(error) => return (Err(error), buf),
+        };
+        if !self.inner.is_direct() && (1..=LOAD_MAX).contains(&range.len()) {
+            // This has all of it read, and what who reads in order is likely to want next.
+            if let Ok(Attempt::Done) = fast::try_read(&self.inner, offset, &mut buf) {
+                return (Ok(Loaded::Buffer), buf);
+            }
+            for at in fast::probes(range).filter(|&at| !fast::is_filled(&self.inner, at)) {
+                let place = (at - offset) as usize;
+                let transfer = Transfer { direction: Direction::Read, offset: at, span: place..place + 1 };
+                // What fails is met again below, and told.
+                buf = self.queue.transfer(&self.inner.fd, transfer, buf).await.1;
+            }
+            if fast::is_resident(&self.inner, range) {
+                return (Ok(Loaded::Resident), buf);
+            }
+        }
+        let (result, buf) = self.read_any(offset, buf).await;
+        (result.map(|()| Loaded::Buffer), buf)
     }
 
     pub(super) async fn write_any(
@@ -187,6 +216,10 @@ impl<Q: Queue> BlockDevice for Handle<Q> {
 
     fn read(&self, offset: u64, buf: AlignedBuf) -> DeviceFuture<'_, (Result<()>, AlignedBuf)> {
         Box::pin(self.read_any(offset, buf))
+    }
+
+    fn load(&self, offset: u64, buf: AlignedBuf) -> DeviceFuture<'_, (Result<Loaded>, AlignedBuf)> {
+        Box::pin(self.load_any(offset, buf))
     }
 
     fn write(

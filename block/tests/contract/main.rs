@@ -3,6 +3,7 @@
 
 #![allow(clippy::unwrap_used, reason = "all of this is tests, and so are its helpers")]
 
+mod cached;
 mod concurrency;
 mod disks;
 mod engines;

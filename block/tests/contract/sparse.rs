@@ -78,21 +78,3 @@ fn trims_and_zeroes_give_room_back_and_allocating_zeroes_keep_it() {
         });
     }
 }
-
-#[test]
-fn cached_pages_are_resident_and_direct_disks_have_none() {
-    for subject in disks::files(SIZE) {
-        let disk = subject.file.as_ref().unwrap();
-        subject.engine.run(async {
-            let device = subject.device.open().unwrap();
-            let data = AlignedBuf::from_slice(&vec![1; 1 << 20]);
-            device.write(0, data, Durability::Volatile).await.0.unwrap();
-            let resident = device.resident(range(5, 1_000_000));
-            assert_eq!(resident.is_some(), !disk.is_direct(), "{}", subject.name);
-            if let Some((_, offset)) = resident {
-                assert_eq!(offset, 5);
-            }
-            assert!(device.resident(range(SIZE - 10, 11)).is_none());
-        });
-    }
-}

@@ -5,7 +5,7 @@
 use std::cell::{Cell, RefCell};
 use std::rc::Rc;
 
-use block::{AlignedBuf, Attempt, BlockDevice, ByteRange, Extent};
+use block::{AlignedBuf, Attempt, BlockDevice, ByteRange, Extent, Loaded};
 use proto::server::{Head, ReplyEncoder};
 use proto::wire::{ReplyStyle, RequestHeader};
 
@@ -127,12 +127,23 @@ impl Reads {
     /// Reads in a task.
     pub(super) async fn fetch(self: Rc<Self>, request: Request) {
         let header = request.header;
-        let (result, buf) = self.device.read(header.offset, perform::buffer(header.len as usize)).await;
-        match result {
-            Ok(()) => {
-                let head = request.shared.encoder.data(&header);
-                request.answer(|outbox, request| outbox.put_data(head, buf, request.held()));
+        let mut buf = perform::buffer(header.len as usize);
+        if header.len >= self.from_file {
+            let result;
+            (result, buf) = self.device.load(header.offset, buf).await;
+            match result {
+                Ok(Loaded::Buffer) => return answer_data(request, buf),
+                Ok(Loaded::Resident) => {
+                    if self.send_resident(&header, perform::range(&header), &request.shared, true) {
+                        return request.answer(|_, _| {});
+                    }
+                }
+                Err(error) => return request.fail(&error),
             }
+        }
+        let (result, buf) = self.device.read(header.offset, buf).await;
+        match result {
+            Ok(()) => answer_data(request, buf),
             Err(error) => request.fail(&error),
         }
     }
@@ -189,6 +200,11 @@ fn answer_zeroes(header: &RequestHeader, whole: bool, shared: &Shared) {
         data.fill(0);
         (true, ())
     });
+}
+
+fn answer_data(request: Request, buf: AlignedBuf) {
+    let head = request.shared.encoder.data(&request.header);
+    request.answer(|outbox, request| outbox.put_data(head, buf, request.held()));
 }
 
 fn answer_in_pieces(request: Request, pieces: Vec<(Piece, Option<AlignedBuf>)>) {
