@@ -130,6 +130,10 @@ pub trait BlockDevice {
         None
     }
 
+    /// Says that what [`BlockDevice::resident`] told of could not be sent. It tells of nothing any more, so that who reads is told what
+    /// is wrong, and where.
+    fn not_resident(&self) {}
+
     /// Fills `buf` (its whole length) from `offset`. On failure the buffer's contents mean nothing.
     fn read(&self, offset: u64, buf: AlignedBuf) -> DeviceFuture<'_, (Result<()>, AlignedBuf)>;
 

@@ -3,11 +3,14 @@
 
 mod common;
 
+use std::fs::OpenOptions;
+use std::io::{Read, Write};
 use std::path::Path;
 
-use block::{AlignedBuf, DirectIo, Durability, FileDisk, FileOptions};
-use common::{Client, STYLES, engine, wish};
+use block::{AlignedBuf, DirectIo, Durability, ErrorKind, FileDisk, FileOptions};
+use common::{Client, MemoryDisk, STYLES, Served, engine, wish};
 use nbd_server::{Export, ListenAddress, Server, ServerOptions};
+use proto::wire::{CommandFlags, CommandKind, Errno};
 
 const SIZE: u64 = 8 << 20;
 
@@ -38,4 +41,28 @@ fn a_cold_file_is_read_as_it_is_at_any_size() {
     }
     handle.shutdown();
     handle.join().unwrap();
+}
+
+/// As where a sector of the disk is bad: its page is in the cache, and was never read.
+#[test]
+fn what_is_in_memory_and_cannot_be_sent_costs_one_connection_and_is_an_error_from_then_on() {
+    let dir = tempfile::tempdir().unwrap();
+    let unreadable = OpenOptions::new().write(true).create_new(true).open(dir.path().join("file")).unwrap();
+    let served = Served::new(MemoryDisk::new(1 << 20), ServerOptions::default());
+    served.disk.claim_resident(unreadable);
+    served.disk.fail(ErrorKind::Io);
+    let mut first = served.client();
+    let header = first.header(CommandKind::Read, CommandFlags::NONE, 0, 65_536);
+    let request = first.encode(&header);
+    first.socket.write_all(&request).unwrap();
+    let mut reply = Vec::new();
+    // How it is closed does not matter.
+    let _ = first.socket.read_to_end(&mut reply);
+    assert!(reply.len() < 65_536, "there was nothing to send");
+    let mut second = served.client();
+    for _ in 0..2 {
+        assert_eq!(second.read(0, 65_536).result, Err(Errno::Io));
+    }
+    second.disconnect();
+    served.end();
 }

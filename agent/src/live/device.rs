@@ -180,6 +180,10 @@ impl BlockDevice for LiveDevice {
         Some(resident)
     }
 
+    fn not_resident(&self) {
+        self.target.not_resident();
+    }
+
     fn read(&self, offset: u64, buf: AlignedBuf) -> DeviceFuture<'_, (Result<()>, AlignedBuf)> {
         let checked =
             self.check(offset, buf.len() as u64).and_then(|range| self.session.check_open().map(|()| range));

@@ -24,6 +24,8 @@ const PAGE: u64 = 4096;
 pub(super) struct Missing {
     nowait: AtomicBool,
     cachestat: AtomicBool,
+    /// To send what is in the page cache: a page that cannot be read may be there too.
+    pub(super) resident: AtomicBool,
 }
 
 pub(super) fn try_read(inner: &Inner, offset: u64, buf: &mut [u8]) -> Result<Attempt> {
@@ -71,7 +73,8 @@ pub(super) fn try_write(inner: &Inner, pace: &Pace, offset: u64, data: &[u8]) ->
 
 /// Whether all of `range` is in the page cache.
 pub(super) fn is_resident(inner: &Inner, range: ByteRange) -> bool {
-    if inner.is_direct() || range.is_empty() || !range.fits(inner.geometry.size) {
+    let is_never = inner.is_direct() || inner.missing.resident.load(Ordering::Relaxed);
+    if is_never || range.is_empty() || !range.fits(inner.geometry.size) {
         return false;
     }
     if !inner.missing.cachestat.load(Ordering::Relaxed) {

@@ -214,6 +214,10 @@ impl<Q: Queue> BlockDevice for Handle<Q> {
         fast::is_resident(&self.inner, range).then(|| (self.inner.fd.as_fd(), range.start()))
     }
 
+    fn not_resident(&self) {
+        self.inner.missing.resident.store(true, Ordering::Relaxed);
+    }
+
     fn read(&self, offset: u64, buf: AlignedBuf) -> DeviceFuture<'_, (Result<()>, AlignedBuf)> {
         Box::pin(self.read_any(offset, buf))
     }

@@ -14,6 +14,8 @@ pub(super) enum End {
     Stalled(Stalled),
     Stopping,
     Socket(io::Error),
+    /// What was said to be in memory could not be sent, in the middle of a reply.
+    File(io::Error),
 }
 
 impl fmt::Display for End {
@@ -26,6 +28,7 @@ impl fmt::Display for End {
             Self::Stalled(waited) => write!(f, "the client took no replies, or sent no payload, {waited}"),
             Self::Stopping => f.write_str("the server is ending"),
             Self::Socket(error) => write!(f, "the socket failed: {error}"),
+            Self::File(error) => write!(f, "the disk could not be read in the middle of a reply: {error}"),
         }
     }
 }

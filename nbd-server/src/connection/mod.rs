@@ -80,13 +80,17 @@ pub(crate) async fn serve(socket: Socket, mut ticket: Ticket, shard: Rc<ShardSta
     let end = transmit::transmit(negotiated, ticket.slot.transmitting(), shard, control).await;
     let export = Cut(&export);
     // To a guest that is a disk that is gone, so whoever looks for the reason finds it at any level.
-    if let End::Stalled(_) = end
-        && let Some(left_out) = logs.stalled.admit(Instant::now())
-    {
-        tracing::warn!(%export, %end, left_out, "a stalled client's connection was closed");
-        return;
+    let (limit, what) = match end {
+        End::Stalled(_) => (&logs.stalled, "a stalled client's connection was closed"),
+        End::File(_) => (&logs.request, "a connection was closed; who reads there again is told the error"),
+        _ => {
+            tracing::debug!(%export, %end, "a connection ended");
+            return;
+        }
+    };
+    if let Some(left_out) = limit.admit(Instant::now()) {
+        tracing::warn!(%export, %end, left_out, "{what}");
     }
-    tracing::debug!(%export, %end, "a connection ended");
 }
 
 fn give_way(shard: &ShardState) {

@@ -1,7 +1,7 @@
 //! Replies on their way out: one queue per connection, whoever made the reply, sent in as few calls as it takes.
 
 use std::collections::VecDeque;
-use std::io::{self, IoSlice};
+use std::io::{self, ErrorKind, IoSlice};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::rc::Rc;
 
@@ -9,6 +9,7 @@ use block::AlignedBuf;
 use proto::server::Head;
 
 use super::batch::Batch;
+use super::end::End;
 use super::request::Held;
 use crate::socket::Socket;
 
@@ -165,7 +166,7 @@ impl Outbox {
     }
 
     /// Sends as much as the socket takes; how much it was. The queue is empty unless it takes no more.
-    pub(super) fn send(&mut self, socket: &mut Socket) -> io::Result<usize> {
+    pub(super) fn send(&mut self, socket: &mut Socket) -> Result<usize, End> {
         let mut total = 0;
         while !self.is_empty() {
             match self.send_some(socket) {
@@ -173,12 +174,31 @@ impl Outbox {
                     total += sent;
                     self.advance(sent);
                 }
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                Err(error) => return Err(error),
+                Err(error) if error.kind() == ErrorKind::WouldBlock => break,
+                Err(error) if error.kind() == ErrorKind::Interrupted => {}
+                Err(error) => return Err(self.end(error)),
             }
         }
         Ok(total)
+    }
+
+    /// What it is that failed: a file that was being sent, or the socket.
+    fn end(&self, error: io::Error) -> End {
+        let sends_file =
+            matches!(self.segments.front(), Some(Segment::File { head, .. }) if head.bytes().is_empty());
+        match error.kind() {
+            ErrorKind::BrokenPipe
+            | ErrorKind::ConnectionAborted
+            | ErrorKind::ConnectionReset
+            | ErrorKind::HostUnreachable
+            | ErrorKind::NetworkDown
+            | ErrorKind::NetworkUnreachable
+            | ErrorKind::NotConnected
+            | ErrorKind::OutOfMemory
+            | ErrorKind::TimedOut => End::Socket(error),
+            _ if sends_file => End::File(error),
+            _ => End::Socket(error),
+        }
     }
 
     fn send_some(&mut self, socket: &mut Socket) -> io::Result<usize> {
@@ -187,7 +207,7 @@ impl Outbox {
         {
             return match socket.try_send_file(file.as_fd(), *offset, *len)? {
                 // The head said that the bytes are there; without them nothing that follows can be understood.
-                0 => Err(io::Error::new(io::ErrorKind::UnexpectedEof, "the file ends before the disk does")),
+                0 => Err(io::Error::new(ErrorKind::UnexpectedEof, "the file ends before the disk does")),
                 sent => Ok(sent),
             };
         }

@@ -162,8 +162,11 @@ impl Transmission {
                 }
                 other => other,
             };
-            let sent = self.send(cx).unwrap_or_else(|error| {
-                self.cut(End::Socket(error));
+            let sent = self.send(cx).unwrap_or_else(|end| {
+                if let End::File(_) = end {
+                    self.reads.device.not_resident();
+                }
+                self.cut(end);
                 false
             });
             let idle = self.shared.tasks() == 0 && self.is_sent();
@@ -285,18 +288,18 @@ impl Transmission {
     }
 
     /// Sends what is queued; whether anything was.
-    fn send(&mut self, cx: &mut Context<'_>) -> io::Result<bool> {
+    fn send(&mut self, cx: &mut Context<'_>) -> Result<bool, End> {
         let mut any = false;
         loop {
             let sent = self.shared.outbox.borrow_mut().send(&mut self.socket)?;
-            self.socket.try_flush()?;
+            self.socket.try_flush().map_err(End::Socket)?;
             any |= sent > 0;
             self.stall.moved(sent);
             if self.is_sent() {
                 return Ok(any);
             }
             match self.socket.poll_writable(cx) {
-                Poll::Ready(result) => result?,
+                Poll::Ready(result) => result.map_err(End::Socket)?,
                 Poll::Pending => return Ok(any),
             }
         }

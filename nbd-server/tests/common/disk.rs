@@ -1,9 +1,11 @@
 //! A disk in memory.
 
 use std::collections::BTreeSet;
+use std::fs::File;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::rc::Rc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock};
 
 use block::{
     AlignedBuf, Attempt, BlockDevice, ByteRange, DeviceFuture, Durability, Error, ErrorKind, Extent,
@@ -33,6 +35,9 @@ struct State {
     flushes: AtomicUsize,
     prefetched: AtomicUsize,
     extents: AtomicUsize,
+    /// The file where all of it is said to be, until that is found not to be so.
+    resident: OnceLock<File>,
+    is_resident: AtomicBool,
 }
 
 impl MemoryDisk {
@@ -50,6 +55,8 @@ impl MemoryDisk {
             flushes: AtomicUsize::new(0),
             prefetched: AtomicUsize::new(0),
             extents: AtomicUsize::new(0),
+            resident: OnceLock::new(),
+            is_resident: AtomicBool::new(true),
         };
         Self { state: Arc::new(state) }
     }
@@ -88,6 +95,11 @@ impl MemoryDisk {
     /// Every operation fails like this from now on.
     pub(crate) fn fail(&self, kind: ErrorKind) {
         *self.state.failure.lock().expect("nobody panics with it") = Some(kind);
+    }
+
+    /// Says of everything that it can be sent from `file`.
+    pub(crate) fn claim_resident(&self, file: File) {
+        self.state.resident.set(file).expect("it is said once");
     }
 
     pub(crate) fn handles(&self) -> usize {
@@ -189,6 +201,15 @@ impl BlockDevice for Handle {
         let start = offset as usize;
         buf.copy_from_slice(&self.bytes()[start..start + buf.len()]);
         Ok(Attempt::Done)
+    }
+
+    fn resident(&self, range: ByteRange) -> Option<(BorrowedFd<'_>, u64)> {
+        let file = self.0.resident.get()?;
+        self.0.is_resident.load(Ordering::SeqCst).then(|| (file.as_fd(), range.start()))
+    }
+
+    fn not_resident(&self) {
+        self.0.is_resident.store(false, Ordering::SeqCst);
     }
 
     fn try_write(&self, offset: u64, data: &[u8]) -> Result<Attempt> {
