@@ -90,13 +90,12 @@ impl StateDir {
         (place.version == VERSION).then_some(place)
     }
 
-    /// Whether this directory is known to be a copy of the one that the session was served from.
-    fn is_copy(&self, record: &SessionRecord) -> bool {
-        let place = self.place().filter(|place| place.session == record.session);
-        place.is_some_and(|place| {
-            let is_here = std::fs::canonicalize(self.path()).is_ok_and(|path| path == place.path);
-            !is_here && Some(place.directory) != name_of_directory(self.path())
-        })
+    /// Where the session was served from, if this directory is known to be a copy of that one.
+    pub(super) fn original(&self, record: &SessionRecord) -> Option<PathBuf> {
+        let place = self.place().filter(|place| place.session == record.session)?;
+        let is_here = std::fs::canonicalize(self.path()).is_ok_and(|path| path == place.path);
+        let is_copy = !is_here && Some(place.directory) != name_of_directory(self.path());
+        is_copy.then_some(place.path)
     }
 
     /// Why this session cannot be that of another target, called `identity`.
@@ -120,7 +119,7 @@ impl StateDir {
         }
         let there = TargetIdentity::at(&record.target).ok().flatten();
         let is_there = there.is_some_and(|there| there.is_same(&record.identity));
-        (is_there && !self.is_copy(record))
+        (is_there && self.original(record).is_none())
             .then(|| format!("is that of {}, which is still there", record.target.display()))
     }
 }

@@ -33,6 +33,7 @@ mod mover;
 mod narrate;
 mod open;
 mod order;
+mod original;
 mod parts;
 mod pointer;
 mod record;

@@ -45,7 +45,7 @@ impl Rest {
     /// Opens the session in `state`, whose target stands at `path`.
     ///
     /// # Errors
-    /// Where the target is in use, is gone, or is not the session's (unless it was `moved`); where the repository does not have
+    /// Where the target is in use, is gone, or is not the session's (unless it was `moved`); where the session is a copy of that target's; where the repository does not have
     /// what the session restores; where neither the journal nor the live file can be used.
     pub(crate) fn open(
         state: &StateDir,
@@ -56,6 +56,10 @@ impl Rest {
         moved: bool,
         interrupt: &Interrupt,
     ) -> anyhow::Result<Self> {
+        // An agent of the other one may have the lock.
+        if let Some(refused) = state.stands_beside_another(record, path) {
+            return Err(refused.into());
+        }
         let target = lock_target(state, path, engine, interrupt)?;
         // Before, an agent may have gone on with the session, or handed it over.
         let record = &locked_record_at_rest(state, record, path)?;

@@ -369,6 +369,9 @@ fn claim(wanted: &Wanted, is_settled: bool) -> anyhow::Result<Option<Claim>> {
         if is_settled && record.handed_over {
             return Ok(None);
         }
+        if let Some(refused) = wanted.state.stands_beside_another(&record, &wanted.target) {
+            return Err(refused.into());
+        }
         record.check_not_handed_over(&wanted.state)?;
     }
     Err(target::in_use_by_another(&wanted.target, dir).unwrap_or(error))

@@ -70,7 +70,9 @@ pub fn stopped_status(state: &StateDir, record: &SessionRecord) -> anyhow::Resul
     if peek.complete {
         status.phase = Phase::Complete;
     }
-    status.waiting = target::trouble(state, record).map(|failure| match crate::cli::told(&failure.into()) {
+    let path = state.target(record);
+    let trouble = target::trouble(state, record).or_else(|| state.stands_beside_another(record, path));
+    status.waiting = trouble.map(|failure| match crate::cli::told(&failure.into()) {
         (what, Some(advice)) => format!("{what}: {advice}"),
         (what, None) => what,
     });

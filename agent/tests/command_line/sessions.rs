@@ -177,3 +177,33 @@ fn a_copied_session_that_is_kept_in_a_state_directory_goes_on_with_its_copied_ta
     go_on("t.raw", "st", &[]).ends_with(0);
     assert_same(&disk, &scratch.path("t.raw"));
 }
+
+#[test]
+fn a_copied_session_does_not_go_on_with_the_target_of_its_original_unless_that_is_away() {
+    let scratch = Scratch::new();
+    let disk = scratch.disk("d.raw", 8 * MIB, &[(0, 4 << 20, 1)]);
+    scratch.run(&["capture", "web01", "d.raw"]).ends_with(0);
+    let mut live = live_restore(&scratch, &["--state", "st", "--limit", "20"]);
+    kill_process(Pid::from_child(&live), Signal::TERM).unwrap();
+    assert!(live.wait().unwrap().success());
+    let copied = Command::new("cp").arg("-a").args([scratch.path("st"), scratch.path("st2")]).status();
+    assert!(copied.unwrap().success());
+    let go_on = |state: &str, further: &[&str]| {
+        let args = ["live-restore", "web01@latest", "t.raw", "--state", state, "--listen", "unix:s2"];
+        scratch.run(&[&args[..], &["--exit-when-done"], further].concat())
+    };
+    let said = ["is a copy of the one in", "which is still there", "leave --state out"];
+    go_on("st2", &[]).fails(&said);
+    go_on("st2", &["--moved"]).fails(&said);
+    scratch.run(&["save", "t.raw", "--state", "st2"]).fails(&said);
+    let status = scratch.json(&["status", "t.raw", "--state", "st2"]);
+    assert!(status["waiting"].as_str().unwrap().contains(said[0]), "{status}");
+    // An agent of the original is no other program that holds the target.
+    let mut live = live_restore(&scratch, &["--limit", "20"]);
+    go_on("st2", &[]).fails(&said);
+    kill_process(Pid::from_child(&live), Signal::TERM).unwrap();
+    assert!(live.wait().unwrap().success());
+    std::fs::rename(scratch.path("st"), scratch.path("away")).unwrap();
+    go_on("st2", &[]).ends_with(0);
+    assert_same(&disk, &scratch.path("t.raw"));
+}
