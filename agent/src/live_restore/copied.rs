@@ -196,10 +196,8 @@ fn choose(
                     root.display(),
                     several.iter().map(tell).collect::<Vec<_>>().join("; ")
                 ),
-                format!(
-                    "name the directory of the one that was copied with it, in a command for this target alone: like `{}`",
-                    shell_line(&["--state".to_owned(), several[0].0.display().to_string()])
-                ),
+                "name the directory of the one that was copied with it, in a command for this target alone: `--state DIRECTORY`; which one \
+                 that is only whoever copied it knows, and what a wrong one lacks of the guest's writes is restored over",
             )
             .into())
         }
@@ -365,6 +363,8 @@ mod tests {
         let (b, c) = (copy_of(&b), copy_of(&c));
         let words = ["several sessions", b.to_str().unwrap(), c.to_str().unwrap(), "b.raw", "--state"];
         scratch.refused(&two, "st2", &words);
+        // None is as good as another: a command with any would be run as it stands.
+        scratch.refused(&two, "st2", &["`--state DIRECTORY`"]);
         assert_eq!(scratch.found(&two, c.to_str().unwrap()).unwrap(), c);
         scratch.refused(&scratch.target("w.raw", SIZE / 2), "st2", &["of a disk of 1048576 bytes", "cp -a"]);
         // A larger one fits any of them.
