@@ -24,11 +24,13 @@ impl Found<'_> {
     /// Says what would be lost of the session of the target at `path`, and with that where it is removed too.
     pub(super) fn tell(&self, output: &Output, path: &Path, remove_target: bool) -> anyhow::Result<()> {
         if let Some(record) = self.record {
+            let target = match self.is_another {
+                Some(_) => record.identity.to_string(),
+                None => path.display().to_string(),
+            };
             output.forewarn(format_args!(
-                "the session restores {}/{} to {}",
-                record.snapshot,
-                record.disk,
-                path.display()
+                "the session restores {}/{} to {target}",
+                record.snapshot, record.disk
             ))?;
         }
         match self.lost(path, remove_target) {

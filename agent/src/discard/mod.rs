@@ -18,7 +18,8 @@
 //! | its files may not be read | refused: that is no damage |
 //! | its file system is read-only | refused |
 //! | is not where the file beside the target says that it is kept | that file is removed (`left_behind`) |
-//! | the target is gone, or is another | the session's files are removed, the target is left alone |
+//! | the target is gone | the session's files are removed |
+//! | the target is another, as its path leads elsewhere now | the session's files are removed, the target is left alone; with `--yes` refused unless the session's directory is named |
 //! | any other | as above |
 
 mod left_behind;
@@ -72,7 +73,8 @@ pub struct Args {
     #[arg(long)]
     remove_target: bool,
 
-    /// Where sessions are kept, if not beside the target
+    /// Where sessions are kept, if not beside the target; or the session's own directory, which must be named where
+    /// TARGET leads to another disk by now
     #[arg(long, value_name = "DIR")]
     state: Option<PathBuf>,
 }
@@ -119,7 +121,7 @@ impl Verb for Args {
         {
             return self.remove_left_behind(context, &path, &left);
         }
-        let state = StateDir::of(&self.target, self.state.as_deref())?;
+        let state = StateDir::of_target_or_named(&self.target, self.state.as_deref())?;
         if let Some(status) = live_restore::ask_status(state.path())? {
             return Err(served(&path, &status));
         }
@@ -169,7 +171,9 @@ impl Verb for Args {
             None => (None, damage),
         };
         let known = status.as_ref();
-        if is_another.is_none() {
+        if let Some(why) = &is_another {
+            self.check_named(&state, &path, why)?;
+        } else {
             self.check_unused(&state, record.as_ref(), known, &path)?;
         }
         self.check_may_change(&state.changed_by_discard(&path), &path)?;
@@ -222,6 +226,9 @@ impl Verb for Args {
         let what =
             if is_begun { "the session is discarded" } else { "what was left of a session is removed" };
         let became = match (removed, path.exists(), known.map(|status| status.phase)) {
+            (false, true, _) if is_another.is_some() => {
+                format!("{} stays untouched: it is not this session's target", path.display())
+            }
             (true, ..) => format!("{} is removed", path.display()),
             (false, false, _) => format!("{} does not exist", path.display()),
             (false, true, Some(Phase::Complete)) => {
@@ -271,6 +278,23 @@ impl Args {
             return Ok(());
         }
         Err(Failure::new("nothing was discarded", "answer y to discard it").into())
+    }
+
+    /// Fails where nobody is asked, and the session of another disk than the one that stands at `path` was only found by that path: it
+    /// may be that nobody thinks of it.
+    fn check_named(&self, state: &StateDir, path: &Path, why: &anyhow::Error) -> anyhow::Result<()> {
+        if !self.yes || !state.is_found_by_path(self.state.as_deref()) {
+            return Ok(());
+        }
+        Err(Failure::new(
+            format!("nothing was discarded: {why:#}"),
+            format!(
+                "to give up the session of that other disk, name its directory: `{} --yes`; {} is not changed by that",
+                state.naming_directory().command("discard", path),
+                path.display()
+            ),
+        )
+        .into())
     }
 
     /// Fails where a machine needs the session, or what it would leave of the target.

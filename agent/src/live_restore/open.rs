@@ -310,7 +310,7 @@ impl Found<'_> {
                 "name the target that the session belongs to (it was {}); if {path} is a copy of it as a whole, or it was \
                  moved there, give --moved; or {}",
                 record.target.display(),
-                self.state.giving_up()
+                self.state.naming_directory().giving_up()
             ),
         )
         .into()
@@ -390,7 +390,7 @@ fn identity_of(target: &FileDisk) -> anyhow::Result<TargetIdentity> {
 pub(super) fn cannot_resume(state: &StateDir, error: crate::live::Error) -> anyhow::Error {
     let dir = state.path().display();
     let what = format!("cannot go on with the session in {dir}");
-    let giving_up = state.giving_up();
+    let giving_up = state.naming_directory().giving_up();
     let advice = match error.kind() {
         ErrorKind::NewerFormat => "use the version of lifeboot that wrote it, or a newer one".to_owned(),
         ErrorKind::OlderFormat => {

@@ -35,6 +35,25 @@ impl StateDir {
         self.sought.as_ref().map_or(&record.target, |sought| &sought.target)
     }
 
+    /// The same session, in commands that name its own directory where it is not beside its target: what is found by a target's path
+    /// alone, or because nothing else fits, may be another one the next time.
+    pub(crate) fn naming_directory(&self) -> Self {
+        let path = std::path::absolute(self.path()).unwrap_or_else(|_| self.path().to_owned());
+        let sought = self.sought.clone().map(|sought| {
+            let is_beside = sought.root.is_none() && sought.target.is_file();
+            Sought { root: if is_beside { None } else { Some(path) }, ..sought }
+        });
+        Self::at(self.path().to_owned()).with_sought(sought)
+    }
+
+    /// Whether the session here, of another target than stands at the path that was named, was only found by that path, below the state
+    /// directory that was `named` or the usual one.
+    pub(crate) fn is_found_by_path(&self, named: Option<&Path>) -> bool {
+        let is_file = self.sought.as_ref().is_some_and(|sought| sought.target.is_file());
+        let is_it = |named: &Path| named.canonicalize().ok() == self.path().canonicalize().ok();
+        named.map_or(!is_file, |named| !is_it(named))
+    }
+
     fn words(&self, verb: &str, target: &Path) -> Vec<String> {
         let (target, root) = match &self.sought {
             Some(Sought { target, root }) => (target.as_path(), root.as_deref()),

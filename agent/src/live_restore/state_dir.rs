@@ -130,7 +130,24 @@ impl StateDir {
     }
 
     pub(super) fn sought_as(self, sought: Sought) -> Self {
-        Self { sought: Some(sought), ..self }
+        self.with_sought(Some(sought))
+    }
+
+    pub(super) fn with_sought(self, sought: Option<Sought>) -> Self {
+        Self { sought, ..self }
+    }
+
+    /// Where the session of `target` is kept, as [`Self::of`] has it; where there is none, the session whose own directory was named.
+    ///
+    /// # Errors
+    /// As there.
+    pub(crate) fn of_target_or_named(target: &Path, state_root: Option<&Path>) -> anyhow::Result<Self> {
+        let state = Self::of(target, state_root)?;
+        let named = state.sought.as_ref().and_then(|sought| sought.root.clone()).map(Self::at);
+        match named.filter(|named| !state.is_begun() && named.is_begun()) {
+            Some(named) => Ok(named.with_sought(state.sought)),
+            None => Ok(state),
+        }
     }
 
     /// The directory itself.

@@ -205,3 +205,36 @@ fn a_copied_session_does_not_go_on_with_the_block_device_of_its_original() {
     go_on(session.to_str().unwrap()).ends_with(0);
     assert_eq!(device.read(4 << 20), std::fs::read(&disk).unwrap());
 }
+
+#[test]
+fn a_session_of_another_disk_is_given_up_only_by_its_own_directory() {
+    if !is_root() {
+        return;
+    }
+    let scratch = Scratch::new();
+    scratch.disk("d.raw", 4 * MIB, &[(0, 2 << 20, 1)]);
+    scratch.run(&["capture", "web01", "d.raw"]).ends_with(0);
+    let device = Loop::on(&scratch.disk("a.raw", 4 * MIB, &[]));
+    let mut live = live_restore_to(&scratch, device.name(), &["--state", "st", "--limit", "20"]);
+    kill_process(Pid::from_child(&live), Signal::TERM).unwrap();
+    assert!(live.wait().unwrap().success());
+    let session = scratch.path("st").canonicalize().unwrap().join(&scratch.names("st")[0]);
+    // The path leads to another disk now, as the record tells it.
+    let record = session.join("session.json");
+    let text = std::fs::read_to_string(&record).unwrap();
+    std::fs::write(&record, text.replace("/a.raw", "/b.raw")).unwrap();
+    let before = device.read(4 << 20);
+    let command = format!("lifeboot discard {} --state {}", device.name(), session.display());
+    let discard = ["discard", device.name(), "--yes", "--state"];
+    scratch.run(&[&discard[..], &["st"]].concat()).fails(&[
+        "is another target now",
+        &command,
+        "is not changed",
+    ]);
+    let args = ["live-restore", "web01@latest", device.name(), "--state", "st", "--listen", "unix:s"];
+    scratch.run(&args).fails(&["is another target now", &command]);
+    let ran = scratch.run(&[&discard[..], &[session.to_str().unwrap()]].concat()).ends_with(0);
+    assert!(ran.stdout.contains("/b.raw (4194304 bytes)"), "{ran:?}");
+    assert!(ran.stdout.contains("stays untouched: it is not this session's target"), "{ran:?}");
+    assert!(!session.exists() && device.read(4 << 20) == before);
+}
