@@ -12,7 +12,7 @@ use block::Engine;
 use parking_lot::MutexGuard;
 use serde::{Deserialize, Serialize};
 
-use super::moved;
+use super::moved::{self, Served};
 use super::open::forget_pointer;
 use super::record::SessionRecord;
 use super::rest::{lock_target, locked_record};
@@ -107,7 +107,7 @@ pub(crate) fn hand_over(
         }
         let carried = attempt.and_then(|mut qmp| {
             pivot::carry_home(&mut qmp, &home, drive, &mut || {
-                served.mark(Some(&drive.qmp))?;
+                served.mark(Some((&drive.qmp, home.is_default)))?;
                 is_marked = true;
                 Ok(())
             })
@@ -189,14 +189,18 @@ fn home_of<'a>(
     })
 }
 
-/// Keeps in the record whether QEMU may write to the target past us, and which one, by its monitor: on stable storage when it
-/// returns.
-pub(super) fn mark(state: &StateDir, record: &SessionRecord, qmp: Option<&Path>) -> anyhow::Result<()> {
-    if let Some(qmp) = qmp {
-        moved::begin(state, record, qmp)?;
+/// Keeps in the record whether QEMU may write to the target past us; `by` says which one, by its monitor, and from where it is
+/// moved. On stable storage when it returns.
+pub(super) fn mark(
+    state: &StateDir,
+    record: &SessionRecord,
+    by: Option<(&Path, &Served<'_>)>,
+) -> anyhow::Result<()> {
+    if let Some((qmp, served)) = by {
+        moved::begin(state, record, qmp, served)?;
     }
-    let kept = state.keep(&SessionRecord { handed_over: qmp.is_some(), ..record.clone() });
-    if qmp.is_none() || kept.is_err() {
+    let kept = state.keep(&SessionRecord { handed_over: by.is_some(), ..record.clone() });
+    if by.is_none() || kept.is_err() {
         moved::forget(state);
     }
     kept
@@ -328,7 +332,8 @@ pub(crate) fn ask_without_agent(
     if !record.handed_over {
         return Err(no_agent().into());
     }
-    let home = home_of(&record, &[], &record.disk)?;
+    let (addresses, is_default) = state.left_export(&record);
+    let home = Home { is_default, ..home_of(&record, &addresses, &record.disk)? };
     let failure = match ask(drive, &home) {
         Ok(Answer { moved: Some(moved), .. }) => {
             moved::end(state, &record, &drive.qmp);

@@ -19,6 +19,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 
 use anyhow::Context as _;
+use nbd_server::ListenAddress;
 use serde::{Deserialize, Serialize};
 
 use super::advice::shell_line;
@@ -28,9 +29,18 @@ use crate::cli::Failure;
 use crate::in_use;
 
 pub(super) const FILE: &str = "move.json";
-const VERSION: u32 = 2;
+const VERSION: u32 = 3;
+/// It had not where the disk is served.
+const WITHOUT_ADDRESSES: u32 = 2;
 
-#[derive(Debug, Serialize, Deserialize)]
+/// Where a disk is served.
+pub(super) struct Served<'a> {
+    pub(super) addresses: &'a [ListenAddress],
+    /// Whether the empty name means its export there.
+    pub(super) is_default: bool,
+}
+
+#[derive(Debug, Default, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct Move {
     version: u32,
@@ -39,18 +49,38 @@ struct Move {
     starts: u64,
     /// QEMU's monitor.
     qmp: PathBuf,
+    /// Where the disk is served: the machine's QEMU is on the export there, or was.
+    #[serde(default)]
+    addresses: Vec<String>,
+    /// Whether the empty name means its export there.
+    #[serde(default)]
+    is_default: bool,
     /// QEMU has said that the drive is on the target.
     moved: bool,
 }
 
-/// Notes that the machine is about to be moved: before the session is marked.
-pub(super) fn begin(state: &StateDir, record: &SessionRecord, qmp: &Path) -> anyhow::Result<()> {
-    write(state, record, qmp, false).with_context(|| format!("cannot write {}", state.file(FILE).display()))
+/// Notes that the machine is about to be moved off the export of `served`: before the session is marked.
+pub(super) fn begin(
+    state: &StateDir,
+    record: &SessionRecord,
+    qmp: &Path,
+    served: &Served<'_>,
+) -> anyhow::Result<()> {
+    let addresses = served.addresses.iter().map(ListenAddress::to_string).collect();
+    let begun = Move { addresses, is_default: served.is_default, moved: false, ..Move::of(record, qmp) };
+    write(state, &begun).with_context(|| format!("cannot write {}", state.file(FILE).display()))
 }
 
 /// Notes that QEMU has said that the machine runs from the target. Where that cannot be written, it is asked again.
 pub(super) fn end(state: &StateDir, record: &SessionRecord, qmp: &Path) {
-    if let Err(error) = write(state, record, qmp, true) {
+    let begun = state.noted_move(record).unwrap_or_default();
+    let ended = Move {
+        addresses: begun.addresses,
+        is_default: begun.is_default,
+        moved: true,
+        ..Move::of(record, qmp)
+    };
+    if let Err(error) = write(state, &ended) {
         tracing::warn!(%error, path = %state.file(FILE).display(), "that the machine was moved cannot be noted");
     }
 }
@@ -67,9 +97,15 @@ fn not_found(error: io::Error) -> io::Result<()> {
     if error.kind() == io::ErrorKind::NotFound { Ok(()) } else { Err(error) }
 }
 
-fn write(state: &StateDir, record: &SessionRecord, qmp: &Path, moved: bool) -> io::Result<()> {
-    let (session, starts) = (record.session.clone(), record.starts);
-    state.replace(FILE, &Move { version: VERSION, session, starts, qmp: qmp.to_owned(), moved })?;
+impl Move {
+    fn of(record: &SessionRecord, qmp: &Path) -> Self {
+        let (session, starts) = (record.session.clone(), record.starts);
+        Self { version: VERSION, session, starts, qmp: qmp.to_owned(), ..Self::default() }
+    }
+}
+
+fn write(state: &StateDir, noted: &Move) -> io::Result<()> {
+    state.replace(FILE, noted)?;
     File::open(state.path())?.sync_all()
 }
 
@@ -121,9 +157,16 @@ impl StateDir {
         )
     }
 
+    /// Where the disk was served when its machine was moved off it; nowhere where that is not noted.
+    pub(super) fn left_export(&self, record: &SessionRecord) -> (Vec<ListenAddress>, bool) {
+        let noted = self.noted_move(record).unwrap_or_default();
+        (noted.addresses.iter().filter_map(|address| address.parse().ok()).collect(), noted.is_default)
+    }
+
     fn noted_move(&self, record: &SessionRecord) -> Option<Move> {
         let noted: Move = serde_json::from_slice(&std::fs::read(self.file(FILE)).ok()?).ok()?;
-        (noted.version == VERSION && noted.session == record.session).then_some(noted)
+        let is_known = matches!(noted.version, WITHOUT_ADDRESSES | VERSION);
+        (is_known && noted.session == record.session).then_some(noted)
     }
 }
 
@@ -131,6 +174,32 @@ impl StateDir {
 mod tests {
     use super::*;
     use crate::live_restore::record::tests::record;
+
+    const NOWHERE: Served<'_> = Served { addresses: &[], is_default: false };
+
+    #[test]
+    fn the_export_that_a_machine_was_moved_off_is_known_after_the_move_too() {
+        let dir = tempfile::tempdir().unwrap();
+        let state = StateDir::of(&dir.path().join("t.raw"), None).unwrap();
+        state.create().unwrap();
+        let marked = SessionRecord { handed_over: true, ..record() };
+        assert_eq!(state.left_export(&marked), (Vec::new(), false));
+        let addresses =
+            [ListenAddress::Unix("/run/a b".into()), ListenAddress::Tcp { host: "::1".into(), port: 7 }];
+        let served = Served { addresses: &addresses, is_default: true };
+        begin(&state, &marked, Path::new("/run/q"), &served).unwrap();
+        assert_eq!(state.left_export(&marked), (addresses.to_vec(), true));
+        end(&state, &marked, Path::new("/run/q"));
+        assert_eq!(state.left_export(&marked), (addresses.to_vec(), true));
+        // As it was before that was noted.
+        let mut noted: serde_json::Value =
+            serde_json::from_slice(&std::fs::read(state.file(FILE)).unwrap()).unwrap();
+        noted.as_object_mut().unwrap().retain(|name, _| name != "addresses" && name != "is_default");
+        noted["version"] = WITHOUT_ADDRESSES.into();
+        std::fs::write(state.file(FILE), noted.to_string()).unwrap();
+        assert!(state.is_moved(&marked));
+        assert_eq!(state.left_export(&marked), (Vec::new(), false));
+    }
 
     #[test]
     fn a_machine_is_known_to_be_moved_once_that_is_noted_of_this_session_and_this_move() {
@@ -141,7 +210,7 @@ mod tests {
         assert!(!state.is_moved(&marked), "a mark alone tells nothing");
         assert!(state.may_be_waited_for(&marked) && !state.may_be_waited_for(&record()));
         assert!(state.serving_again(&marked).contains("--qmp SOCKET"));
-        begin(&state, &marked, Path::new("/run/a b")).unwrap();
+        begin(&state, &marked, Path::new("/run/a b"), &NOWHERE).unwrap();
         assert!(!state.is_moved(&marked));
         assert!(state.may_be_waited_for(&record()), "killed before the mark");
         let gone_on_with = SessionRecord { starts: record().starts + 1, ..record() };
@@ -155,7 +224,7 @@ mod tests {
         assert!(state.is_moved(&marked) && !state.may_be_waited_for(&marked));
         assert!(!state.is_moved(&record()), "the mark was taken back");
         assert!(!state.is_moved(&SessionRecord { session: "11".repeat(16), ..marked.clone() }));
-        begin(&state, &marked, Path::new("/run/q")).unwrap();
+        begin(&state, &marked, Path::new("/run/q"), &NOWHERE).unwrap();
         assert!(!state.is_moved(&marked), "it is moved once more");
         forget(&state);
         assert!(!state.may_be_waited_for(&record()), "the mark was taken back");

@@ -11,6 +11,7 @@ use nbd_server::{ListenAddress, Listener, Monitor, TlsServer};
 use super::advice;
 use super::fetching::Fetching;
 use super::handover::HandedOver;
+use super::moved::Served;
 use super::record::SessionRecord;
 use super::report;
 use super::room::{self, Room};
@@ -309,11 +310,14 @@ impl ServedDisk {
         self.handover.is_marked.load(Ordering::SeqCst)
     }
 
-    /// Keeps in the session's record whether QEMU may write to the target past us, and by which monitor it is to be asked: on
-    /// stable storage when it returns.
-    pub(super) fn mark(&self, qmp: Option<&Path>) -> anyhow::Result<()> {
-        super::handover::mark(&self.state, &self.record, qmp)?;
-        self.handover.is_marked.store(qmp.is_some(), Ordering::SeqCst);
+    /// Keeps in the session's record whether QEMU may write to the target past us; `by` says by which monitor it is to be asked, and
+    /// whether the empty name means this disk's export. On stable storage when it returns.
+    pub(super) fn mark(&self, by: Option<(&Path, bool)>) -> anyhow::Result<()> {
+        let served = |is_default| Served { addresses: &self.addresses, is_default };
+        let by = by.map(|(qmp, is_default)| (qmp, served(is_default)));
+        let by = by.as_ref().map(|(qmp, served)| (*qmp, served));
+        super::handover::mark(&self.state, &self.record, by)?;
+        self.handover.is_marked.store(by.is_some(), Ordering::SeqCst);
         Ok(())
     }
 

@@ -22,7 +22,7 @@
 //! 3. That a move was begun, then `handed_over` in the session's record, each on stable storage. Only from now on may QEMU write
 //!    past us; a session that is marked is never believed about what the guest wrote, nor checked against the snapshot.
 //! 4. QEMU moves the drive. It waits for the requests that are under way, so we go on answering them.
-//! 5. QEMU says that the drive is on the target, and the NBD node is gone: that is noted (`live_restore::moved`). Nothing of ours
+//! 5. QEMU says that the drive is on the target, and the NBD node, whose connection is cut first, is gone: that is noted (`live_restore::moved`). Nothing of ours
 //!    writes to the target after that: a last sync, the journal's last checkpoint, the end.
 //!
 //! | ends in between | where the machine is | what the next start does |
@@ -30,7 +30,7 @@
 //! | before 3 | on the export, and waits | goes on as ever; a node that QEMU opened in vain is removed by the next attempt |
 //! | after 3, before QEMU has done 4 | on the export, and waits | with `--qmp`: asks QEMU, takes the mark back, goes on; not where another program has locked the target, whose machine it is then. Without: refuses, and says so |
 //! | while QEMU does 4 | QEMU waits for its requests to be answered, and does not answer us | with `--qmp`: serves with the mark; QEMU then ends 4, and says so |
-//! | after 4 | on the target | with `--qmp`: says that it is done. Without: refuses |
+//! | after 4 | on the target | with `--qmp`: removes the NBD node, and says that it is done. Without: refuses |
 //!
 //! The mark is taken back only when QEMU says that the drive is on the export. While it says nothing, it is asked again,
 //! and we go on serving: both ways lead to the same bytes on the target, and a drive that was moved asks us nothing.

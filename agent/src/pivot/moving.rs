@@ -73,12 +73,26 @@ pub fn at_home(monitor: &mut dyn Monitor, home: &Home<'_>) -> Result<Moved, QmpE
     Ok(finished(&Graph::ask(monitor)?, home))
 }
 
+/// Removes the nodes on the export that nothing uses any more. QEMU flushes a node before it goes, and where the export's agent
+/// has ended it waits for another one, for as long as `reconnect-delay` says, and answers nobody. So the connection is cut
+/// first: what the guest wrote was flushed when its drive was moved off that node.
 fn remove_left_behind(monitor: &mut dyn Monitor, home: &Home<'_>) -> Result<(), QmpError> {
     for left in Graph::ask(monitor)?.left_behind(home) {
+        let instance = json!({ "type": "block-node", "node-name": left });
+        // QEMU before 6.0 has no such command.
+        unless_refused(monitor.execute("yank", json!({ "instances": [instance] })))?;
         // A node that QEMU owns goes by itself.
-        let _ = monitor.execute("blockdev-del", json!({ "node-name": left }));
+        unless_refused(monitor.execute("blockdev-del", json!({ "node-name": left })))?;
     }
     Ok(())
+}
+
+/// What QEMU refused is not done, which is as well.
+fn unless_refused(answer: Result<Value, QmpError>) -> Result<(), QmpError> {
+    match answer {
+        Err(error) if !error.is_refusal() => Err(error),
+        _ => Ok(()),
+    }
 }
 
 /// Moves the drive onto the target. `mark` is called when QEMU is about to be allowed to write to the target past us, and
@@ -277,10 +291,7 @@ impl Moving<'_> {
                 }));
             }
         }
-        if !self.drive.nbd.name.starts_with('#') {
-            // It is gone already where QEMU owns it, and is used by nobody in any case.
-            let _ = self.monitor.execute("blockdev-del", json!({ "node-name": self.drive.nbd.name }));
-        }
+        remove_left_behind(self.monitor, self.home).map_err(Trouble::Unknown)?;
         let graph = Graph::ask(self.monitor).map_err(Trouble::Unknown)?;
         Ok(Moved { direct_refused, ..finished(&graph, self.home) })
     }
@@ -367,11 +378,8 @@ fn end_old_job(monitor: &mut dyn Monitor, home: &Home<'_>) -> Result<bool, QmpEr
     if job_state(monitor, &job)?.is_none() {
         return Ok(false);
     }
-    match monitor.execute("block-job-cancel", json!({ "device": job, "force": true })) {
-        // It has ended meanwhile.
-        Err(error) if !error.is_refusal() => return Err(error),
-        _ => {}
-    }
+    // Where it is refused it has ended meanwhile.
+    unless_refused(monitor.execute("block-job-cancel", json!({ "device": job, "force": true })))?;
     wait_job_end(monitor, &job)?;
     Ok(true)
 }

@@ -103,8 +103,8 @@ pub struct Qmp {
     stream: BufReader<UnixStream>,
     process: Option<u32>,
     next_id: u64,
-    /// An answer did not come, and may come when it is that of another question.
-    is_dead: bool,
+    /// Once an answer did not come, which may come when it is that of another question: what is said of each further question.
+    dead: Option<fn(PathBuf) -> QmpError>,
 }
 
 impl Qmp {
@@ -118,13 +118,8 @@ impl Qmp {
         // Who called `listen`. It cannot be told across some namespaces.
         let process = socket_peercred(&stream).ok().map(|peer| Pid::as_raw(Some(peer.pid)));
         let process = process.and_then(|pid| u32::try_from(pid).ok()).filter(|&pid| pid != 0);
-        let mut qmp = Self {
-            path: path.to_owned(),
-            stream: BufReader::new(stream),
-            process,
-            next_id: 0,
-            is_dead: false,
-        };
+        let mut qmp =
+            Self { path: path.to_owned(), stream: BufReader::new(stream), process, next_id: 0, dead: None };
         let greeting = qmp.line(Instant::now() + GREETING_PATIENCE)?;
         if greeting.get("QMP").is_none() {
             return Err(qmp.not_qmp(format!("it greets with {}", shortened(&greeting.to_string()))));
@@ -175,11 +170,15 @@ impl Qmp {
 
 impl Monitor for Qmp {
     fn execute(&mut self, command: &str, arguments: Value) -> Result<Value, QmpError> {
-        if self.is_dead {
-            return Err(QmpError::Gone(self.path.clone()));
+        if let Some(dead) = self.dead {
+            return Err(dead(self.path.clone()));
         }
         let answer = self.exchange(command, &arguments, ANSWER_PATIENCE);
-        self.is_dead = answer.as_ref().is_err_and(|error| !error.is_refusal());
+        self.dead = match &answer {
+            Ok(_) | Err(QmpError::Refused { .. }) => None,
+            Err(QmpError::Silent(_)) => Some(QmpError::Silent),
+            Err(_) => Some(QmpError::Gone),
+        };
         answer
     }
 

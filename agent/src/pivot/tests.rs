@@ -8,7 +8,7 @@ use nbd_server::ListenAddress;
 use serde_json::{Value, json};
 
 use super::qmp::{Monitor, QmpError};
-use super::{Drive, Home, Moved, Trouble, Whereabouts, carry_home, whereabouts};
+use super::{Drive, Home, Moved, Trouble, Whereabouts, at_home, carry_home, whereabouts};
 
 const SIZE: u64 = 1 << 20;
 
@@ -45,6 +45,9 @@ struct FakeQemu {
     process: u32,
     opened: Vec<File>,
     target_size: Option<u64>,
+    /// Nobody serves the export any more.
+    is_export_gone: bool,
+    yanked: Vec<String>,
 }
 
 impl FakeQemu {
@@ -67,6 +70,8 @@ impl FakeQemu {
             process: std::process::id(),
             opened: Vec::new(),
             target_size: None,
+            is_export_gone: false,
+            yanked: Vec::new(),
         }
     }
 
@@ -110,6 +115,12 @@ impl FakeQemu {
                 self.nodes.remove(&name);
                 Ok(json!({}))
             }
+            "yank" => {
+                let name = text(&arguments["instances"][0]["node-name"]);
+                assert_eq!(self.users(&name), 0, "the guest reads through {name}");
+                self.yanked.push(name);
+                Ok(json!({}))
+            }
             "blockdev-reopen" => {
                 let options = &arguments["options"][0];
                 let name = text(&options["node-name"]);
@@ -142,6 +153,14 @@ impl FakeQemu {
             }
             other => Err(format!("The command {other} has not been found")),
         }
+    }
+
+    /// A node is flushed before it goes.
+    fn waits_for_its_export(&self, command: &str, arguments: &Value) -> bool {
+        let name = arguments["node-name"].as_str().unwrap_or_default();
+        let is_nbd = || self.nodes.get(name).is_some_and(|node| node.driver == "nbd");
+        let was_yanked = || self.yanked.iter().any(|yanked| yanked == name);
+        command == "blockdev-del" && self.is_export_gone && is_nbd() && self.users(name) == 0 && !was_yanked()
     }
 
     fn add(&mut self, options: &Value) -> Result<Value, String> {
@@ -199,6 +218,11 @@ impl Monitor for FakeQemu {
         let number = self.commands.len();
         self.commands.push(command.to_owned());
         match self.mishap.filter(|(at, _)| *at == number) {
+            // It waits for its export to come back, before it does anything else.
+            _ if self.waits_for_its_export(command, &arguments) => {
+                self.is_silent = true;
+                Err(silent())
+            }
             Some((_, Mishap::Refused)) => Err(refused("it does not like it".into())),
             Some((_, mishap)) => {
                 self.is_silent = true;
@@ -346,6 +370,44 @@ fn whatever_goes_wrong_at_any_command_the_drive_is_where_it_is_said_to_be_and_co
             assert!(at > 8, "it ran {at} commands alone");
         }
     }
+}
+
+#[test]
+fn what_an_agent_that_ended_left_behind_goes_while_nobody_serves_the_export() {
+    for (raw, nbd) in GRAPHS {
+        // Whatever it was killed at, and with it the export.
+        for at in 0.. {
+            let place = Place::new();
+            let mut qemu = place.qemu(raw, nbd);
+            qemu.mishap = Some((at, Mishap::DoneSilently));
+            let (moved, _) = place.carry(&mut qemu, None);
+            (qemu.is_silent, qemu.mishap, qemu.is_export_gone) = (false, None, true);
+            if whereabouts(&mut qemu, &place.home(), None).unwrap() == Whereabouts::Target {
+                let context = format!("{raw:?} {nbd} at {at}");
+                at_home(&mut qemu, &place.home()).unwrap_or_else(|error| panic!("{context}: {error}"));
+                assert!(qemu.nodes.values().all(|node| node.driver != "nbd"), "{context}: {:?}", qemu.nodes);
+            }
+            if moved.is_ok() {
+                break;
+            }
+        }
+    }
+}
+
+#[test]
+fn a_qemu_that_waits_for_its_export_is_said_to_be_silent() {
+    let place = Place::new();
+    let mut qemu = place.qemu(Some("raw0"), "nbd0");
+    place.carry(&mut qemu, None).0.unwrap();
+    // One without `yank`, and with a node that nothing uses.
+    let ListenAddress::Unix(socket) = &place.addresses[0] else { unreachable!() };
+    let left = FakeQemu::new(socket, None, "nbd0").nodes.remove("nbd0").unwrap();
+    qemu.nodes.insert("nbd0".into(), left);
+    qemu.yanked.clear();
+    (qemu.is_export_gone, qemu.mishap) = (true, Some((qemu.commands.len() + 3, Mishap::Refused)));
+    let error = at_home(&mut qemu, &place.home()).unwrap_err();
+    assert_eq!(qemu.commands.last().unwrap(), "blockdev-del");
+    assert!(matches!(error, QmpError::Silent(_)), "{error}");
 }
 
 #[test]
