@@ -145,6 +145,9 @@ impl Verb for Args {
             return self.nothing(output, &path, &state);
         }
         let is_begun = record.as_ref().is_none_or(SessionRecord::was_begun);
+        if let Some(record) = record.as_ref().filter(|record| record.was_begun()) {
+            live_restore::check_not_anothers(&state, record, &path)?;
+        }
         let is_another = locked
             .as_ref()
             .zip(record.as_ref().filter(|record| record.was_begun()))

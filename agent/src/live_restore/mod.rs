@@ -81,6 +81,7 @@ pub(crate) use handover::{ask_without_agent, no_session_any_more};
 pub use identity::TargetIdentity;
 pub(crate) use narrate::qemu_arguments;
 pub(crate) use order::{Order, paths};
+pub(crate) use original::check_not_anothers;
 pub(crate) use pointer::LeftBehind;
 pub use record::SessionRecord;
 #[cfg(test)]

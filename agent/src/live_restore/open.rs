@@ -27,6 +27,7 @@ use super::distrust;
 use super::fetching::{Fetching, SharedPool};
 use super::identity::TargetIdentity;
 use super::made::Made;
+use super::original::check_not_anothers;
 use super::parts::{Parts, id_text, make_journal, new_id, open_journal, parse_id};
 use super::pointer;
 use super::record::SessionRecord;
@@ -215,6 +216,7 @@ impl Found<'_> {
     fn resume(&self, found: &SessionRecord, parts: Parts, interrupt: &Interrupt) -> anyhow::Result<Opened> {
         let Self { wish, state, path, .. } = self;
         if !path.exists() {
+            check_not_anothers(state, found, path)?;
             let dir = state.path().display();
             return Err(Failure::new(
                 format!("the target {} of the session in {dir} is gone", path.display()),

@@ -26,15 +26,37 @@ impl StateDir {
             let there = Self::at(dir.clone()).record().ok().flatten().filter(SessionRecord::was_begun);
             there.is_some_and(|there| there.session == record.session && identity.is_same(&there.identity))
         };
-        let beside = Self::beside(target, false).ok().map(|state| state.path().to_owned());
+        let beside = Self::beside(target).ok().map(|state| state.path().to_owned());
         let candidates = self.original(record).into_iter().chain(beside);
         let others = candidates.filter_map(|dir| dir.canonicalize().ok()).filter(|dir| *dir != here);
         others.filter(has_it).map(|other| refused(&here, &other, target)).next()
     }
 }
 
+/// That the session in `state`, found for `path`, is of a target that is there under the name that its record has: `path` has another
+/// one, or none. A copy of that session may be meant for a copy.
+pub(crate) fn check_not_anothers(
+    state: &StateDir,
+    record: &SessionRecord,
+    path: &Path,
+) -> anyhow::Result<()> {
+    let is_its = |path: &Path| {
+        let there = TargetIdentity::at(path).ok().flatten();
+        there.is_some_and(|there| there.is_same(&record.identity))
+    };
+    if record.target == path || is_its(path) || !is_its(&record.target) || state.original(record).is_some() {
+        return Ok(());
+    }
+    let (target, dir) = (record.target.display(), state.path().display());
+    Err(Failure::new(
+        format!("the session in {dir} is that of {target}, which is there, and not of {}", path.display()),
+        format!("name {target}"),
+    )
+    .into())
+}
+
 fn refused(here: &Path, other: &Path, target: &Path) -> Failure {
-    let is_found = StateDir::beside(target, false)
+    let is_found = StateDir::beside(target)
         .is_ok_and(|beside| beside.path().canonicalize().is_ok_and(|beside| beside == other));
     let name = |dir: &Path| shell_line(&["--state".to_owned(), dir.display().to_string()]);
     let naming = if pointer::beside(target) == here || !is_found {

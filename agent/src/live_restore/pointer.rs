@@ -7,6 +7,7 @@
 
 use std::fs::File;
 use std::io::{self, Read as _};
+use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 
 use anyhow::Context as _;
@@ -138,8 +139,18 @@ fn is_copied(target: &Path, record: &SessionRecord) -> bool {
 }
 
 impl StateDir {
-    /// Of a file whose session is beside it, or where a file beside it says; or beside another name of the file.
-    pub(super) fn beside(target: &Path, has_links: bool) -> anyhow::Result<Self> {
+    /// Of a file whose session is beside it, or where a file beside it says; or, where nothing is, beside another name that the file has in
+    /// its directory, or had: it may have been renamed without its session.
+    pub(super) fn beside_any_name(target: &Path) -> anyhow::Result<Self> {
+        let state = Self::beside(target)?;
+        if state.path().exists() {
+            return Ok(state);
+        }
+        Ok(Self::of_other_name(target).unwrap_or(state))
+    }
+
+    /// Of a file whose session is beside it, or where a file beside it says.
+    pub(super) fn beside(target: &Path) -> anyhow::Result<Self> {
         if let Some(Pointer { session, state, .. }) = read(target)? {
             let state = Self::at(state);
             if state.is_without(&session) {
@@ -179,11 +190,7 @@ impl StateDir {
             }
             return Ok(state);
         }
-        let state = Self::at(beside(target));
-        if has_links && !state.path().exists() {
-            return Ok(Self::of_other_name(target).unwrap_or(state));
-        }
-        Ok(state)
+        Ok(Self::at(beside(target)))
     }
 
     /// Whether this session is not kept here. One that is damaged is told of by whoever looks.
@@ -191,10 +198,14 @@ impl StateDir {
         self.record().ok().is_some_and(|record| record.is_none_or(|record| record.session != session))
     }
 
-    /// Of a file that has several names, beside another one of them in the same directory.
+    /// Of a file that has several names in its directory, or had another one, beside that.
     fn of_other_name(target: &Path) -> Option<Self> {
-        let identity =
-            TargetIdentity::at(target).ok().flatten().filter(|identity| identity.name.is_some())?;
+        let metadata = std::fs::metadata(target).ok().filter(std::fs::Metadata::is_file)?;
+        // The number of a file that was removed is given out anew.
+        if metadata.nlink() == 1 && metadata.created().is_err() {
+            return None;
+        }
+        let identity = TargetIdentity::at(target).ok().flatten()?;
         let entries = std::fs::read_dir(target.parent()?).ok()?.flatten();
         let mut names: Vec<PathBuf> = entries
             .map(|entry| entry.path())
@@ -202,7 +213,7 @@ impl StateDir {
             .map(|path| path.with_extension(""))
             .collect();
         names.sort();
-        let states = names.into_iter().filter_map(|name| Self::beside(&name, false).ok());
+        let states = names.into_iter().filter_map(|name| Self::beside(&name).ok());
         let is_same = |record: &SessionRecord| record.was_begun() && identity.is_same(&record.identity);
         states.into_iter().find(|state| state.record().ok().flatten().is_some_and(|record| is_same(&record)))
     }
@@ -364,7 +375,7 @@ mod tests {
     }
 
     #[test]
-    fn a_session_is_found_by_a_hard_link_beside_its_target() {
+    fn a_session_is_found_by_a_hard_link_beside_its_target_and_by_a_new_name() {
         let dir = tempfile::tempdir().unwrap();
         let target = dir.path().join("t.raw");
         std::fs::write(&target, "part of a disk").unwrap();
@@ -375,6 +386,13 @@ mod tests {
         let link = dir.path().join("other-name.img");
         std::fs::hard_link(&target, &link).unwrap();
         assert_eq!(StateDir::of(&link, None).unwrap().path(), state.path());
+        let refused = StateDir::of(&link, Some(&dir.path().join("st"))).unwrap_err().to_string();
+        assert!(refused.contains(state.path().to_str().unwrap()), "{refused}");
+        std::fs::remove_file(&link).unwrap();
+        std::fs::rename(&target, &link).unwrap();
+        assert_eq!(StateDir::of(&link, None).unwrap().path(), state.path());
+        assert_eq!(StateDir::of(&target, None).unwrap().path(), state.path(), "nothing has the old name");
+        std::fs::rename(&link, &target).unwrap();
         let copy = dir.path().join("copy.raw");
         std::fs::copy(&target, &copy).unwrap();
         std::fs::hard_link(&copy, dir.path().join("copy-2.raw")).unwrap();

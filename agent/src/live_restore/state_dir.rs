@@ -71,11 +71,10 @@ impl StateDir {
             )
             .into());
         }
-        let has_links = metadata.as_ref().is_some_and(|metadata| metadata.is_file() && metadata.nlink() > 1);
         let device = metadata.filter(|metadata| metadata.file_type().is_block_device());
         let is_file = device.is_none();
         let path = match (device, state_root) {
-            (None, None) => return Ok(Self::beside(&absolute, has_links)?.sought_as(sought)),
+            (None, None) => return Ok(Self::beside_any_name(&absolute)?.sought_as(sought)),
             (device, root) => {
                 let root = root.unwrap_or(Path::new(DEFAULT_STATE_ROOT));
                 let name =
@@ -100,7 +99,7 @@ impl StateDir {
         let state = Self::at(path).sought_as(sought);
         if is_file && !state.is_begun() {
             // What stands beside the target is not to be passed over because another place was named.
-            let beside = Self::beside(&absolute, false)
+            let beside = Self::beside_any_name(&absolute)
                 .ok()
                 .filter(|beside| beside.path != state.path && beside.is_begun());
             if let Some(beside) = beside {

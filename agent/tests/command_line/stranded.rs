@@ -92,7 +92,11 @@ fn with_a_damaged_copy_nobody_is_sent_to_the_original() {
 
 /// The snapshot that the session of `t.raw` restores.
 fn base(scratch: &Scratch) -> String {
-    scratch.json(&["status", "t.raw"])["snapshot"].as_str().unwrap().to_owned()
+    base_of(scratch, "t.raw")
+}
+
+fn base_of(scratch: &Scratch, target: &str) -> String {
+    scratch.json(&["status", target])["snapshot"].as_str().unwrap().to_owned()
 }
 
 #[test]
@@ -115,6 +119,30 @@ fn a_renamed_target_is_named_as_it_is_called_now() {
     follow(&scratch, &failed, "lifeboot save", "");
     ensure_saved(&scratch);
     follow(&scratch, &failed, "lifeboot discard", "--yes");
+}
+
+#[test]
+fn a_target_that_was_renamed_without_its_session_goes_on_with_it() {
+    let scratch = parked(&[]);
+    std::fs::rename(scratch.path("t.raw"), scratch.path("renamed.raw")).unwrap();
+    assert_eq!(scratch.json(&["status", "renamed.raw"])["guest_bytes"], 65536);
+    scratch.run(&["capture", "web02", "renamed.raw"]).ends_with(1);
+    scratch.run(&["save", "renamed.raw"]).ends_with(0);
+    ensure_saved(&scratch);
+    let live = ["live-restore", &base_of(&scratch, "renamed.raw"), "renamed.raw"].map(str::to_owned);
+    let live: Vec<&str> = live.iter().map(String::as_str).chain(LISTEN).collect();
+    scratch.run(&live).ends_with(0);
+    assert_same(&scratch.path("renamed.raw"), &scratch.path("d.raw"));
+    // Whoever names the old path does not mean this session.
+    let said = ["is that of", "renamed.raw, which is there"];
+    scratch.run(&["discard", "t.raw", "--yes"]).fails(&said);
+    let live: Vec<&str> =
+        live.iter().map(|word| if *word == "renamed.raw" { "t.raw" } else { word }).collect();
+    scratch.run(&live).fails(&said);
+    std::fs::copy(scratch.path("d.raw"), scratch.path("t.raw")).unwrap();
+    scratch.run(&["discard", "t.raw", "--yes"]).fails(&said);
+    scratch.run(&["discard", "renamed.raw", "--yes"]).ends_with(0);
+    assert!(!scratch.path("t.raw.lifeboot").exists() && !scratch.path("renamed.raw.lifeboot").exists());
 }
 
 #[test]
