@@ -189,7 +189,12 @@ fn a_copied_session_does_not_go_on_with_the_block_device_of_its_original() {
     let disk = scratch.disk("d.raw", 4 * MIB, &[(0, 2 << 20, 1)]);
     scratch.run(&["capture", "web01", "d.raw"]).ends_with(0);
     let device = Loop::on(&scratch.disk("a.raw", 4 * MIB, &[]));
-    let mut live = live_restore_to(&scratch, device.name(), &["--state", "st", "--limit", "20"]);
+    let live = || live_restore_to(&scratch, device.name(), &["--state", "st", "--limit", "20"]);
+    let park = |mut live: std::process::Child| {
+        kill_process(Pid::from_child(&live), Signal::TERM).unwrap();
+        assert!(live.wait().unwrap().success());
+    };
+    park(live());
     let copied = Command::new("cp").arg("-a").args([scratch.path("st"), scratch.path("st2")]).status();
     assert!(copied.unwrap().success());
     let go_on = |state: &str| {
@@ -199,9 +204,9 @@ fn a_copied_session_does_not_go_on_with_the_block_device_of_its_original() {
     let session = scratch.path("st").canonicalize().unwrap().join(&scratch.names("st")[0]);
     let said = ["is a copy of the one in", &format!("`--state {}`", session.display())];
     go_on("st2").fails(&said);
-    kill_process(Pid::from_child(&live), Signal::TERM).unwrap();
-    assert!(live.wait().unwrap().success());
+    let live = live();
     go_on("st2").fails(&said);
+    park(live);
     go_on(session.to_str().unwrap()).ends_with(0);
     assert_eq!(device.read(4 << 20), std::fs::read(&disk).unwrap());
 }
