@@ -152,6 +152,19 @@ fn choose(
     }
     match fitting.as_slice() {
         [(path, _)] => Ok(Some((*path).clone())),
+        [] if sessions.iter().all(|(_, record)| identity.size < record.size) => {
+            let least = sessions.iter().map(|(_, record)| record.size).min().unwrap_or_default();
+            Err(Failure::new(
+                format!(
+                    "no session below {} can be that of {target} ({} bytes), which is too small: {}",
+                    root.display(),
+                    identity.size,
+                    others.join("; ")
+                ),
+                format!("copy the disk to a target of at least {least} bytes, and name that"),
+            )
+            .into())
+        }
         [] => {
             let copy = PathBuf::from(format!("{}-copy", root.display()));
             let words = |words: &[&Path]| {
@@ -366,7 +379,9 @@ mod tests {
         // None is as good as another: a command with any would be run as it stands.
         scratch.refused(&two, "st2", &["`--state DIRECTORY`"]);
         assert_eq!(scratch.found(&two, c.to_str().unwrap()).unwrap(), c);
-        scratch.refused(&scratch.target("w.raw", SIZE / 2), "st2", &["of a disk of 1048576 bytes", "cp -a"]);
+        let small = scratch.target("w.raw", SIZE / 2);
+        scratch.refused(&small, "st2", &["of a disk of 1048576 bytes", "at least 1048576 bytes"]);
+        assert!(!format!("{:#}", scratch.found(&small, "st2").unwrap_err()).contains("cp -a"));
         // A larger one fits any of them.
         scratch.refused(&scratch.target("x.raw", 3 * SIZE), "st2", &["several sessions"]);
     }
