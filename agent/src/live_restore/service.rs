@@ -145,12 +145,12 @@ impl Service {
     pub(super) fn status_of(&self, disk: &ServedDisk, stats: &StatsSnapshot) -> Status {
         let mut status = report::status(disk, stats);
         status.limit = Some(self.limit());
-        status.seconds_left = status.expected_seconds(disk.share.load(Ordering::Relaxed));
         status.connections = Some(self.monitor.stats().connections as u64);
         self.look_at_room(disk);
         if status.waiting.is_none() && disk.room.is_lacking(&disk.record.target, Instant::now()) {
             status.waiting = Some(room::advice(&disk.record.target));
         }
+        status.seconds_left = status.expected_seconds(disk.share.load(Ordering::Relaxed));
         status
     }
 

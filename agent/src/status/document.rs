@@ -183,11 +183,13 @@ impl Status {
 
     /// How long the rest takes at the rate of the last seconds, but no faster than `limit`: bytes a second that the background may
     /// take for this disk, 0 is no limit. What came before that was lowered, or because guests asked for it, does not last. `None`
-    /// where nobody copies it home: guests may never ask for it, and what is damaged cannot be had.
+    /// where nobody copies it home: guests may never ask for it, what is damaged cannot be had, and while something is waited for, what
+    /// came home before that, and what guests write, tells nothing of the rest.
     #[must_use]
     pub fn expected_seconds(&self, limit: u64) -> Option<u64> {
         let left = self.size.saturating_sub(self.home_bytes);
-        if left == 0 || self.bytes_per_second == 0 || self.is_without_background() || !self.is_coming_home() {
+        let is_copied = self.is_coming_home() && self.waiting.is_none() && !self.is_without_background();
+        if left == 0 || self.bytes_per_second == 0 || !is_copied {
             return None;
         }
         let most = if limit == 0 { u64::MAX } else { limit };
@@ -242,6 +244,10 @@ mod tests {
         assert_eq!(Status { home_bytes: 1000, ..running() }.expected_seconds(0), None);
         assert_eq!(Status { bytes_per_second: 0, ..running() }.expected_seconds(0), None);
         assert_eq!(Status { background: Some(false), ..running() }.expected_seconds(0), None);
+        assert_eq!(
+            Status { waiting: Some("the target is full".into()), ..running() }.expected_seconds(0),
+            None
+        );
         let damaged = |damaged_bytes| Status { damaged_bytes, ..running() };
         assert_eq!(damaged(209).expected_seconds(0), Some(3));
         assert_eq!(damaged(210).expected_seconds(0), None, "all is home but what is damaged");

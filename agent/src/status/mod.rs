@@ -166,7 +166,7 @@ fn table(status: &Status) -> Table {
     );
     row("written by the guest", human_size(status.guest_bytes));
     if status.pid.is_some() {
-        if status.is_coming_home() {
+        if status.is_coming_home() && status.waiting.is_none() {
             row("rate", format!("{}/s", human_size(status.bytes_per_second)));
         }
         if let Some(limit) = status.limit.filter(|limit| *limit > 0) {

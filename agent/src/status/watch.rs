@@ -131,7 +131,7 @@ fn home(status: &Status) -> String {
         human_size(status.home_bytes),
         human_size(status.size)
     );
-    if status.is_coming_home() {
+    if status.is_coming_home() && status.waiting.is_none() {
         text.push_str(&format!(" at {}/s", human_size(status.bytes_per_second)));
         if let Some(seconds) = status.seconds_left {
             text.push_str(&format!(", {} left", human_duration(Duration::from_secs(seconds))));
