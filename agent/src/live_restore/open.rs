@@ -135,7 +135,10 @@ pub(super) fn find<'a>(wish: &'a Wish<'a>, state: &'a StateDir) -> anyhow::Resul
             Restored::New(snapshot, disk)
         }
     };
-    Ok(Found { wish, state, path, restored })
+    let found = Found { wish, state, path, restored };
+    // Before whoever serves it now is told to end.
+    target::check_file_limit(&found.path, found.size())?;
+    Ok(found)
 }
 
 fn no_copy_found(path: &Path, state: &StateDir) -> anyhow::Error {
@@ -196,6 +199,13 @@ impl Found<'_> {
                 let parts = Parts::new(self.wish, snapshot.name().group(), disk)?;
                 self.create(snapshot, disk, parts, interrupt)
             }
+        }
+    }
+
+    const fn size(&self) -> u64 {
+        match &self.restored {
+            Restored::Begun(record, _) => record.size,
+            Restored::New(_, disk) => disk.size,
         }
     }
 

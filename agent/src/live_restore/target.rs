@@ -16,6 +16,7 @@ use block::{Engine, FileDisk, FileOptions};
 use rustix::fs::FlockOperation;
 
 use super::control;
+use super::identity::TargetIdentity;
 use super::made::{Made, Undo};
 use super::record::SessionRecord;
 use super::state_dir::{StateDir, absolute};
@@ -69,11 +70,42 @@ pub(super) fn trouble(state: &StateDir, record: &SessionRecord) -> Option<Failur
     let path = state.target(record);
     match std::fs::metadata(path) {
         _ if record.handed_over => None,
+        Ok(_) if is_another(path, record) => Some(another(path)),
         Ok(there) if there.is_file() && there.len() < record.size => {
             Some(cut_off(path, there.len(), state, record))
         }
         Err(error) if error.kind() == io::ErrorKind::NotFound => Some(gone(state, path)),
         _ => None,
+    }
+}
+
+fn is_another(path: &Path, record: &SessionRecord) -> bool {
+    let there = TargetIdentity::at(path).ok().flatten();
+    there.is_some_and(|there| !there.is_same(&record.identity))
+}
+
+fn another(path: &Path) -> Failure {
+    Failure::new(
+        format!("{} is another target than the session's", path.display()),
+        "give the live-restore command --moved if it was copied or moved as a whole, together with its session; else name the session's own target",
+    )
+}
+
+/// Fails where a file that is so long may not be written by us: its writes would fail once they are beyond the limit, as they do
+/// where there is no room.
+pub(super) fn check_file_limit(path: &Path, size: u64) -> anyhow::Result<()> {
+    let limit = rustix::process::getrlimit(rustix::process::Resource::Fsize).current;
+    let is_device = || std::fs::metadata(path).is_ok_and(|there| there.file_type().is_block_device());
+    match limit.filter(|limit| *limit < size) {
+        Some(limit) if !is_device() => Err(Failure::new(
+            format!(
+                "cannot write the target {}: this process may make no file of more than {limit} bytes, and the disk has {size}",
+                path.display()
+            ),
+            "raise its limit of file sizes (`ulimit -f unlimited`, or LimitFSIZE= of its systemd unit), then run the same command again",
+        )
+        .into()),
+        _ => Ok(()),
     }
 }
 
@@ -214,11 +246,22 @@ impl Taken {
             File::open(path.parent().unwrap_or(Path::new("/")))?.sync_all()
         };
         if !is_device {
-            prepare().with_context(|| format!("cannot prepare the target {}", path.display()))?;
+            prepare().map_err(|error| cannot_prepare(&path, size, error))?;
         }
         let disk = FileDisk::from_file(file, path, FileOptions::new(engine))?;
         Ok(disk)
     }
+}
+
+fn cannot_prepare(path: &Path, size: u64, error: io::Error) -> anyhow::Error {
+    let what = format!("cannot prepare the target {}", path.display());
+    if error.kind() != io::ErrorKind::FileTooLarge {
+        return anyhow::Error::from(error).context(what);
+    }
+    let advice = format!(
+        "its file system has no files of {size} bytes: name a target on another one, or a block device"
+    );
+    Failure::new(what, advice).because(error).into()
 }
 
 fn metadata(path: &Path) -> anyhow::Result<Option<std::fs::Metadata>> {

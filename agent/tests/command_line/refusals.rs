@@ -348,6 +348,11 @@ fn a_limit_of_file_sizes_is_an_error_and_no_death() {
         Ran::of(command.current_dir(scratch.path("")).output().unwrap())
     };
     limited("restore -r repo web01@latest out.raw").fails(&["out.raw", "File too large"]);
-    limited("live-restore -r repo web01@latest live.raw --listen unix:s --exit-when-done")
-        .fails(&["live.raw", "File too large"]);
+    let live = "live-restore -r repo web01@latest live.raw --listen unix:s --exit-when-done";
+    let said = ["live.raw", "no file of more than 524288 bytes", "ulimit -f"];
+    limited(live).fails(&said);
+    assert!(!scratch.path("live.raw").exists() && !scratch.path("live.raw.lifeboot").exists());
+    // Nor is a session that is there gone on with, to find its target full later.
+    scratch.run(&live.split(' ').collect::<Vec<_>>()).ends_with(0);
+    limited(live).fails(&said);
 }

@@ -76,6 +76,9 @@ fn ensure_saved(scratch: &Scratch) {
 fn with_a_damaged_copy_nobody_is_sent_to_the_original() {
     let scratch = parked(&[]);
     copy_whole(&scratch, "t.raw", "copy.raw");
+    let status = scratch.json(&["status", "copy.raw"]);
+    let why = status["waiting"].as_str().unwrap_or_else(|| panic!("it says that it goes on: {status}"));
+    assert!(why.contains("copy.raw is another target") && why.contains("--moved"), "{why}");
     std::fs::remove_file(scratch.path("copy.raw.lifeboot/journal")).unwrap();
     let original = scratch.path("t.raw").display().to_string();
     let live = ["live-restore", "web01@latest", "copy.raw", "--moved"];
