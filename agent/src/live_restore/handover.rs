@@ -241,6 +241,10 @@ fn look(
     let target = record.target.display();
     let answer = match ask(drive, home) {
         Ok(answer) => answer,
+        // Not to wait for us: it needs nothing of ours any more, and whatever else would write to the export ruined its disk.
+        Err(error @ QmpError::Silent(_)) if state.is_moved(record) => {
+            return Err(was_moved(state, record, error).into());
+        }
         // QEMU answers nothing while it waits for its requests: to be moved it needs us. Serving is safe whatever it does
         // next: a machine that is on the target asks us for nothing, and ours writes only what it is asked to. The mark stays
         // until QEMU says where it is.
@@ -273,6 +277,20 @@ fn look(
         )
         .into()),
     }
+}
+
+/// That a machine runs from its target, and its QEMU does not say how.
+fn was_moved(state: &StateDir, record: &SessionRecord, error: QmpError) -> Failure {
+    let path = state.target(record);
+    let (target, discard) = (path.display(), state.command("discard", path));
+    Failure::new(
+        format!("a running machine was moved onto {target}, and runs from it itself; its QEMU's monitor is busy"),
+        format!(
+            "there is nothing left to restore: let the machine run, and start it from {target} from now on; `{discard}` removes the \
+             session and leaves the disk"
+        ),
+    )
+    .because(error)
 }
 
 /// That the QEMU of a machine which may run from `target` cannot be asked.

@@ -206,6 +206,16 @@ fn a_start_that_asks_qemu_finds_that_the_machine_was_moved_and_notes_it() {
 }
 
 #[test]
+fn a_machine_that_is_known_to_be_moved_is_not_served_again_while_its_monitor_is_busy() {
+    let (scratch, qemu) = killed_in_the_move();
+    qemu.is(Stage::Moved);
+    scratch.run(&["pivot", "t.raw", "--qmp", "a qmp"]).ends_with(0);
+    qemu.is(Stage::Hanging);
+    let live = ["live-restore", "web01@latest", "t.raw", "--listen", "unix:s", "--qmp", "a qmp"];
+    scratch.run(&live).fails(&["was moved onto", "monitor is busy", "does not answer", "lifeboot discard"]);
+}
+
+#[test]
 fn a_move_that_was_begun_and_not_marked_means_nothing_once_the_session_was_gone_on_with() {
     let (scratch, _qemu) = killed_in_the_move();
     // As the session is before the mark.
