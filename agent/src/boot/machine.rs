@@ -86,10 +86,11 @@ impl Machine {
         self.ended
     }
 
-    /// Asks the guest to power down, or QEMU to end; tells whether QEMU took it.
-    pub(super) fn ask_to_end(&self, at_once: bool) -> bool {
+    /// Asks the guest to power down, or QEMU to end; tells whether QEMU took it. It waits for its monitor until `gives_up` says so.
+    pub(super) fn ask_to_end(&self, at_once: bool, gives_up: &dyn Fn() -> bool) -> bool {
         let command = if at_once { "quit" } else { "system_powerdown" };
-        let asked = Qmp::connect(&self.sockets.ender()).and_then(|mut qmp| qmp.execute(command, json!({})));
+        let asked =
+            Qmp::connect(&self.sockets.ender(), gives_up).and_then(|mut qmp| qmp.execute(command, json!({})));
         asked.inspect_err(|error| tracing::debug!(%error, command, "QEMU was not asked")).is_ok()
     }
 
@@ -109,7 +110,7 @@ impl Drop for Machine {
             return;
         }
         // The service could not go on: without it the machine has no disks. QEMU may wait for them for minutes before it ends.
-        self.ask_to_end(true);
+        self.ask_to_end(true, &|| false);
         let deadline = Instant::now() + QUIT_PATIENCE;
         while self.ended().is_none() && Instant::now() < deadline {
             std::thread::sleep(Duration::from_millis(20));

@@ -2,7 +2,6 @@
 //! which disks the machine has, so that whoever meets another of its targets finds it too.
 
 use std::fs::{File, TryLockError};
-use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -100,9 +99,9 @@ impl Sockets {
         self.dir.join("end.sock")
     }
 
-    /// Whether QEMU has made the monitor that moves drives. It takes the next client once this one is gone.
+    /// Whether QEMU has made the monitor that moves drives.
     pub(super) fn has_monitor(&self) -> bool {
-        UnixStream::connect(self.mover()).is_ok()
+        crate::pivot::is_there(&self.mover())
     }
 
     /// Notes which disks the machine has that is about to be started.

@@ -94,7 +94,7 @@ impl<'a> BootWatcher<'a> {
             }
             if !self.is_home() {
                 // The service ended by itself: a sync failed. The machine has no disks any more.
-                self.machine.ask_to_end(true);
+                self.ask_to_end(true);
             }
             self.look_after_end();
             std::thread::sleep(LOOK_INTERVAL);
@@ -132,6 +132,12 @@ impl<'a> BootWatcher<'a> {
         }
     }
 
+    /// Until somebody asks once more.
+    fn ask_to_end(&self, at_once: bool) {
+        let wishes = self.interrupt.wishes();
+        self.machine.ask_to_end(at_once, &|| self.interrupt.wishes() > wishes);
+    }
+
     /// Passes a wish to end on to the guest, then to QEMU, then to the kernel.
     fn look_after_end(&mut self) {
         let now = Instant::now();
@@ -142,13 +148,13 @@ impl<'a> BootWatcher<'a> {
                     "asking the guest to power down; QEMU is told to quit in {} s, or when you ask once more, a second from now or later",
                     self.shutdown_timeout.as_secs()
                 ));
-                self.machine.ask_to_end(false);
+                self.ask_to_end(false);
                 self.ending = Ending::Asked(now);
             }
             Ending::Asked(since) if wishes > 1 || now.duration_since(since) >= self.shutdown_timeout => {
                 let why = if wishes > 1 { "asked once more" } else { "the guest does not power down" };
                 self.output.warn(format_args!("{why}: QEMU is told to quit"));
-                self.machine.ask_to_end(true);
+                self.ask_to_end(true);
                 self.ending = Ending::Quit(now);
             }
             Ending::Quit(since) if wishes > 2 || now.duration_since(since) >= QUIT_PATIENCE => {

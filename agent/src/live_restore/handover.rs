@@ -93,10 +93,15 @@ pub(crate) fn hand_over(
     let home =
         Home { is_default: disk == 0, ..home_of(&served.record, &served.addresses, &served.record.disk)? };
     let mut is_marked = served.is_marked();
+    let is_ending = || service.check_ending().is_err();
     let mut last_said = String::new();
     let mut moving = None;
     loop {
-        let attempt = Qmp::connect(&drive.qmp).map_err(|error| {
+        let connected = Qmp::connect(&drive.qmp, &is_ending);
+        if connected.is_err() && !is_marked {
+            service.check_ending()?;
+        }
+        let attempt = connected.map_err(|error| {
             if is_marked { Trouble::Unknown(error) } else { Trouble::OnExport(Failure::from(error).into()) }
         });
         // Not before QEMU is there: a QEMU that cannot be asked must not keep anybody from saving.
@@ -120,7 +125,7 @@ pub(crate) fn hand_over(
             }
             Err(Trouble::OnExport(error)) if !is_marked => return Err(error),
             // A refusal to look is no answer: only where the drive is said to be on the export the mark goes.
-            Err(Trouble::OnExport(error)) => match ask(drive, &home) {
+            Err(Trouble::OnExport(error)) => match ask(drive, &home, &is_ending) {
                 Ok(Answer { whereabouts: Whereabouts::Export, is_anothers: false, .. }) => {
                     served.mark(None)?;
                     return Err(error);
@@ -218,10 +223,11 @@ pub(super) fn settle(
     is_default: bool,
     drive: &Drive,
     takes_over: bool,
+    interrupt: &Interrupt,
 ) -> anyhow::Result<Option<HandedOver>> {
     let Some(record) = state.record()?.filter(|record| record.handed_over) else { return Ok(None) };
     let home = Home { is_default, ..home_of(&record, addresses, &record.disk)? };
-    let moved = look(state, &record, &home, drive, takes_over)?;
+    let moved = look(state, &record, &home, drive, takes_over, interrupt)?;
     if moved.is_some() {
         moved::end(state, &record, &drive.qmp);
         // The agent that did it was killed before it came to that.
@@ -237,9 +243,13 @@ fn look(
     home: &Home<'_>,
     drive: &Drive,
     takes_over: bool,
+    interrupt: &Interrupt,
 ) -> anyhow::Result<Option<Moved>> {
     let target = record.target.display();
-    let answer = match ask(drive, home) {
+    let asked = ask(drive, home, &|| interrupt.is_raised());
+    // Who was not waited for is not silent.
+    interrupt.check()?;
+    let answer = match asked {
         Ok(answer) => answer,
         // Not to wait for us: it needs nothing of ours any more, and whatever else would write to the export ruined its disk.
         Err(error @ QmpError::Silent(_)) if state.is_moved(record) => {
@@ -352,7 +362,7 @@ pub(crate) fn ask_without_agent(
     }
     let (addresses, is_default) = state.left_export(&record);
     let home = Home { is_default, ..home_of(&record, &addresses, &record.disk)? };
-    let failure = match ask(drive, &home) {
+    let failure = match ask(drive, &home, &|| false) {
         Ok(Answer { moved: Some(moved), .. }) => {
             moved::end(state, &record, &drive.qmp);
             return Ok(HandedOver { disk: record.disk.clone(), target: record.target.clone(), moved });
@@ -403,8 +413,8 @@ struct Answer {
     is_anothers: bool,
 }
 
-fn ask(drive: &Drive, home: &Home<'_>) -> Result<Answer, QmpError> {
-    let mut qmp = Qmp::connect(&drive.qmp)?;
+fn ask(drive: &Drive, home: &Home<'_>, gives_up: &dyn Fn() -> bool) -> Result<Answer, QmpError> {
+    let mut qmp = Qmp::connect(&drive.qmp, gives_up)?;
     let whereabouts = pivot::whereabouts(&mut qmp, home, drive.device.as_deref())?;
     let is_home = whereabouts == Whereabouts::Target;
     let moved = is_home.then(|| pivot::at_home(&mut qmp, home)).transpose()?;

@@ -303,7 +303,7 @@ impl Verb for Args {
             let qmp = std::path::absolute(qmp).context("cannot tell where the QMP socket is")?;
             order.drive = Some(Drive { qmp, device, aio });
         }
-        let (home, left) = order.settle(&repository)?;
+        let (home, left) = order.settle(&repository, &interrupt)?;
         let output = context.output().for_service();
         for home in &home {
             Narrator::say(mover::say_home(&output, home));

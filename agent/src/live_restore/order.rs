@@ -14,7 +14,7 @@ use super::handover::{HandedOver, settle};
 use super::record::SessionRecord;
 use super::state_dir::{StateDir, absolute};
 use super::wanted::belongs_elsewhere;
-use crate::cli::{Failure, UsageError};
+use crate::cli::{Failure, Interrupt, UsageError};
 use crate::live::SessionOptions;
 use crate::output::human_count;
 use crate::pivot::Drive;
@@ -77,6 +77,7 @@ impl Order {
     pub(crate) fn settle(
         &mut self,
         repository: &repository::Result<Repository>,
+        interrupt: &Interrupt,
     ) -> anyhow::Result<(Vec<HandedOver>, usize)> {
         let Some(drive) = &self.drive else { return Ok((Vec::new(), self.targets.len())) };
         let mut homes = Vec::new();
@@ -88,7 +89,8 @@ impl Order {
                 super::target::check_unserved(&absolute(&wanted.target)?, wanted.state.path())?;
             }
             // The first disk is what the empty name means.
-            if let Some(home) = settle(&wanted.state, &self.listen, count == 1, drive, self.takes_over)? {
+            let (state, takes_over) = (&wanted.state, self.takes_over);
+            if let Some(home) = settle(state, &self.listen, count == 1, drive, takes_over, interrupt)? {
                 homes.push(home);
                 handed_over.push(wanted.target);
             }

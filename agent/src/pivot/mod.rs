@@ -48,7 +48,7 @@ use std::path::{Path, PathBuf};
 use nbd_server::ListenAddress;
 
 pub use moving::{Moved, Trouble, at_home, carry_home, whereabouts};
-pub use qmp::{Monitor, Qmp, QmpError};
+pub use qmp::{Monitor, Qmp, QmpError, is_there};
 
 /// Which drive of which QEMU.
 #[derive(Clone, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]

@@ -8,7 +8,9 @@ use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
+use rustix::io::Errno;
 use rustix::net::sockopt::socket_peercred;
+use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, socket_with};
 use rustix::process::Pid;
 use serde_json::{Value, json};
 
@@ -16,6 +18,8 @@ use serde_json::{Value, json};
 const GREETING_PATIENCE: Duration = Duration::from_secs(5);
 /// How long an answer may take. A command that waits for the guest's requests may need as long as a slow target.
 const ANSWER_PATIENCE: Duration = Duration::from_secs(30);
+/// How often whoever waits to be greeted looks whether it still is to wait.
+const LOOK_INTERVAL: Duration = Duration::from_millis(100);
 /// A longer line is refused. The graph of a machine with hundreds of nodes stays far below.
 const MAX_LINE_BYTES: u64 = 16 << 20;
 
@@ -108,36 +112,45 @@ pub struct Qmp {
 }
 
 impl Qmp {
-    /// Connects, and leaves the greeting behind.
+    /// Connects, and leaves the greeting behind. It stops waiting for that once `gives_up` says so: then the monitor is silent.
     ///
     /// # Errors
     /// As [`QmpError`] has them.
-    pub fn connect(path: &Path) -> Result<Self, QmpError> {
-        let stream = UnixStream::connect(path)
-            .map_err(|source| QmpError::Connect { path: path.to_owned(), source })?;
+    pub fn connect(path: &Path, gives_up: &dyn Fn() -> bool) -> Result<Self, QmpError> {
+        let deadline = Instant::now() + GREETING_PATIENCE;
+        let stream = loop {
+            match try_connect(path) {
+                Ok(Some(stream)) => break stream,
+                Ok(None) if Instant::now() >= deadline || gives_up() => {
+                    return Err(QmpError::Silent(path.to_owned()));
+                }
+                Ok(None) => std::thread::sleep(LOOK_INTERVAL),
+                Err(source) => return Err(QmpError::Connect { path: path.to_owned(), source }),
+            }
+        };
         // Who called `listen`. It cannot be told across some namespaces.
         let process = socket_peercred(&stream).ok().map(|peer| Pid::as_raw(Some(peer.pid)));
         let process = process.and_then(|pid| u32::try_from(pid).ok()).filter(|&pid| pid != 0);
         let mut qmp =
             Self { path: path.to_owned(), stream: BufReader::new(stream), process, next_id: 0, dead: None };
-        let greeting = qmp.line(Instant::now() + GREETING_PATIENCE)?;
+        let greeting = qmp.line(deadline, gives_up)?;
         if greeting.get("QMP").is_none() {
             return Err(qmp.not_qmp(format!("it greets with {}", shortened(&greeting.to_string()))));
         }
         // It waits for nothing, unless QEMU's main loop does.
-        qmp.exchange("qmp_capabilities", &json!({}), GREETING_PATIENCE)?;
+        qmp.exchange("qmp_capabilities", &json!({}), GREETING_PATIENCE, gives_up)?;
         Ok(qmp)
     }
 
-    fn line(&mut self, deadline: Instant) -> Result<Value, QmpError> {
+    fn line(&mut self, deadline: Instant, gives_up: &dyn Fn() -> bool) -> Result<Value, QmpError> {
         let mut line = Vec::new();
         loop {
-            let left = deadline.saturating_duration_since(Instant::now());
+            let left = deadline.saturating_duration_since(Instant::now()).min(LOOK_INTERVAL);
             if left.is_zero() && !line.is_empty() {
                 // An NBD server greets, and then waits.
                 return Err(self.not_qmp(format!("it says {}", shortened(&String::from_utf8_lossy(&line)))));
             }
-            if left.is_zero() {
+            if left.is_zero() || gives_up() {
                 return Err(QmpError::Silent(self.path.clone()));
             }
             let gone = |_| QmpError::Gone(self.path.clone());
@@ -173,7 +186,8 @@ impl Monitor for Qmp {
         if let Some(dead) = self.dead {
             return Err(dead(self.path.clone()));
         }
-        let answer = self.exchange(command, &arguments, ANSWER_PATIENCE);
+        // What QEMU does meanwhile is not undone by not hearing of it.
+        let answer = self.exchange(command, &arguments, ANSWER_PATIENCE, &|| false);
         self.dead = match &answer {
             Ok(_) | Err(QmpError::Refused { .. }) => None,
             Err(QmpError::Silent(_)) => Some(QmpError::Silent),
@@ -188,7 +202,13 @@ impl Monitor for Qmp {
 }
 
 impl Qmp {
-    fn exchange(&mut self, command: &str, arguments: &Value, patience: Duration) -> Result<Value, QmpError> {
+    fn exchange(
+        &mut self,
+        command: &str,
+        arguments: &Value,
+        patience: Duration,
+        gives_up: &dyn Fn() -> bool,
+    ) -> Result<Value, QmpError> {
         self.next_id += 1;
         let id = self.next_id;
         let request = json!({ "execute": command, "arguments": arguments, "id": id });
@@ -201,7 +221,7 @@ impl Qmp {
         }
         let deadline = Instant::now() + patience;
         loop {
-            let mut answer = self.line(deadline)?;
+            let mut answer = self.line(deadline, gives_up)?;
             tracing::debug!(%answer, "from QEMU");
             if answer["id"] != id {
                 // An event, or the answer to a question of nobody's.
@@ -214,6 +234,27 @@ impl Qmp {
             return Ok(answer["return"].take());
         }
     }
+}
+
+/// Whether somebody listens at this socket. Where it is a monitor that talks to nobody, it takes the next client once this one is
+/// gone.
+pub fn is_there(path: &Path) -> bool {
+    try_connect(path).is_ok()
+}
+
+/// A stream to the socket at `path`, `None` while too many wait there: a monitor that talks to one has room for one more, and whoever
+/// connected with a stream that blocks would wait for as long as it talks.
+fn try_connect(path: &Path) -> io::Result<Option<UnixStream>> {
+    let address = SocketAddrUnix::new(path)?;
+    let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+    let socket = socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
+    match rustix::net::connect(&socket, &address) {
+        Err(Errno::AGAIN | Errno::INTR) => return Ok(None),
+        connected => connected?,
+    }
+    let stream = UnixStream::from(socket);
+    stream.set_nonblocking(false)?;
+    Ok(Some(stream))
 }
 
 fn shortened(text: &str) -> String {
@@ -262,7 +303,7 @@ mod tests {
             "{\"event\": \"STOP\"}\n{\"return\": 7, \"id\": 1}\n{\"return\": 8, \"id\": 2}\n",
             "{\"error\": {\"class\": \"GenericError\", \"desc\": \"no such node\"}, \"id\": 3}\n",
         ]);
-        let mut qmp = Qmp::connect(&path).unwrap();
+        let mut qmp = Qmp::connect(&path, &|| false).unwrap();
         assert_eq!(qmp.process(), Some(std::process::id()));
         assert_eq!(qmp.execute("a", json!({})).unwrap(), 8);
         let error = qmp.execute("blockdev-del", json!({})).unwrap_err();
@@ -274,14 +315,35 @@ mod tests {
     }
 
     #[test]
+    fn nobody_waits_for_a_monitor_longer_than_is_wanted() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("qmp");
+        let listener = UnixListener::bind(&path).unwrap();
+        rustix::net::listen(&listener, 0).unwrap();
+        // Connected, and not greeted.
+        let error = Qmp::connect(&path, &|| true).unwrap_err();
+        assert!(matches!(error, QmpError::Silent(_)), "{error}");
+        // There is no room for one more.
+        let mut waiting = Vec::new();
+        while let Some(stream) = try_connect(&path).unwrap() {
+            waiting.push(stream);
+        }
+        let error = Qmp::connect(&path, &|| true).unwrap_err();
+        assert!(matches!(error, QmpError::Silent(_)), "{error}");
+        assert!(is_there(&path));
+        drop(listener);
+        assert!(!is_there(&path));
+    }
+
+    #[test]
     fn what_is_not_a_monitor_is_told_from_one_that_is_away() {
         let (_dir, path, thread) = answering(&["{\"hello\": 1}\n"]);
-        assert!(matches!(Qmp::connect(&path).unwrap_err(), QmpError::NotQmp { .. }));
+        assert!(matches!(Qmp::connect(&path, &|| false).unwrap_err(), QmpError::NotQmp { .. }));
         thread.join().unwrap();
         let (_dir, path, thread) = answering(&["(qemu) \n"]);
-        assert!(matches!(Qmp::connect(&path).unwrap_err(), QmpError::NotQmp { .. }));
+        assert!(matches!(Qmp::connect(&path, &|| false).unwrap_err(), QmpError::NotQmp { .. }));
         thread.join().unwrap();
         std::fs::remove_file(&path).unwrap();
-        assert!(matches!(Qmp::connect(&path).unwrap_err(), QmpError::Connect { .. }));
+        assert!(matches!(Qmp::connect(&path, &|| false).unwrap_err(), QmpError::Connect { .. }));
     }
 }

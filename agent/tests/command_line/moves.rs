@@ -216,6 +216,26 @@ fn a_machine_that_is_known_to_be_moved_is_not_served_again_while_its_monitor_is_
 }
 
 #[test]
+fn an_agent_ends_when_it_is_told_to_while_its_monitor_has_no_room_for_it() {
+    let scratch = Scratch::new();
+    scratch.disk("d.raw", DISK_BYTES, &[(0, 1 << 20, 1)]);
+    scratch.run(&["capture", "web01", "d.raw"]).ends_with(0);
+    // As that of a QEMU which talks to somebody: one more can wait, and another one cannot.
+    let listener = UnixListener::bind(scratch.path("a qmp")).unwrap();
+    rustix::net::listen(&listener, 0).unwrap();
+    let _waits = UnixStream::connect(scratch.path("a qmp")).unwrap();
+    let args = ["live-restore", "web01@latest", "t.raw", "--listen", "unix:s", "--qmp", "a qmp"];
+    let mut command = scratch.command(&args);
+    let mut live = command.stdout(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap();
+    let mut lines = BufReader::new(live.stderr.take().unwrap()).lines();
+    // It tries to move the machine, which is home.
+    assert!(lines.any(|line| line.unwrap().contains("does not answer")));
+    rustix::process::kill_process(rustix::process::Pid::from_child(&live), rustix::process::Signal::TERM)
+        .unwrap();
+    assert_eq!(live.wait().unwrap().code(), Some(0));
+}
+
+#[test]
 fn a_move_that_was_begun_and_not_marked_means_nothing_once_the_session_was_gone_on_with() {
     let (scratch, _qemu) = killed_in_the_move();
     // As the session is before the mark.
