@@ -368,6 +368,9 @@ pub(crate) fn ask_without_agent(
             return Ok(HandedOver { disk: record.disk.clone(), target: record.target.clone(), moved });
         }
         Ok(_) => no_agent(),
+        Err(error @ QmpError::Silent(_)) if state.is_moved(&record) => {
+            return Err(was_moved(state, &record, error).into());
+        }
         // Not because somebody else talks to it: QEMU answers nobody while its main loop waits for us.
         Err(error @ QmpError::Silent(_)) => Failure::new(
             format!(
