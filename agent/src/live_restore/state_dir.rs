@@ -62,7 +62,7 @@ impl StateDir {
     pub fn of(target: &Path, state_root: Option<&Path>) -> anyhow::Result<Self> {
         let absolute = absolute(target)?;
         let root = state_root.map(|root| std::path::absolute(root).unwrap_or_else(|_| root.to_owned()));
-        let sought = Sought { target: absolute.clone(), root };
+        let sought = Sought { target: absolute.clone(), root: root.clone() };
         let metadata = std::fs::metadata(&absolute).ok();
         if metadata.as_ref().is_some_and(std::fs::Metadata::is_dir) {
             return Err(Failure::new(
@@ -73,7 +73,7 @@ impl StateDir {
         }
         let device = metadata.filter(|metadata| metadata.file_type().is_block_device());
         let is_file = device.is_none();
-        let path = match (device, state_root) {
+        let path = match (device, root.as_deref()) {
             (None, None) => return Ok(Self::beside_any_name(&absolute)?.sought_as(sought)),
             (device, root) => {
                 let root = root.unwrap_or(Path::new(DEFAULT_STATE_ROOT));

@@ -237,7 +237,8 @@ fn a_session_of_another_disk_is_given_up_only_by_its_own_directory() {
         "is not changed",
     ]);
     let args = ["live-restore", "web01@latest", device.name(), "--state", "st", "--listen", "unix:s"];
-    scratch.run(&args).fails(&["is another target now", &command]);
+    let said = format!("the session in {} restores to", session.display());
+    scratch.run(&args).fails(&[&said, "is another target now", &command]);
     let ran = scratch.run(&[&discard[..], &[session.to_str().unwrap()]].concat()).ends_with(0);
     assert!(ran.stdout.contains("/b.raw (4194304 bytes)"), "{ran:?}");
     assert!(ran.stdout.contains("stays untouched: it is not this session's target"), "{ran:?}");
