@@ -14,7 +14,7 @@ use jiff::Timestamp;
 use repository::{DiskName, Repository, SavedUpTo};
 use serde::{Deserialize, Serialize};
 
-use super::{Disk, Order, Report, View, disk_names, order, planned_disk, store};
+use super::{Disk, Order, Report, View, disk_names, foretold_lacks, order, planned_disk, store};
 use crate::cli::{Failure, Interrupt};
 use crate::live::{Frozen, FrozenOptions, FrozenReader, LiveDisk};
 use crate::live_restore::{Asked, ServedDisk, SessionRecord, StateDir, base_of, damaged_ranges};
@@ -136,8 +136,12 @@ impl Save<'_> {
         };
         if self.request.dry_run {
             for (disk, name) in served.iter().zip(&names) {
-                let (chunks, bytes) = disk.session().changed();
-                report.disks.push(planned_disk(name, &disk.record.target, &disk.record, chunks, bytes));
+                let (changed, layout) = (disk.session().changed(), disk.record.layout());
+                let bytes = changed.iter().map(|&chunk| layout.chunk_range(chunk).len()).sum();
+                let count = changed.len() as u64;
+                report.disks.push(planned_disk(name, &disk.record.target, &disk.record, count, bytes));
+                let damaged = damaged_ranges(&disk.session().stats(), layout);
+                report.damaged.extend(foretold_lacks(name, layout, &changed, &damaged));
             }
             return Ok(report);
         }

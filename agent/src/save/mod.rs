@@ -28,7 +28,7 @@ use serde::{Deserialize, Serialize};
 
 pub use live::SaveRequest;
 pub(crate) use live::answer;
-pub(crate) use store::{Disk, LackingRange, Order, Stored, View, store};
+pub(crate) use store::{Disk, LackingRange, Order, Stored, View, foretold_lacks, store};
 
 use crate::cli::{Context, Failure, Interrupt, Outcome, UsageError, Verb, not_latest};
 use crate::live::Resumed;
@@ -69,7 +69,7 @@ pub struct Args {
     #[arg(long, value_name = "TARGET")]
     with: Vec<PathBuf>,
 
-    /// Say what would be done, and do nothing
+    /// Say what would be done, and do nothing. What is known to be damaged is named: the exit code is 3 then, too
     #[arg(long)]
     dry_run: bool,
 
@@ -264,6 +264,10 @@ impl Args {
             warn_of(context.output(), rest, &wanted.path);
         }
         if self.dry_run {
+            for ((name, rest), record) in names.iter().zip(&rests).zip(&records) {
+                let changed = rest.frozen().chunks();
+                report.damaged.extend(foretold_lacks(name, record.layout(), changed, &rest.damaged));
+            }
             return report.foretell(context.output());
         }
         report.lines().for_each(|line| context.output().announce(line));
@@ -447,9 +451,11 @@ impl Report {
 
     /// Says what would be done, and does nothing.
     fn foretell(&self, output: &Output) -> anyhow::Result<Outcome> {
+        let snapshot = format!("a new snapshot of {}", self.group());
+        self.damaged.iter().for_each(|lacking| output.damaged(lacking.words(&snapshot)));
         output.document(self)?;
         self.lines().try_for_each(|line| output.line(line))?;
-        Ok(Outcome::Done)
+        Ok(if self.damaged.is_empty() { Outcome::Done } else { Outcome::Damaged })
     }
 
     /// What was done.

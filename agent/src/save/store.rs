@@ -26,7 +26,7 @@ use tokio::task::JoinSet;
 
 use crate::capture::{Feed, PIECE_LEN, Piece, feed};
 use crate::cli::Interrupt;
-use crate::live::{Frozen, FrozenReader, Taken};
+use crate::live::{DiskLayout, Frozen, FrozenReader, Taken};
 use crate::output::Progress;
 use crate::status::DamagedRange;
 
@@ -244,22 +244,49 @@ async fn read_all(
 
 /// What is known to be damaged of the chunks that are as in the base.
 fn inherited_damage(disk: &Disk<'_>) -> Vec<(DiskName, DamagedRange)> {
-    let (chunk_size, taken) = (u64::from(disk.base.chunk_size), disk.view.frozen().chunks());
+    let layout = DiskLayout { size: disk.base.size, chunk_size: disk.base.chunk_size };
+    let taken = disk.view.frozen().chunks();
+    let ranges = in_chunks(&disk.view.known_damage(), layout, |chunk| taken.binary_search(&chunk).is_err());
+    ranges.into_iter().map(|range| (disk.name.clone(), range)).collect()
+}
+
+/// What a snapshot would lack in which the chunks `changed` are the guest's, as far as that is known without asking the backup: of these, too,
+/// what is damaged is not home.
+pub(crate) fn foretold_lacks(
+    name: &DiskName,
+    layout: DiskLayout,
+    changed: &[u64],
+    known: &[DamagedRange],
+) -> Vec<LackingRange> {
+    let of = |inherited: bool| {
+        let ranges = in_chunks(known, layout, |chunk| changed.binary_search(&chunk).is_err() == inherited);
+        ranges.into_iter().map(move |range| LackingRange { disk: name.to_string(), range, inherited })
+    };
+    of(false).chain(of(true)).collect()
+}
+
+/// These ranges, as far as they are in chunks that are `wanted`; neighbours that are damaged for one reason are one.
+fn in_chunks(
+    damaged: &[DamagedRange],
+    layout: DiskLayout,
+    wanted: impl Fn(u64) -> bool,
+) -> Vec<DamagedRange> {
+    let chunk_size = u64::from(layout.chunk_size);
     let mut ranges: Vec<DamagedRange> = Vec::new();
-    for DamagedRange { offset, len, reason } in disk.view.known_damage() {
-        let end = offset.saturating_add(len).min(disk.base.size);
+    for DamagedRange { offset, len, reason } in damaged {
+        let end = offset.saturating_add(*len).min(layout.size);
         for chunk in offset / chunk_size..end.div_ceil(chunk_size) {
-            let (start, end) = ((chunk * chunk_size).max(offset), ((chunk + 1) * chunk_size).min(end));
+            let (start, end) = ((chunk * chunk_size).max(*offset), ((chunk + 1) * chunk_size).min(end));
             match ranges.last_mut() {
-                _ if taken.binary_search(&chunk).is_ok() => {}
-                Some(last) if last.offset + last.len == start && last.reason == reason => {
+                _ if !wanted(chunk) => {}
+                Some(last) if last.offset + last.len == start && last.reason == *reason => {
                     last.len += end - start;
                 }
                 _ => ranges.push(DamagedRange { offset: start, len: end - start, reason: reason.clone() }),
             }
         }
     }
-    ranges.into_iter().map(|range| (disk.name.clone(), range)).collect()
+    ranges
 }
 
 /// Joins neighbours that are damaged for one reason.
@@ -304,4 +331,23 @@ fn note(note: Option<String>, damaged: &[(DiskName, DamagedRange)]) -> Option<St
     let end = (0..=whole.len().min(MAX_NOTE_LEN)).rev().find(|at| whole.is_char_boundary(*at)).unwrap_or(0);
     whole.truncate(end);
     Some(whole)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn of_what_is_damaged_the_guests_chunks_are_lost_and_the_others_inherited() {
+        let layout = DiskLayout { size: 100_000, chunk_size: 16384 };
+        let damaged = |offset, len| DamagedRange { offset, len, reason: "wrong".into() };
+        let known = [damaged(0, 3 * 16384), damaged(5 * 16384, 32768)];
+        let lacks = foretold_lacks(&"disk0".parse().unwrap(), layout, &[1, 6], &known);
+        let of = |inherited: bool| {
+            let of = lacks.iter().filter(|lack| lack.inherited == inherited);
+            of.map(|lack| (lack.range.offset, lack.range.len)).collect::<Vec<_>>()
+        };
+        assert_eq!(of(false), [(16384, 16384), (6 * 16384, 100_000 - 6 * 16384)]);
+        assert_eq!(of(true), [(0, 16384), (2 * 16384, 16384), (5 * 16384, 16384)]);
+    }
 }

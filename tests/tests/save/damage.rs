@@ -35,7 +35,7 @@ fn what_is_known_to_be_damaged_is_named_in_every_backup_that_inherits_it() {
             assert!(said.contains("as damaged as in the snapshot that was restored"), "{verb:?}: {said}");
         }
     };
-    let all: [&[&str]; 2] = [&["save"], &["capture", "after"]];
+    let all: [&[&str]; 3] = [&["save", "--dry-run"], &["save"], &["capture", "after"]];
     backups(&all);
     let live = captured.start(&["--no-background"]).unwrap();
     backups(&all);
@@ -45,8 +45,10 @@ fn what_is_known_to_be_damaged_is_named_in_every_backup_that_inherits_it() {
         let at = range["offset"].as_u64().unwrap();
         live.export().qemu_io(&[&format!("write -P 0x77 {at} {}", range["len"])]).unwrap();
     }
+    save(&captured, &["--dry-run"]);
     save(&captured, &[]);
     live.park().unwrap();
+    save(&captured, &["--dry-run"]);
     save(&captured, &[]);
 }
 

@@ -142,13 +142,10 @@ impl Session {
             || views.view.read().as_ref().is_none_or(|view| !view.needs_copy(blocks))
     }
 
-    /// How many chunks a view begun now would hold, and their bytes.
+    /// The chunks that a view begun now would hold.
     #[must_use]
-    pub fn changed(&self) -> (u64, u64) {
-        let disk = self.map.disk();
-        let set = FrozenSet::new(disk, &self.map.v(), &self.map.g());
-        let bytes = set.chunks().iter().map(|&chunk| disk.chunk_range(chunk).len()).sum();
-        (set.chunks().len() as u64, bytes)
+    pub fn changed(&self) -> Vec<u64> {
+        FrozenSet::new(self.map.disk(), &self.map.v(), &self.map.g()).chunks().to_vec()
     }
 
     fn view(&self) -> Option<Arc<View>> {
