@@ -9,7 +9,7 @@ use std::process::Command;
 
 use e2e::captured::Captured;
 use e2e::lifeboot::{LiveRestore, lifeboot};
-use e2e::process::{Process, run_any};
+use e2e::process::{Process, ends, run_any};
 use serde_json::{Value, json};
 
 const DISK_BYTES: u64 = 8 << 20;
@@ -183,5 +183,14 @@ fn a_start_after_a_kill_in_the_move_takes_the_dead_export_from_a_machine_that_go
 fn pivot_after_a_kill_in_the_move_takes_the_dead_export_from_a_machine_that_goes_on() {
     let killed = Rig::start("cut-pivot").killed_after("blockdev-reopen");
     says_that_it_was_moved(&mut killed.pivot());
+    killed.runs_from_its_disk();
+}
+
+#[test]
+fn a_machine_whose_agent_was_killed_before_the_mark_keeps_its_session_and_is_moved_by_the_next_start() {
+    let killed = Rig::start("cut-open").killed_after("blockdev-add");
+    let mut discard = lifeboot(["discard", "--yes"]).unwrap();
+    ends(discard.arg(&killed.captured.target), 1, &["may still wait on its export", "has the target open"]);
+    says_that_it_was_moved(&mut killed.live_restore());
     killed.runs_from_its_disk();
 }

@@ -12,7 +12,7 @@ use block::Engine;
 use parking_lot::MutexGuard;
 use serde::{Deserialize, Serialize};
 
-use super::moved::{self, Served};
+use super::moved;
 use super::open::forget_pointer;
 use super::record::SessionRecord;
 use super::rest::{lock_target, locked_record};
@@ -92,11 +92,11 @@ pub(crate) fn hand_over(
     // The first disk is what the empty name means.
     let home =
         Home { is_default: disk == 0, ..home_of(&served.record, &served.addresses, &served.record.disk)? };
-    let mut is_marked = served.is_marked();
     let is_ending = || service.check_ending().is_err();
     let mut last_said = String::new();
     let mut moving = None;
     loop {
+        let is_marked = served.is_marked();
         let connected = Qmp::connect(&drive.qmp, &is_ending);
         if connected.is_err() && !is_marked {
             service.check_ending()?;
@@ -111,12 +111,10 @@ pub(crate) fn hand_over(
             moving = Some(served.handover.saves.begin_move(waits, || service.check_ending())?);
         }
         let carried = attempt.and_then(|mut qmp| {
-            pivot::carry_home(&mut qmp, &home, drive, &mut || {
-                served.mark(Some((&drive.qmp, home.is_default)))?;
-                is_marked = true;
-                Ok(())
-            })
+            let mut notes = Notes { served, qmp: &drive.qmp, is_default: home.is_default };
+            pivot::carry_home(&mut qmp, &home, drive, &mut notes)
         });
+        let is_marked = served.is_marked();
         match carried {
             Ok(moved) => {
                 let (disk, target) = (served.record.disk.clone(), served.record.target.clone());
@@ -127,7 +125,7 @@ pub(crate) fn hand_over(
             // A refusal to look is no answer: only where the drive is said to be on the export the mark goes.
             Err(Trouble::OnExport(error)) => match ask(drive, &home, &is_ending) {
                 Ok(Answer { whereabouts: Whereabouts::Export, is_anothers: false, .. }) => {
-                    served.mark(None)?;
+                    served.mark(false)?;
                     return Err(error);
                 }
                 // Something else writes to the target past us.
@@ -143,6 +141,27 @@ pub(crate) fn hand_over(
             )
         })?;
         std::thread::sleep(PAUSE);
+    }
+}
+
+/// Keeps how far the move of a disk is in its session.
+struct Notes<'a> {
+    served: &'a ServedDisk,
+    qmp: &'a Path,
+    is_default: bool,
+}
+
+impl pivot::Notes for Notes<'_> {
+    fn begin(&mut self) -> anyhow::Result<()> {
+        self.served.note_begun(self.qmp, self.is_default)
+    }
+
+    fn mark(&mut self) -> anyhow::Result<()> {
+        self.served.mark(true)
+    }
+
+    fn forget(&mut self) {
+        self.served.forget_begun();
     }
 }
 
@@ -194,21 +213,13 @@ fn home_of<'a>(
     })
 }
 
-/// Keeps in the record whether QEMU may write to the target past us; `by` says which one, by its monitor, and from where it is
-/// moved. On stable storage when it returns.
-pub(super) fn mark(
-    state: &StateDir,
-    record: &SessionRecord,
-    by: Option<(&Path, &Served<'_>)>,
-) -> anyhow::Result<()> {
-    if let Some((qmp, served)) = by {
-        moved::begin(state, record, qmp, served)?;
-    }
-    let kept = state.keep(&SessionRecord { handed_over: by.is_some(), ..record.clone() });
-    if by.is_none() || kept.is_err() {
+/// Keeps in the record whether QEMU may write to the target past us: on stable storage when it returns.
+pub(super) fn mark(state: &StateDir, record: &SessionRecord, is_marked: bool) -> anyhow::Result<()> {
+    state.keep(&SessionRecord { handed_over: is_marked, ..record.clone() })?;
+    if !is_marked {
         moved::forget(state);
     }
-    kept
+    Ok(())
 }
 
 /// Looks at the sessions that were marked as handed over, before they are served again: whether QEMU still is on the
@@ -328,7 +339,7 @@ fn take_mark_back(state: &StateDir, record: &SessionRecord) -> anyhow::Result<()
         )
         .into());
     }
-    mark(state, record, None)
+    mark(state, record, false)
 }
 
 /// Says where the machine of a session is that no agent serves.

@@ -5,14 +5,16 @@
 //!
 //! | step | what is on stable storage | a kill after it |
 //! |---|---|---|
-//! | 1 | `move.json`: begun, at which monitor, and by which start | the session is not marked, and goes on as ever |
-//! | 2 | the mark | the machine may wait |
-//! | 3 | – (QEMU moves the drive) | likewise, for all that is known; whoever asks its QEMU goes on with 4 |
-//! | 4 | `move.json`: moved | the machine runs from the target |
+//! | 1 | `move.json`: begun, at which monitor, from which export, and by which start | the session is not marked, and goes on as ever; the machine may wait |
+//! | 2 | – (QEMU opens the target) | likewise |
+//! | 3 | the mark | the machine may wait |
+//! | 4 | – (QEMU moves the drive) | likewise, for all that is known; whoever asks its QEMU goes on with 5 |
+//! | 5 | `move.json`: moved | the machine runs from the target |
 //!
-//! Nothing is moved without 1 and 2, in this order: so what an earlier move left behind never says of a machine that waits that it
-//! was moved. Where the mark is taken back, or cannot be set, the file goes after it. After a kill between 1 and 2 it stays, and means
-//! nothing any more once another start has counted itself: what that one leaves is as good as what any start leaves.
+//! Nothing is moved without 1 and 3, in this order: so what an earlier move left behind never says of a machine that waits that it
+//! was moved. Where the mark is taken back, the file goes after it; where it cannot be set, or QEMU cannot use the target, once QEMU
+//! does not have that open. After a kill between 1 and 3 it stays, and means nothing any more once another start has counted
+//! itself: what that one leaves is as good as what any start leaves.
 
 use std::fs::File;
 use std::io;
@@ -59,7 +61,7 @@ struct Move {
     moved: bool,
 }
 
-/// Notes that the machine is about to be moved off the export of `served`: before the session is marked.
+/// Notes that the machine is about to be moved off the export of `served`: before QEMU opens the target.
 pub(super) fn begin(
     state: &StateDir,
     record: &SessionRecord,
@@ -85,7 +87,7 @@ pub(super) fn end(state: &StateDir, record: &SessionRecord, qmp: &Path) {
     }
 }
 
-/// Forgets a move that came to nothing, once the mark is taken back.
+/// Forgets a move that came to nothing: there is no mark.
 pub(super) fn forget(state: &StateDir) {
     // Until it is gone the machine is taken for one that may wait.
     if let Err(error) = std::fs::remove_file(state.file(FILE)).or_else(not_found) {
@@ -116,15 +118,15 @@ impl StateDir {
         record.handed_over && self.noted_move(record).is_some_and(|noted| noted.moved)
     }
 
-    /// Whether a machine may wait on the export for an agent that ended while it was to be moved: from step 1 on, at which QEMU has the
-    /// target open.
+    /// Whether a machine may wait on the export for an agent that ended while it was to be moved: from step 1 on, after which QEMU
+    /// opens the target.
     fn may_be_waited_for(&self, record: &SessionRecord) -> bool {
         let was_begun = || self.noted_move(record).is_some_and(|noted| noted.starts == record.starts);
         !self.is_moved(record) && (record.handed_over || was_begun())
     }
 
-    /// Fails where a machine may wait for an agent that ended while it was to be moved. QEMU opens the target before the session is
-    /// marked, and closes it only when the mark goes too: where nobody has it open, that machine has ended. `then` says what can be
+    /// Fails where a machine may wait for an agent that ended while it was to be moved. QEMU opens the target when a move was
+    /// begun, and has closed it when that is forgotten: where nobody has it open, that machine has ended. `then` says what can be
     /// done when none waits any more.
     pub(crate) fn check_nobody_waits(
         &self,

@@ -310,14 +310,24 @@ impl ServedDisk {
         self.handover.is_marked.load(Ordering::SeqCst)
     }
 
-    /// Keeps in the session's record whether QEMU may write to the target past us; `by` says by which monitor it is to be asked, and
-    /// whether the empty name means this disk's export. On stable storage when it returns.
-    pub(super) fn mark(&self, by: Option<(&Path, bool)>) -> anyhow::Result<()> {
-        let served = |is_default| Served { addresses: &self.addresses, is_default };
-        let by = by.map(|(qmp, is_default)| (qmp, served(is_default)));
-        let by = by.as_ref().map(|(qmp, served)| (*qmp, served));
-        super::handover::mark(&self.state, &self.record, by)?;
-        self.handover.is_marked.store(by.is_some(), Ordering::SeqCst);
+    /// Notes that the machine is about to be moved, by the QEMU of this monitor; `is_default`: the empty name means this disk's
+    /// export. On stable storage when it returns.
+    pub(super) fn note_begun(&self, qmp: &Path, is_default: bool) -> anyhow::Result<()> {
+        let served = Served { addresses: &self.addresses, is_default };
+        super::moved::begin(&self.state, &self.record, qmp, &served)
+    }
+
+    /// Forgets that, where the session is not marked: it came to nothing.
+    pub(super) fn forget_begun(&self) {
+        if !self.is_marked() {
+            super::moved::forget(&self.state);
+        }
+    }
+
+    /// Keeps in the session's record whether QEMU may write to the target past us: on stable storage when it returns.
+    pub(super) fn mark(&self, is_marked: bool) -> anyhow::Result<()> {
+        super::handover::mark(&self.state, &self.record, is_marked)?;
+        self.handover.is_marked.store(is_marked, Ordering::SeqCst);
         Ok(())
     }
 

@@ -18,8 +18,9 @@
 //!
 //! # Order, and why
 //! 1. The session is complete: every block is on the target, synced, and noted. Nothing but guests' writes changes it.
-//! 2. QEMU opens the target; it is the same file that we have open, and large enough; nobody uses that node yet.
-//! 3. That a move was begun, then `handed_over` in the session's record, each on stable storage. Only from now on may QEMU write
+//! 2. That a move was begun, on stable storage. Then QEMU opens the target; it is the same file that we have open, and large enough;
+//!    nobody uses that node yet. Where that fails the note goes, once QEMU does not have the target open.
+//! 3. `handed_over` in the session's record, on stable storage. Only from now on may QEMU write
 //!    past us; a session that is marked is never believed about what the guest wrote, nor checked against the snapshot.
 //! 4. QEMU moves the drive. It waits for the requests that are under way, so we go on answering them.
 //! 5. QEMU says that the drive is on the target, and the NBD node, whose connection is cut first, is gone: that is noted (`live_restore::moved`). Nothing of ours
@@ -27,7 +28,7 @@
 //!
 //! | ends in between | where the machine is | what the next start does |
 //! |---|---|---|
-//! | before 3 | on the export, and waits | goes on as ever; a node that QEMU opened in vain is removed by the next attempt |
+//! | before 3 | on the export, and waits: from 2 on nobody gives the session up while QEMU has the target open | goes on as ever; a node that QEMU opened in vain is removed by the next attempt |
 //! | after 3, before QEMU has done 4 | on the export, and waits | with `--qmp`: asks QEMU, takes the mark back, goes on; not where another program has locked the target, whose machine it is then. Without: refuses, and says so |
 //! | while QEMU does 4 | QEMU waits for its requests to be answered, and does not answer us | with `--qmp`: serves with the mark; QEMU then ends 4, and says so |
 //! | after 4 | on the target | with `--qmp`: removes the NBD node, and says that it is done. Without: refuses |
@@ -47,7 +48,7 @@ use std::path::{Path, PathBuf};
 
 use nbd_server::ListenAddress;
 
-pub use moving::{Moved, Trouble, at_home, carry_home, whereabouts};
+pub use moving::{Moved, Notes, Trouble, at_home, carry_home, whereabouts};
 pub use qmp::{Monitor, Qmp, QmpError, is_there};
 
 /// Which drive of which QEMU.

@@ -52,6 +52,24 @@ impl From<QmpError> for Failure {
     }
 }
 
+/// Keeps on stable storage how far a move is: each returns when it is there.
+pub trait Notes {
+    /// The machine is about to be moved: QEMU opens the target next.
+    ///
+    /// # Errors
+    /// It cannot be kept.
+    fn begin(&mut self) -> anyhow::Result<()>;
+
+    /// From now on QEMU may write to the target past us.
+    ///
+    /// # Errors
+    /// It cannot be kept.
+    fn mark(&mut self) -> anyhow::Result<()>;
+
+    /// It came to nothing before the mark, and QEMU does not have the target open.
+    fn forget(&mut self);
+}
+
 /// Where the drive is, by what QEMU says: the one of this name, or the only one.
 ///
 /// # Errors
@@ -95,8 +113,7 @@ fn unless_refused(answer: Result<Value, QmpError>) -> Result<(), QmpError> {
     }
 }
 
-/// Moves the drive onto the target. `mark` is called when QEMU is about to be allowed to write to the target past us, and
-/// must not return before that is on stable storage.
+/// Moves the drive onto the target.
 ///
 /// # Errors
 /// As [`Trouble`] tells them apart. What was added to QEMU is gone again, or is used by nobody.
@@ -104,7 +121,7 @@ pub fn carry_home(
     monitor: &mut dyn Monitor,
     home: &Home<'_>,
     wanted: &Drive,
-    mark: &mut dyn FnMut() -> anyhow::Result<()>,
+    notes: &mut dyn Notes,
 ) -> Result<Moved, Trouble> {
     let asked = |error: QmpError| Trouble::OnExport(Failure::from(error).into());
     // Nothing was begun yet: whatever goes wrong here, the drive is where it was.
@@ -113,7 +130,7 @@ pub fn carry_home(
         graph = Graph::ask(monitor).map_err(asked)?;
     }
     if graph.whereabouts(home, wanted.device.as_deref()) == Whereabouts::Target {
-        mark().map_err(Trouble::OnExport)?;
+        notes.begin().and_then(|()| notes.mark()).map_err(Trouble::OnExport)?;
         remove_left_behind(monitor, home).map_err(Trouble::Unknown)?;
         return Ok(finished(&graph, home));
     }
@@ -121,10 +138,14 @@ pub fn carry_home(
         .drive(home, wanted.device.as_deref())
         .map_err(|error| Trouble::OnExport(Failure::from(error).into()))?;
     let mut moving = Moving { monitor, home, wanted, drive };
-    match moving.prepare(&graph).and_then(|prepared| mark().map(|()| prepared)) {
+    notes.begin().map_err(Trouble::OnExport)?;
+    match moving.prepare(&graph).and_then(|prepared| notes.mark().map(|()| prepared)) {
         Ok(direct_refused) => moving.go(direct_refused),
         Err(error) => {
             moving.remove_ours();
+            if moving.has_closed_target() {
+                notes.forget();
+            }
             Err(Trouble::OnExport(error))
         }
     }
@@ -341,6 +362,11 @@ impl Moving<'_> {
         for name in [self.home.raw_node(), self.home.file_node()] {
             let _ = self.monitor.execute("blockdev-del", json!({ "node-name": name }));
         }
+    }
+
+    /// Whether QEMU says so.
+    fn has_closed_target(&mut self) -> bool {
+        Graph::ask(self.monitor).is_ok_and(|graph| graph.node(&self.home.file_node()).is_none())
     }
 }
 

@@ -8,7 +8,7 @@ use nbd_server::ListenAddress;
 use serde_json::{Value, json};
 
 use super::qmp::{Monitor, QmpError};
-use super::{Drive, Home, Moved, Trouble, Whereabouts, at_home, carry_home, whereabouts};
+use super::{Drive, Home, Moved, Notes, Trouble, Whereabouts, at_home, carry_home, whereabouts};
 
 const SIZE: u64 = 1 << 20;
 
@@ -242,6 +242,31 @@ impl Monitor for FakeQemu {
     fn pause(&mut self) {}
 }
 
+/// What is kept of a move.
+#[derive(Default)]
+struct Noted {
+    is_begun: bool,
+    is_marked: bool,
+    cannot_mark: bool,
+}
+
+impl Notes for Noted {
+    fn begin(&mut self) -> anyhow::Result<()> {
+        self.is_begun = true;
+        Ok(())
+    }
+
+    fn mark(&mut self) -> anyhow::Result<()> {
+        anyhow::ensure!(!self.cannot_mark, "the disk is full");
+        self.is_marked = true;
+        Ok(())
+    }
+
+    fn forget(&mut self) {
+        self.is_begun = false;
+    }
+}
+
 /// A target, and an export that leads to it.
 struct Place {
     _dir: tempfile::TempDir,
@@ -278,19 +303,30 @@ impl Place {
 
     /// Moves it; returns whether the mark was made too.
     fn carry(&self, qemu: &mut FakeQemu, device: Option<&str>) -> (Result<Moved, Trouble>, bool) {
+        let mut noted = Noted::default();
+        (self.carry_noting(qemu, device, &mut noted), noted.is_marked)
+    }
+
+    fn carry_noting(
+        &self,
+        qemu: &mut FakeQemu,
+        device: Option<&str>,
+        noted: &mut Noted,
+    ) -> Result<Moved, Trouble> {
         let drive = Drive { qmp: "/qmp".into(), device: device.map(str::to_owned), aio: None };
-        let mut is_marked = false;
-        let moved = carry_home(qemu, &self.home(), &drive, &mut || {
-            is_marked = true;
-            Ok(())
-        });
-        (moved, is_marked)
+        let moved = carry_home(qemu, &self.home(), &drive, noted);
+        let has_open = qemu.nodes.contains_key("lifeboot-home-0123456789ab");
+        assert!(noted.is_begun || !has_open, "QEMU has the target open, and nothing says so");
+        assert!(noted.is_begun || !noted.is_marked);
+        moved
     }
 
     #[track_caller]
     fn refused(&self, qemu: &mut FakeQemu, device: Option<&str>) -> String {
-        let (moved, is_marked) = self.carry(qemu, device);
-        assert!(!is_marked, "the session was marked");
+        let mut noted = Noted::default();
+        let moved = self.carry_noting(qemu, device, &mut noted);
+        assert!(!noted.is_marked, "the session was marked");
+        assert!(!noted.is_begun, "a move that came to nothing was not forgotten");
         assert_eq!(qemu.bottom(), "nbd");
         assert!(qemu.nodes.keys().all(|name| !name.starts_with("lifeboot-")), "{:?}", qemu.nodes);
         match moved.unwrap_err() {
@@ -414,9 +450,9 @@ fn a_qemu_that_waits_for_its_export_is_said_to_be_silent() {
 fn a_mark_that_cannot_be_made_leaves_the_drive_on_the_export() {
     let place = Place::new();
     let mut qemu = place.qemu(Some("raw0"), "nbd0");
-    let drive = Drive { qmp: "/qmp".into(), device: None, aio: None };
-    let moved = carry_home(&mut qemu, &place.home(), &drive, &mut || anyhow::bail!("the disk is full"));
-    assert!(matches!(moved, Err(Trouble::OnExport(_))));
+    let mut noted = Noted { cannot_mark: true, ..Noted::default() };
+    let moved = place.carry_noting(&mut qemu, None, &mut noted);
+    assert!(matches!(moved, Err(Trouble::OnExport(_))) && !noted.is_begun);
     assert_eq!(qemu.bottom(), "nbd");
     assert_eq!(qemu.nodes.len(), 2, "{:?}", qemu.nodes);
 }

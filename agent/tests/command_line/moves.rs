@@ -25,6 +25,8 @@ enum Stage {
 
 struct State {
     stage: Stage,
+    /// At which command it begins to wait.
+    hangs_at: &'static str,
     export: String,
     /// The target, once it was opened, and the node's name.
     target: Option<(File, String)>,
@@ -37,9 +39,9 @@ struct Qemu {
 }
 
 impl Qemu {
-    fn start(socket: &Path, export: PathBuf) -> Self {
+    fn start(socket: &Path, export: PathBuf, hangs_at: &'static str) -> Self {
         let export = format!("nbd+unix:///disk0?socket={}", export.display());
-        let state = Arc::new(Mutex::new(State { stage: Stage::OnExport, export, target: None }));
+        let state = Arc::new(Mutex::new(State { stage: Stage::OnExport, hangs_at, export, target: None }));
         let (hung, hangs) = mpsc::channel();
         let listener = UnixListener::bind(socket).unwrap();
         let ours = Arc::clone(&state);
@@ -68,14 +70,15 @@ fn answer(client: UnixStream, state: &Mutex<State>, hung: &mpsc::Sender<()>) -> 
     for line in BufReader::new(client).lines() {
         let request: Value = serde_json::from_str(&line?)?;
         let mut state = state.lock().unwrap();
-        if request["execute"] == "blockdev-reopen" {
-            state.stage = Stage::Hanging;
-            hung.send(()).unwrap();
-        }
         if state.stage == Stage::Hanging {
             continue;
         }
         let answer = state.execute(request["execute"].as_str().unwrap(), &request["arguments"]);
+        if request["execute"] == state.hangs_at {
+            state.stage = Stage::Hanging;
+            hung.send(()).unwrap();
+            continue;
+        }
         writeln!(to, "{}", json!({ "return": answer, "id": request["id"] }))?;
     }
     Ok(())
@@ -133,8 +136,13 @@ fn served() -> (Scratch, Child) {
 
 /// Kills the agent at the moment when QEMU was told to move the drive, and has not done it.
 fn killed_in_the_move() -> (Scratch, Qemu) {
+    killed_at("blockdev-reopen")
+}
+
+/// Kills the agent when QEMU has got this command.
+fn killed_at(command: &'static str) -> (Scratch, Qemu) {
     let (scratch, mut live) = served();
-    let qemu = Qemu::start(&scratch.path("a qmp"), scratch.path("s").canonicalize().unwrap());
+    let qemu = Qemu::start(&scratch.path("a qmp"), scratch.path("s").canonicalize().unwrap(), command);
     let mut pivot = scratch
         .command(&["pivot", "t.raw", "--qmp", "a qmp"])
         .stdout(Stdio::null())
@@ -235,6 +243,19 @@ fn an_agent_ends_when_it_is_told_to_while_its_monitor_has_no_room_for_it() {
     rustix::process::kill_process(rustix::process::Pid::from_child(&live), rustix::process::Signal::TERM)
         .unwrap();
     assert_eq!(live.wait().unwrap().code(), Some(0));
+}
+
+#[test]
+fn a_machine_whose_qemu_has_just_opened_the_target_is_not_left_to_wait_for_ever() {
+    let (scratch, qemu) = killed_at("blockdev-add");
+    let record = std::fs::read_to_string(scratch.path("t.raw.lifeboot/session.json")).unwrap();
+    assert!(record.contains("\"handed_over\": false"), "{record}");
+    let discard = ["discard", "t.raw", "--yes"];
+    scratch.run(&discard).fails(&["may still wait on its export", "has the target open", "--qmp '"]);
+    let boot = ["boot", "web01@latest", "t.raw", "--qemu", "true"];
+    scratch.run(&boot).fails(&["may still wait on its export", "boot it then"]);
+    qemu.ends();
+    scratch.run(&discard).ends_with(0);
 }
 
 #[test]
