@@ -14,8 +14,9 @@ use crate::{Attempt, ByteRange, Result};
 
 /// The most bytes written inline: what a socket brings at a time.
 const INLINE_WRITE_MAX: usize = 512 << 10;
-/// How far from one probe to the next: what the kernel and the disk read as one, or in order.
-const PROBED: u64 = 128 << 10;
+/// What the kernel reads ahead as one where nobody has set it otherwise (`read_ahead_kb`), and what it and the disk then read in
+/// order.
+const PIECE: u64 = 128 << 10;
 /// A page of the cache.
 const PAGE: u64 = 4096;
 
@@ -78,11 +79,8 @@ pub(super) fn is_resident(inner: &Inner, range: ByteRange) -> bool {
         return false;
     }
     if !inner.missing.cachestat.load(Ordering::Relaxed) {
-        match cached_pages(inner.fd.as_fd(), range) {
-            Some(pages) => {
-                return pages == range.units(PAGE).end - range.units(PAGE).start
-                    && is_filled(inner, range.end() - 1);
-            }
+        match is_cached(inner, range) {
+            Some(is_cached) => return is_cached && is_filled(inner, range.end() - 1),
             None => inner.missing.cachestat.store(true, Ordering::Relaxed),
         }
     }
@@ -94,10 +92,33 @@ fn edges_are_resident(inner: &Inner, range: ByteRange) -> bool {
     [range.start(), range.end() - 1].iter().all(|&at| read_nowait(inner, at, &mut [0]) == Ok(1))
 }
 
+/// Has the kernel read into the page cache what it lacks of `range`, and what who reads in order is likely to want next; whether all of
+/// it is there or on its way. `buf` is as long as `range`, and holds anything afterwards.
+pub(super) fn begin_loading(inner: &Inner, range: ByteRange, buf: &mut [u8]) -> bool {
+    let is_never = inner.is_direct()
+        || [&inner.missing.nowait, &inner.missing.cachestat, &inner.missing.resident]
+            .iter()
+            .any(|missing| missing.load(Ordering::Relaxed));
+    if is_never || range.is_empty() {
+        return false;
+    }
+    let len = buf.len();
+    for begin in (0..len).step_by(PIECE as usize) {
+        let at = range.start() + begin as u64;
+        let piece = ByteRange::from_bounds(at, at + PIECE.min((len - begin) as u64));
+        // It is not to be had yet: to ask is what begins it, and as much of the rest as the kernel begins at a time.
+        if is_cached(inner, piece) != Some(true) {
+            let _ = read_nowait(inner, at, &mut buf[begin..]);
+        }
+    }
+    // Where nothing is read ahead, or memory is short, it is not.
+    is_cached(inner, range) == Some(true)
+}
+
 /// Bytes of `range`: where all of them have been read into the page cache, so has what lies between. The last one comes first, since
 /// it is read last as a rule.
 pub(super) fn probes(range: ByteRange) -> impl Iterator<Item = u64> {
-    let others = (range.start()..range.end()).step_by(PROBED as usize);
+    let others = (range.start()..range.end()).step_by(PIECE as usize);
     std::iter::once(range.end() - 1).chain(others)
 }
 
@@ -128,6 +149,12 @@ struct Cachestat {
     writeback: u64,
     evicted: u64,
     recently_evicted: u64,
+}
+
+/// Whether all pages of `range` are in the cache, read or still awaited, if the kernel tells.
+fn is_cached(inner: &Inner, range: ByteRange) -> Option<bool> {
+    let pages = range.units(PAGE);
+    Some(cached_pages(inner.fd.as_fd(), range)? == pages.end - pages.start)
 }
 
 /// How many pages of `range` are in the cache, if the kernel tells.

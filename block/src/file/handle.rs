@@ -13,8 +13,8 @@ use crate::{
     Geometry, Loaded, Result, ZeroMode,
 };
 
-/// The most that is left in the page cache for whoever sends it from there. What is in memory of it already is copied at once, which
-/// others on the thread wait for.
+/// The most that is left in the page cache for whoever sends it from there: what is asked of it takes a moment for each piece, for
+/// which others on the thread wait.
 const LOAD_MAX: u64 = 1 << 20;
 
 /// A disk by way of the queue `Q`.
@@ -47,11 +47,7 @@ impl<Q: Queue> Handle<Q> {
             Ok(range) => range,
             Err(error) => return (Err(error), buf),
         };
-        if !self.inner.is_direct() && (1..=LOAD_MAX).contains(&range.len()) {
-            // This has all of it read, and what who reads in order is likely to want next.
-            if let Ok(Attempt::Done) = fast::try_read(&self.inner, offset, &mut buf) {
-                return (Ok(Loaded::Buffer), buf);
-            }
+        if range.len() <= LOAD_MAX && fast::begin_loading(&self.inner, range, &mut buf) {
             for at in fast::probes(range).filter(|&at| !fast::is_filled(&self.inner, at)) {
                 let place = (at - offset) as usize;
                 let transfer = Transfer { direction: Direction::Read, offset: at, span: place..place + 1 };
