@@ -117,8 +117,7 @@ impl StateDir {
             }
             Err(error) => return Some(format!("has an agent that does not answer ({error:#})")),
         }
-        let there = TargetIdentity::at(&record.target).ok().flatten();
-        let is_there = there.is_some_and(|there| there.is_same(&record.identity));
+        let is_there = record.identity.is_at(&record.target) == Some(true);
         (is_there && self.original(record).is_none())
             .then(|| format!("is that of {}, which is still there", record.target.display()))
     }

@@ -61,6 +61,12 @@ impl TargetIdentity {
         }
     }
 
+    /// Whether it is this target that stands at `path`; `None` where nothing does, or nobody can tell.
+    pub(super) fn is_at(&self, path: &Path) -> Option<bool> {
+        let there = Self::at(path).ok().flatten()?;
+        Some(there.is_same(self))
+    }
+
     /// Whether both are of one target, as far as names tell. A named one may have grown since.
     pub(super) fn is_same(&self, other: &Self) -> bool {
         match (&self.name, &other.name) {

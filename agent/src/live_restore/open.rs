@@ -117,9 +117,7 @@ pub(super) fn find<'a>(wish: &'a Wish<'a>, state: &'a StateDir) -> anyhow::Resul
     let restored = match begun {
         Some(record) => {
             // Before the target is opened: an agent may serve it from there.
-            if let Some(refused) = state.stands_beside_another(&record, &path) {
-                return Err(refused.into());
-            }
+            state.check_stands_alone(&record, &path)?;
             if !wish.is_settled {
                 record.check_not_handed_over(state)?;
             }

@@ -17,6 +17,14 @@ use super::state_dir::StateDir;
 use crate::cli::Failure;
 
 impl StateDir {
+    /// Fails where the session here, found for `target`, [stands beside another](Self::stands_beside_another).
+    pub(super) fn check_stands_alone(&self, record: &SessionRecord, target: &Path) -> anyhow::Result<()> {
+        match self.stands_beside_another(record, target) {
+            Some(refused) => Err(refused.into()),
+            None => Ok(()),
+        }
+    }
+
     /// Why the session here, found for `target`, is not gone on with: another directory has it, and is this target's. `None` where nothing
     /// tells of one.
     pub(super) fn stands_beside_another(&self, record: &SessionRecord, target: &Path) -> Option<Failure> {
@@ -40,10 +48,7 @@ pub(crate) fn check_not_anothers(
     record: &SessionRecord,
     path: &Path,
 ) -> anyhow::Result<()> {
-    let is_its = |path: &Path| {
-        let there = TargetIdentity::at(path).ok().flatten();
-        there.is_some_and(|there| there.is_same(&record.identity))
-    };
+    let is_its = |path: &Path| record.identity.is_at(path) == Some(true);
     if record.target == path || is_its(path) || !is_its(&record.target) || state.original(record).is_some() {
         return Ok(());
     }

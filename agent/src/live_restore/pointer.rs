@@ -129,13 +129,10 @@ fn remove_if(target: &Path, is_of_it: impl Fn(&Pointer) -> bool) -> anyhow::Resu
 
 /// Whether the file at `target` is another than the session's, and that one is where it was.
 fn is_copied(target: &Path, record: &SessionRecord) -> bool {
-    let is_the_sessions = |path: &Path| {
-        let identity = TargetIdentity::at(path).ok().flatten()?;
-        Some(identity.is_same(&record.identity))
-    };
+    let identity = &record.identity;
     record.was_begun()
-        && is_the_sessions(target) == Some(false)
-        && is_the_sessions(&record.target) == Some(true)
+        && identity.is_at(target) == Some(false)
+        && identity.is_at(&record.target) == Some(true)
 }
 
 impl StateDir {

@@ -5,7 +5,6 @@ use std::path::Path;
 use rustix::fs::Access;
 
 use super::advice::shell_line;
-use super::identity::TargetIdentity;
 use super::record::SessionRecord;
 use super::state_dir::{Sought, StateDir};
 use crate::cli::Failure;
@@ -21,9 +20,7 @@ impl StateDir {
     pub(crate) fn saving(&self, record: &SessionRecord) -> String {
         let target = self.target(record);
         let mut words = self.words("save", target);
-        let is_another =
-            |identity: Option<TargetIdentity>| identity.is_some_and(|it| !it.is_same(&record.identity));
-        if TargetIdentity::at(target).is_ok_and(is_another) {
+        if record.identity.is_at(target) == Some(false) {
             words.push("--moved".to_owned());
         }
         shell_line(&words)

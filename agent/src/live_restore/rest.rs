@@ -57,9 +57,7 @@ impl Rest {
         interrupt: &Interrupt,
     ) -> anyhow::Result<Self> {
         // An agent of the other one may have the lock.
-        if let Some(refused) = state.stands_beside_another(record, path) {
-            return Err(refused.into());
-        }
+        state.check_stands_alone(record, path)?;
         let target = lock_target(state, path, engine, interrupt)?;
         // Before, an agent may have gone on with the session, or handed it over.
         let record = &locked_record_at_rest(state, record, path)?;

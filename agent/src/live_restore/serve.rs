@@ -369,9 +369,7 @@ fn claim(wanted: &Wanted, is_settled: bool) -> anyhow::Result<Option<Claim>> {
         if is_settled && record.handed_over {
             return Ok(None);
         }
-        if let Some(refused) = wanted.state.stands_beside_another(&record, &wanted.target) {
-            return Err(refused.into());
-        }
+        wanted.state.check_stands_alone(&record, &wanted.target)?;
         record.check_not_handed_over(&wanted.state)?;
     }
     Err(target::in_use_by_another(&wanted.target, dir).unwrap_or(error))

@@ -16,7 +16,6 @@ use block::{Engine, FileDisk, FileOptions};
 use rustix::fs::FlockOperation;
 
 use super::control;
-use super::identity::TargetIdentity;
 use super::made::{Made, Undo};
 use super::record::SessionRecord;
 use super::state_dir::{StateDir, absolute};
@@ -70,18 +69,13 @@ pub(super) fn trouble(state: &StateDir, record: &SessionRecord) -> Option<Failur
     let path = state.target(record);
     match std::fs::metadata(path) {
         _ if record.handed_over => None,
-        Ok(_) if is_another(path, record) => Some(another(path)),
+        Ok(_) if record.identity.is_at(path) == Some(false) => Some(another(path)),
         Ok(there) if there.is_file() && there.len() < record.size => {
             Some(cut_off(path, there.len(), state, record))
         }
         Err(error) if error.kind() == io::ErrorKind::NotFound => Some(gone(state, path)),
         _ => None,
     }
-}
-
-fn is_another(path: &Path, record: &SessionRecord) -> bool {
-    let there = TargetIdentity::at(path).ok().flatten();
-    there.is_some_and(|there| !there.is_same(&record.identity))
 }
 
 fn another(path: &Path) -> Failure {

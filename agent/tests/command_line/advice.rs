@@ -6,7 +6,7 @@ use std::process::{Command, Stdio};
 use rustix::process::{Pid, Signal, kill_process};
 
 use crate::refusals::SmallDisk;
-use crate::support::{MIB, Ran, Scratch, is_root, live_restore, slow_live_restore, write};
+use crate::support::{MIB, Ran, Scratch, is_root, live_restore, park, slow_live_restore, write};
 
 fn with_snapshot() -> Scratch {
     let scratch = Scratch::new();
@@ -20,8 +20,7 @@ fn parked(further: &[&str]) -> Scratch {
     let scratch = with_snapshot();
     let args = [&["--limit", "20"], further].concat();
     let mut live = live_restore(&scratch, &args);
-    kill_process(Pid::from_child(&live), Signal::TERM).unwrap();
-    assert!(live.wait().unwrap().success());
+    park(&mut live);
     scratch
 }
 
@@ -255,7 +254,6 @@ fn a_guest_that_finds_no_room_on_a_disk_that_is_home_is_told_of_once() {
     assert!(waiting.contains("small/t.raw: make room there"), "{waiting}");
     let mut logged = BufReader::new(live.stderr.take().unwrap()).lines().map(Result::unwrap);
     assert!(logged.any(|line| line.contains("small/t.raw: make room there")), "it is logged");
-    kill_process(Pid::from_child(&live), Signal::TERM).unwrap();
-    assert!(live.wait().unwrap().success());
+    park(&mut live);
     assert!(!logged.any(|line| line.contains("make room there")), "and once");
 }

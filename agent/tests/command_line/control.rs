@@ -5,10 +5,9 @@ use std::net::Shutdown;
 use std::os::unix::net::UnixStream;
 use std::process::Child;
 
-use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
 
-use crate::support::{MIB, Scratch, live_restore, slow_live_restore};
+use crate::support::{MIB, Scratch, live_restore, park, slow_live_restore};
 
 /// A live-restore that runs, of a disk that will not be home soon.
 fn running() -> (Scratch, Child) {
@@ -34,8 +33,7 @@ fn answer(scratch: &Scratch, bytes: &[u8]) -> Vec<Value> {
 }
 
 fn end(mut live: Child) {
-    kill_process(Pid::from_child(&live), Signal::TERM).unwrap();
-    assert!(live.wait().unwrap().success());
+    park(&mut live);
 }
 
 #[test]

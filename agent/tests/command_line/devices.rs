@@ -5,9 +5,7 @@ use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use rustix::process::{Pid, Signal, kill_process};
-
-use crate::support::{MIB, Scratch, is_root, live_restore_to, noise};
+use crate::support::{MIB, Scratch, is_root, live_restore_to, noise, park};
 
 /// A loop device on a file, detached when dropped.
 struct Loop(PathBuf);
@@ -161,8 +159,7 @@ fn a_block_device_that_was_copied_goes_on_with_its_copied_session() {
     let original = Loop::on(&scratch.disk("a.raw", 4 * MIB, &[]));
     let state = ["--state", "st"];
     let mut live = live_restore_to(&scratch, original.name(), &[&state[..], &["--limit", "20"]].concat());
-    kill_process(Pid::from_child(&live), Signal::TERM).unwrap();
-    assert!(live.wait().unwrap().success());
+    park(&mut live);
     std::fs::copy(scratch.path("a.raw"), scratch.path("b.raw")).unwrap();
     let copy = Loop::on(&scratch.path("b.raw"));
     let go_on = |device: &Loop, further: &[&str]| {
@@ -170,8 +167,7 @@ fn a_block_device_that_was_copied_goes_on_with_its_copied_session() {
         scratch.run(&[&args[..], further].concat())
     };
     go_on(&copy, &["--state", "st", "--moved"]).fails(&["which is still there", "cp -a"]);
-    let copied = Command::new("cp").arg("-a").args([scratch.path("st"), scratch.path("st2")]).status();
-    assert!(copied.unwrap().success());
+    scratch.copy("st", "st2");
     go_on(&copy, &["--state", "st2", "--moved"]).ends_with(0);
     go_on(&copy, &["--state", "st2"]).ends_with(0);
     go_on(&original, &state).ends_with(0);
@@ -190,13 +186,8 @@ fn a_copied_session_does_not_go_on_with_the_block_device_of_its_original() {
     scratch.run(&["capture", "web01", "d.raw"]).ends_with(0);
     let device = Loop::on(&scratch.disk("a.raw", 4 * MIB, &[]));
     let live = || live_restore_to(&scratch, device.name(), &["--state", "st", "--limit", "20"]);
-    let park = |mut live: std::process::Child| {
-        kill_process(Pid::from_child(&live), Signal::TERM).unwrap();
-        assert!(live.wait().unwrap().success());
-    };
-    park(live());
-    let copied = Command::new("cp").arg("-a").args([scratch.path("st"), scratch.path("st2")]).status();
-    assert!(copied.unwrap().success());
+    park(&mut live());
+    scratch.copy("st", "st2");
     let go_on = |state: &str| {
         let args = ["live-restore", "web01@latest", device.name(), "--listen", "unix:s2", "--exit-when-done"];
         scratch.run(&[&args[..], &["--state", state]].concat())
@@ -204,9 +195,9 @@ fn a_copied_session_does_not_go_on_with_the_block_device_of_its_original() {
     let session = scratch.path("st").canonicalize().unwrap().join(&scratch.names("st")[0]);
     let said = ["is a copy of the one in", &format!("`--state {}`", session.display())];
     go_on("st2").fails(&said);
-    let live = live();
+    let mut live = live();
     go_on("st2").fails(&said);
-    park(live);
+    park(&mut live);
     go_on(session.to_str().unwrap()).ends_with(0);
     assert_eq!(device.read(4 << 20), std::fs::read(&disk).unwrap());
 }
@@ -221,8 +212,7 @@ fn a_session_of_another_disk_is_given_up_only_by_its_own_directory() {
     scratch.run(&["capture", "web01", "d.raw"]).ends_with(0);
     let device = Loop::on(&scratch.disk("a.raw", 4 * MIB, &[]));
     let mut live = live_restore_to(&scratch, device.name(), &["--state", "st", "--limit", "20"]);
-    kill_process(Pid::from_child(&live), Signal::TERM).unwrap();
-    assert!(live.wait().unwrap().success());
+    park(&mut live);
     let session = scratch.path("st").canonicalize().unwrap().join(&scratch.names("st")[0]);
     // The path leads to another disk now, as the record tells it.
     let record = session.join("session.json");

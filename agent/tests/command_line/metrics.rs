@@ -6,10 +6,9 @@ use std::net::TcpStream;
 use std::os::unix::net::UnixStream;
 use std::process::{Child, Stdio};
 
-use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
 
-use crate::support::{MIB, Scratch};
+use crate::support::{MIB, Scratch, park};
 
 /// Two disks that will not be home soon, with metrics at this address; and the event `ready`.
 fn running(scratch: &Scratch, metrics: &str) -> (Child, Value) {
@@ -28,8 +27,7 @@ fn running(scratch: &Scratch, metrics: &str) -> (Child, Value) {
 }
 
 fn end(mut child: Child) {
-    kill_process(Pid::from_child(&child), Signal::TERM).unwrap();
-    assert!(child.wait().unwrap().success());
+    park(&mut child);
 }
 
 /// The head and the body of the answer to a request.

@@ -2,12 +2,10 @@
 
 use std::fs::File;
 use std::io::{BufRead as _, BufReader};
-use std::process::{Command, Stdio};
+use std::process::Stdio;
 use std::time::{Duration, SystemTime};
 
-use rustix::process::{Pid, Signal, kill_process};
-
-use crate::support::{MIB, Scratch, assert_same, live_restore, slow_live_restore};
+use crate::support::{MIB, Scratch, assert_same, live_restore, park, slow_live_restore};
 
 #[test]
 fn the_target_of_a_live_restore_is_captured_whatever_its_state() {
@@ -29,8 +27,7 @@ fn the_target_of_a_live_restore_is_captured_whatever_its_state() {
         "lifeboot save",
     ]);
     scratch.run(&["capture", "again", "t.raw", "d.raw"]).fails(&["d.raw is not served"]);
-    kill_process(Pid::from_child(&live), Signal::TERM).unwrap();
-    assert!(live.wait().unwrap().success());
+    park(&mut live);
     std::os::unix::fs::symlink("t.raw", scratch.path("link.raw")).unwrap();
     for name in ["t.raw", "link.raw"] {
         capture(name, &["incremental: 0 of 64 chunks"]);
@@ -69,8 +66,7 @@ fn an_agent_that_was_killed_while_it_parked_is_not_taken_for_somebody_elses_writ
         let mut lines = BufReader::new(child.stdout.take().unwrap()).lines();
         assert!(lines.any(|line| line.unwrap().starts_with("ready: ")));
         meanwhile();
-        kill_process(Pid::from_child(&child), Signal::TERM).unwrap();
-        assert!(child.wait().unwrap().success());
+        park(&mut child);
         std::fs::read_to_string(scratch.path("said")).unwrap()
     };
     let changed = || {
@@ -149,13 +145,8 @@ fn a_copied_session_that_is_kept_in_a_state_directory_goes_on_with_its_copied_ta
     let disk = scratch.disk("d.raw", 8 * MIB, &[(0, 4 << 20, 1)]);
     scratch.run(&["capture", "web01", "d.raw"]).ends_with(0);
     let mut live = live_restore(&scratch, &["--state", "st", "--limit", "20"]);
-    kill_process(Pid::from_child(&live), Signal::TERM).unwrap();
-    assert!(live.wait().unwrap().success());
-    let copy = |from: &str, to: &str| {
-        let args = ["-a", from, to].map(|name| if name == "-a" { name.into() } else { scratch.path(name) });
-        assert!(Command::new("cp").args(args).status().unwrap().success());
-    };
-    copy("t.raw", "u.raw");
+    park(&mut live);
+    scratch.copy("t.raw", "u.raw");
     let go_on = |target: &str, state: &str, further: &[&str]| {
         let args = ["live-restore", "web01@latest", target, "--state", state, "--listen", "unix:s"];
         scratch.run(&[&args[..], &["--exit-when-done"], further].concat())
@@ -164,7 +155,7 @@ fn a_copied_session_that_is_kept_in_a_state_directory_goes_on_with_its_copied_ta
     // The original's is left to it, whatever is missing.
     go_on("u.raw", "st", &["--moved"]).fails(&["t.raw, which is still there", "cp -a"]);
     scratch.run(&["save", "u.raw", "--state", "st", "--moved"]).fails(&["which is still there"]);
-    copy("st", "st2");
+    scratch.copy("st", "st2");
     scratch.run(&["save", "u.raw", "copy", "--state", "st2", "--moved"]).ends_with(0);
     go_on("u.raw", "st2", &["--moved"]).ends_with(0);
     assert_same(&disk, &scratch.path("u.raw"));
@@ -172,7 +163,7 @@ fn a_copied_session_that_is_kept_in_a_state_directory_goes_on_with_its_copied_ta
     // From now on it is its own.
     go_on("u.raw", "st2", &[]).ends_with(0);
     go_on("u.raw", "st2", &["--moved"]).ends_with(0);
-    copy("d.raw", "v.raw");
+    scratch.copy("d.raw", "v.raw");
     go_on("v.raw", "st2", &["--moved"]).fails(&["u.raw, which is still there"]);
     go_on("t.raw", "st", &[]).ends_with(0);
     assert_same(&disk, &scratch.path("t.raw"));
@@ -184,10 +175,8 @@ fn a_copied_session_does_not_go_on_with_the_target_of_its_original_unless_that_i
     let disk = scratch.disk("d.raw", 8 * MIB, &[(0, 4 << 20, 1)]);
     scratch.run(&["capture", "web01", "d.raw"]).ends_with(0);
     let mut live = live_restore(&scratch, &["--state", "st", "--limit", "20"]);
-    kill_process(Pid::from_child(&live), Signal::TERM).unwrap();
-    assert!(live.wait().unwrap().success());
-    let copied = Command::new("cp").arg("-a").args([scratch.path("st"), scratch.path("st2")]).status();
-    assert!(copied.unwrap().success());
+    park(&mut live);
+    scratch.copy("st", "st2");
     let go_on = |state: &str, further: &[&str]| {
         let args = ["live-restore", "web01@latest", "t.raw", "--state", state, "--listen", "unix:s2"];
         scratch.run(&[&args[..], &["--exit-when-done"], further].concat())
@@ -201,8 +190,7 @@ fn a_copied_session_does_not_go_on_with_the_target_of_its_original_unless_that_i
     // An agent of the original is no other program that holds the target.
     let mut live = live_restore(&scratch, &["--limit", "20"]);
     go_on("st2", &[]).fails(&said);
-    kill_process(Pid::from_child(&live), Signal::TERM).unwrap();
-    assert!(live.wait().unwrap().success());
+    park(&mut live);
     std::fs::rename(scratch.path("st"), scratch.path("away")).unwrap();
     go_on("st2", &[]).ends_with(0);
     assert_same(&disk, &scratch.path("t.raw"));

@@ -6,6 +6,7 @@ use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 
+use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
 
 pub(crate) struct Scratch {
@@ -78,6 +79,12 @@ impl Scratch {
 
     pub(crate) fn path(&self, name: &str) -> PathBuf {
         self.dir.path().join(name)
+    }
+
+    /// Copies a file or a directory, with all that it has.
+    pub(crate) fn copy(&self, from: &str, to: &str) {
+        let status = Command::new("cp").arg("-a").args([from, to].map(|name| self.path(name))).status();
+        assert!(status.unwrap().success());
     }
 
     /// The program, to be run in the directory on its repository.
@@ -162,6 +169,12 @@ pub(crate) fn live_restore_to(scratch: &Scratch, target: &str, further: &[&str])
     // Whoever does not read on is no reason for it to end.
     assert!(lines.any(|line| line.unwrap().starts_with("ready: ")));
     child
+}
+
+/// Ends a live-restore, which goes on with the next start.
+pub(crate) fn park(live: &mut Child) {
+    kill_process(Pid::from_child(live), Signal::TERM).unwrap();
+    assert!(live.wait().unwrap().success());
 }
 
 /// Bytes that do not compress, the same for the same salt.
