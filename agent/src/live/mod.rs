@@ -52,6 +52,7 @@
 //! `P` take a bit a block each (32 MiB for 1 TiB).
 
 mod asked;
+mod begin;
 mod bits;
 mod clock;
 mod commit;

@@ -14,7 +14,8 @@ use jiff::Timestamp;
 use repository::{DiskName, Repository, SavedUpTo};
 use serde::{Deserialize, Serialize};
 
-use super::{Disk, Order, Report, View, disk_names, foretold_lacks, order, planned_disk, store};
+use super::report::{Report, ReportedDisk};
+use super::{Disk, Order, View, disk_names, foretold_lacks, order, store};
 use crate::cli::{Failure, Interrupt};
 use crate::live::{Frozen, FrozenOptions, FrozenReader, LiveDisk};
 use crate::live_restore::{Asked, ServedDisk, SessionRecord, StateDir, base_of, damaged_ranges};
@@ -139,7 +140,13 @@ impl Save<'_> {
                 let (changed, layout) = (disk.session().changed(), disk.record.layout());
                 let bytes = changed.iter().map(|&chunk| layout.chunk_range(chunk).len()).sum();
                 let count = changed.len() as u64;
-                report.disks.push(planned_disk(name, &disk.record.target, &disk.record, count, bytes));
+                report.disks.push(ReportedDisk::planned(
+                    name,
+                    &disk.record.target,
+                    &disk.record,
+                    count,
+                    bytes,
+                ));
                 let damaged = damaged_ranges(&disk.session().stats(), layout);
                 report.damaged.extend(foretold_lacks(name, layout, &changed, &damaged));
             }
@@ -151,7 +158,7 @@ impl Save<'_> {
         let mut disks = Vec::new();
         for (((disk, name), base), view) in served.iter().zip(names).zip(bases).zip(&views) {
             let (chunks, bytes) = (view.frozen.chunks().len() as u64, view.frozen.bytes());
-            report.disks.push(planned_disk(&name, &disk.record.target, &disk.record, chunks, bytes));
+            report.disks.push(ReportedDisk::planned(&name, &disk.record.target, &disk.record, chunks, bytes));
             disks.push(Disk { name, base, view });
         }
         let stored = store(&repository, &disks, order, self.engine, progress, &self.interrupt, check);

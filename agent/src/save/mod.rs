@@ -13,6 +13,7 @@
 //! afterwards, and may be saved again, gone on with, or discarded.
 
 mod live;
+mod report;
 mod store;
 
 use std::path::{Path, PathBuf};
@@ -24,16 +25,16 @@ use jiff::Timestamp;
 use repository::{
     ChunkEncoder, Consistency, DiskName, GroupName, MAX_NOTE_LEN, Repository, Saved, SavedUpTo, SnapshotName,
 };
-use serde::{Deserialize, Serialize};
 
 pub use live::SaveRequest;
 pub(crate) use live::answer;
+use report::{Report, ReportedDisk};
 pub(crate) use store::{Disk, LackingRange, Order, Stored, View, foretold_lacks, store};
 
-use crate::cli::{Context, Failure, Interrupt, Outcome, UsageError, Verb, not_latest};
+use crate::cli::{Context, Failure, Interrupt, Outcome, UsageError, Verb};
 use crate::live::Resumed;
 use crate::live_restore::{self, Request, Rest, SessionRecord, StateDir};
-use crate::output::{Output, human_duration, human_size};
+use crate::output::Output;
 
 /// Make a snapshot of what a live-restore's guest wrote
 ///
@@ -93,39 +94,6 @@ pub struct Args {
     /// How to do I/O: auto, uring or threads
     #[arg(long, default_value_t = IoEngine::Auto, value_name = "ENGINE")]
     io_engine: IoEngine,
-}
-
-/// What a save does, or has done.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub(crate) struct Report {
-    /// The snapshot's full name; of one that is still to be made, a name that is free, which it has unless another takes it first.
-    pub(crate) snapshot: String,
-    /// What it is made on top of.
-    pub(crate) live_restore_of: String,
-    /// How much of the guest's writes is in it.
-    pub(crate) up_to: SavedUpTo,
-    pub(crate) disks: Vec<ReportedDisk>,
-    /// What the snapshot does not have.
-    pub(crate) damaged: Vec<LackingRange>,
-    pub(crate) dry_run: bool,
-    pub(crate) seconds: f64,
-}
-
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub(crate) struct ReportedDisk {
-    pub(crate) name: String,
-    pub(crate) target: PathBuf,
-    pub(crate) size_bytes: u64,
-    /// Chunks of the disk.
-    pub(crate) chunks: u64,
-    /// Chunks that the guest wrote to: those that are looked at.
-    pub(crate) changed_chunks: u64,
-    /// The bytes of those.
-    pub(crate) changed_bytes: u64,
-    /// Of what was looked at, what the repository did not have.
-    pub(crate) new_chunks: u64,
-    pub(crate) new_bytes: u64,
-    pub(crate) new_stored_bytes: u64,
 }
 
 /// One session that is to be saved.
@@ -249,7 +217,13 @@ impl Args {
         let order = order(&records, group, up_to, self.note.clone(), self.level)?;
         let planned = names.iter().zip(&rests).zip(wanted).map(|((name, rest), wanted)| {
             let frozen = rest.frozen();
-            planned_disk(name, &wanted.path, &wanted.record, frozen.chunks().len() as u64, frozen.bytes())
+            ReportedDisk::planned(
+                name,
+                &wanted.path,
+                &wanted.record,
+                frozen.chunks().len() as u64,
+                frozen.bytes(),
+            )
         });
         let mut report = Report {
             snapshot: order.free_name(repository).to_string(),
@@ -380,26 +354,6 @@ pub(crate) fn order(
     Ok(Order { group, time: Timestamp::now(), parent, consistency, saved: Some(saved), note, level })
 }
 
-pub(crate) fn planned_disk(
-    name: &DiskName,
-    target: &Path,
-    record: &SessionRecord,
-    changed_chunks: u64,
-    changed_bytes: u64,
-) -> ReportedDisk {
-    ReportedDisk {
-        name: name.to_string(),
-        target: target.to_owned(),
-        size_bytes: record.size,
-        chunks: record.size.div_ceil(u64::from(record.chunk_size)),
-        changed_chunks,
-        changed_bytes,
-        new_chunks: 0,
-        new_bytes: 0,
-        new_stored_bytes: 0,
-    }
-}
-
 /// What a user should know of a session that is saved.
 fn warn_of(output: &Output, rest: &Rest, path: &Path) {
     let path = path.display();
@@ -424,78 +378,5 @@ fn warn_of(output: &Output, rest: &Rest, path: &Path) {
         output.warn(format_args!(
             "the journal of {path} cannot be used; the live file has everything until the next reboot, so keep this snapshot"
         ));
-    }
-}
-
-impl Report {
-    /// What will be done, a line for each disk. The second that the snapshot will be called by is only known when it is made.
-    fn lines(&self) -> impl Iterator<Item = String> {
-        let doing = if self.dry_run { "would save" } else { "saving" };
-        self.disks.iter().map(move |disk| {
-            format!(
-                "{doing} {} as {} of a new snapshot of {}: {} of {} to read, on top of {}",
-                disk.target.display(),
-                disk.name,
-                self.group(),
-                human_size(disk.changed_bytes),
-                human_size(disk.size_bytes),
-                self.live_restore_of,
-            )
-        })
-    }
-
-    /// The group of the snapshot.
-    fn group(&self) -> &str {
-        self.snapshot.split('@').next().unwrap_or_default()
-    }
-
-    /// Says what would be done, and does nothing.
-    fn foretell(&self, output: &Output) -> anyhow::Result<Outcome> {
-        let snapshot = format!("a new snapshot of {}", self.group());
-        self.damaged.iter().for_each(|lacking| output.damaged(lacking.words(&snapshot)));
-        output.document(self)?;
-        self.lines().try_for_each(|line| output.line(line))?;
-        Ok(if self.damaged.is_empty() { Outcome::Done } else { Outcome::Damaged })
-    }
-
-    /// What was done.
-    pub(crate) fn complete(&mut self, stored: &Stored, started: Instant) {
-        let manifest = stored.snapshot.manifest();
-        self.snapshot = stored.snapshot.name().to_string();
-        for (disk, entry) in self.disks.iter_mut().zip(&manifest.disks) {
-            disk.new_chunks = entry.stats.new_chunks;
-            disk.new_bytes = entry.stats.new_bytes;
-            disk.new_stored_bytes = entry.stats.new_stored_bytes;
-        }
-        self.damaged.clone_from(&stored.damaged);
-        self.seconds = started.elapsed().as_secs_f64();
-    }
-
-    /// Says what was done.
-    fn conclude(&self, output: &Output, repository: &Repository) -> anyhow::Result<Outcome> {
-        self.damaged.iter().for_each(|lacking| output.damaged(lacking.words(&self.snapshot)));
-        if let Some(warning) = self.snapshot.parse().ok().and_then(|made| not_latest(repository, &made)) {
-            output.warn(warning);
-        }
-        let outcome = if self.damaged.is_empty() { Outcome::Done } else { Outcome::Damaged };
-        outcome.once_told(
-            self.tell(output),
-            format_args!("the snapshot {} was made", self.snapshot),
-            format_args!("`lifeboot show {}` tells what is in it", self.snapshot),
-        )
-    }
-
-    fn tell(&self, output: &Output) -> anyhow::Result<()> {
-        output.document(self)?;
-        let sum = |of: fn(&ReportedDisk) -> u64| self.disks.iter().map(of).sum::<u64>();
-        output.line(format_args!(
-            "saved {} in {}: {} of {} chunks looked at, {} of it new ({} stored)",
-            self.snapshot,
-            human_duration(std::time::Duration::from_secs_f64(self.seconds)),
-            sum(|disk| disk.changed_chunks),
-            sum(|disk| disk.chunks),
-            human_size(sum(|disk| disk.new_bytes)),
-            human_size(sum(|disk| disk.new_stored_bytes)),
-        ))
     }
 }

@@ -19,6 +19,7 @@ use super::copies::Copies;
 use super::reader::Backup;
 use super::set::FrozenSet;
 use super::{Frozen, FrozenOptions, FrozenReader, Holds, View};
+use crate::live::begin::check_identity;
 use crate::live::bits::{Bits, words_for, zeroed_words};
 use crate::live::clock::Clock;
 use crate::live::error::{Error, ErrorKind, Result};
@@ -26,7 +27,6 @@ use crate::live::fingerprint::{Evidence, check_contents};
 use crate::live::journal::{Journal, SessionId};
 use crate::live::live_file::{BootId, LiveFile, LiveWords};
 use crate::live::parts::{ChunkCheck, Identity, Resumed, WrittenPast};
-use crate::live::session::check_identity;
 use crate::live::source::ChunkSource;
 
 /// What a session at rest is made of.
