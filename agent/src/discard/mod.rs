@@ -24,18 +24,17 @@
 
 mod left_behind;
 mod lost;
+mod question;
+mod report;
 
-use std::io::{self, BufRead as _, IsTerminal as _, Write as _};
+use std::io;
 use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
-use std::time::Duration;
 
 use anyhow::Context as _;
 use block::{Engine, FileDisk};
-use rustix::event::{PollFd, PollFlags, Timespec};
 use rustix::fs::Access;
 use rustix::io::Errno;
-use serde::Serialize;
 
 use crate::cli::{Context, Failure, Interrupt, Outcome, READ_ONLY_ADVICE, UsageError, Verb};
 use crate::in_use;
@@ -43,9 +42,7 @@ use crate::live_restore::{self, LeftBehind, SessionRecord, StateDir};
 use crate::output::Output;
 use crate::status::{Phase, Status};
 use lost::Found;
-
-/// How soon a signal is seen while an answer is waited for.
-const SIGNAL_INTERVAL: Duration = Duration::from_millis(100);
+use report::Report;
 
 /// Give up a live-restore: remove its session
 ///
@@ -77,39 +74,6 @@ pub struct Args {
     /// TARGET leads to another disk by now
     #[arg(long, value_name = "DIR")]
     state: Option<PathBuf>,
-}
-
-#[derive(Serialize)]
-struct Report<'a> {
-    /// Whether there was a session.
-    discarded: bool,
-    session: Option<&'a str>,
-    snapshot: Option<&'a str>,
-    target: &'a Path,
-    target_removed: bool,
-    /// Bytes that the guest wrote.
-    guest_bytes: Option<u64>,
-    /// Bytes that were on the target.
-    home_bytes: Option<u64>,
-    size_bytes: Option<u64>,
-    complete: bool,
-}
-
-impl<'a> Report<'a> {
-    /// Where no session is known, and nothing was done.
-    const fn of_nothing(target: &'a Path) -> Self {
-        Self {
-            discarded: false,
-            session: None,
-            snapshot: None,
-            target,
-            target_removed: false,
-            guest_bytes: None,
-            home_bytes: None,
-            size_bytes: None,
-            complete: false,
-        }
-    }
 }
 
 impl Verb for Args {
@@ -226,24 +190,7 @@ impl Verb for Args {
             size_bytes: known.map(|status| status.size),
             complete: known.is_some_and(|status| status.phase == Phase::Complete),
         };
-        let what =
-            if is_begun { "the session is discarded" } else { "what was left of a session is removed" };
-        let became = match (removed, path.exists(), known.map(|status| status.phase)) {
-            (false, true, _) if is_another.is_some() => {
-                format!("{} stays untouched: it is not this session's target", path.display())
-            }
-            (true, ..) => format!("{} is removed", path.display()),
-            (false, false, _) => format!("{} does not exist", path.display()),
-            (false, true, Some(Phase::Complete)) => {
-                format!("{} stays: it is the whole disk", path.display())
-            }
-            (false, true, _) => format!(
-                "{} stays as it is: only part of a disk, of no use without its session but to look for data in",
-                path.display()
-            ),
-        };
-        let told = output.document(&report).and_then(|()| output.line(format_args!("{what}; {became}")));
-        Outcome::Done.once_told(told, what, became)
+        report.tell(output, is_another.is_some())
     }
 }
 
@@ -264,23 +211,7 @@ impl Args {
 
     /// Asks, unless told not to.
     fn ask(&self, output: &Output, interrupt: &Interrupt, without_terminal: &str) -> anyhow::Result<()> {
-        if self.yes {
-            return Ok(());
-        }
-        if output.is_json() || !io::stdin().is_terminal() || !io::stderr().is_terminal() {
-            return Err(Failure::new(
-                "nothing was discarded: nobody said yes, and without a terminal nobody can be asked",
-                without_terminal,
-            )
-            .into());
-        }
-        output.settle_stderr();
-        eprint_prompt()?;
-        let answer = read_answer(interrupt)?;
-        if matches!(answer.trim().to_ascii_lowercase().as_str(), "y" | "yes") {
-            return Ok(());
-        }
-        Err(Failure::new("nothing was discarded", "answer y to discard it").into())
+        if self.yes { Ok(()) } else { question::ask(output, interrupt, without_terminal) }
     }
 
     /// Fails where nobody is asked, and the session of another disk than the one that stands at `path` was only found by that path: it
@@ -367,29 +298,6 @@ fn is_unreadable(error: &anyhow::Error) -> bool {
         of_system == Some(io::ErrorKind::PermissionDenied)
             || of_engine == Some(block::ErrorKind::NotPermitted)
     })
-}
-
-fn eprint_prompt() -> anyhow::Result<()> {
-    let mut stderr = io::stderr().lock();
-    stderr.write_all(b"discard it? [y/N] ").and_then(|()| stderr.flush()).context("cannot ask")
-}
-
-/// A line from the terminal, unless a signal comes first.
-fn read_answer(interrupt: &Interrupt) -> anyhow::Result<String> {
-    let stdin = io::stdin();
-    let wait = Timespec::try_from(SIGNAL_INTERVAL).expect("it is short");
-    loop {
-        interrupt.check().inspect_err(|_| eprintln!())?;
-        let mut fds = [PollFd::new(&stdin, PollFlags::IN)];
-        match rustix::event::poll(&mut fds, Some(&wait)) {
-            Ok(0) | Err(Errno::INTR) => {}
-            Ok(_) => break,
-            Err(errno) => return Err(io::Error::from(errno)).context("cannot wait for the answer"),
-        }
-    }
-    let mut answer = String::new();
-    stdin.lock().read_line(&mut answer).context("cannot read the answer")?;
-    Ok(answer)
 }
 
 /// Fails where the session is not what was told before it was asked: there is no lock on a target that did not exist.

@@ -50,6 +50,7 @@ mod stopped;
 mod story;
 mod take_over;
 mod target;
+mod target_lock;
 mod turns;
 mod wanted;
 

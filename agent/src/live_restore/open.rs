@@ -37,6 +37,7 @@ use super::state_dir::{JOURNAL, StateDir};
 use super::stopped::{stopped_status, unusable_journal};
 use super::take_over;
 use super::target::{self, Candidate, Contents};
+use super::target_lock;
 use super::wanted;
 use crate::cli::{Failure, Interrupt};
 use crate::live::{ErrorKind, Phase, Resumed, Session, SessionId, SessionOptions, WrittenPast};
@@ -108,7 +109,7 @@ enum Restored {
 pub(super) fn find<'a>(wish: &'a Wish<'a>, state: &'a StateDir) -> anyhow::Result<Found<'a>> {
     let path = super::state_dir::absolute(wish.target)?;
     if !wish.takes_over {
-        target::check_unserved(&path, state.path())?;
+        target_lock::check_unserved(&path, state.path())?;
     }
     let begun = state.record()?.filter(SessionRecord::was_begun);
     if wish.moved && begun.is_none() {

@@ -86,7 +86,7 @@ impl Order {
         for wanted in self.assign(repository)? {
             count += 1;
             if !self.takes_over {
-                super::target::check_unserved(&absolute(&wanted.target)?, wanted.state.path())?;
+                super::target_lock::check_unserved(&absolute(&wanted.target)?, wanted.state.path())?;
             }
             // The first disk is what the empty name means.
             let (state, takes_over) = (&wanted.state, self.takes_over);

@@ -18,7 +18,7 @@ use super::open::cannot_resume;
 use super::parts::{MapCheck, journal_identity, parse_id};
 use super::record::SessionRecord;
 use super::state_dir::{JOURNAL, StateDir};
-use super::{distrust, stamp, target, wanted};
+use super::{distrust, stamp, target, target_lock, wanted};
 use crate::cli::{Failure, Interrupt};
 use crate::live::{
     AtRest, BootId, ChunkCheck, ChunkSource, DiskLayout, Frozen, FrozenReader, RestParts, SessionId,
@@ -155,7 +155,7 @@ pub(crate) fn lock_target(
     if !path.exists() {
         return Err(target::gone(state, path).into());
     }
-    lock_target_within(state, path, engine, target::LOCK_PATIENCE, interrupt)
+    lock_target_within(state, path, engine, target_lock::LOCK_PATIENCE, interrupt)
 }
 
 /// The same of a target that is there; what a dead agent left in flight is waited for so long.
@@ -167,7 +167,7 @@ pub(super) fn lock_target_within(
     interrupt: &Interrupt,
 ) -> anyhow::Result<FileDisk> {
     let disk = FileDisk::open(path, FileOptions::new(engine).read_only(true))?;
-    target::lock(&disk, path, state.path(), patience, interrupt)?;
+    target_lock::lock(&disk, path, state.path(), patience, interrupt)?;
     Ok(disk)
 }
 

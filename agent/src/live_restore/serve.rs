@@ -33,7 +33,7 @@ use super::service::{ServedDisk, Service, share};
 use super::stamp;
 use super::story::{End, Story};
 use super::take_over::{self, Heir};
-use super::target;
+use super::target_lock;
 use crate::cli::{Context, Failure, Interrupt};
 use crate::in_use::Claim;
 use crate::live::{LiveDisk, Session, SessionOptions};
@@ -188,7 +188,7 @@ fn in_use_rather_than(error: anyhow::Error, wanted: &[Wanted], interrupt: &Inter
     }
     let begun = Instant::now();
     loop {
-        let used = |wanted: &Wanted| target::in_use_by_another(&wanted.target, wanted.state.path());
+        let used = |wanted: &Wanted| target_lock::in_use_by_another(&wanted.target, wanted.state.path());
         if let Some(used) = wanted.iter().find_map(used) {
             return used;
         }
@@ -372,7 +372,7 @@ fn claim(wanted: &Wanted, is_settled: bool) -> anyhow::Result<Option<Claim>> {
         wanted.state.check_stands_alone(&record, &wanted.target)?;
         record.check_not_handed_over(&wanted.state)?;
     }
-    Err(target::in_use_by_another(&wanted.target, dir).unwrap_or(error))
+    Err(target_lock::in_use_by_another(&wanted.target, dir).unwrap_or(error))
 }
 
 /// Opens the disks one after another: all of them, or none.
