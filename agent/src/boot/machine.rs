@@ -10,7 +10,8 @@ use std::time::{Duration, Instant};
 use serde_json::json;
 
 use super::cannot_start;
-use super::sockets::{Origin, Sockets};
+use super::note::Origin;
+use super::sockets::Sockets;
 use crate::live_restore::{Service, qemu_arguments};
 use crate::pivot::{Monitor as _, Qmp};
 

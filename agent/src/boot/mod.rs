@@ -16,6 +16,7 @@
 //! agent died waits there for another.
 
 mod machine;
+mod note;
 mod qemu;
 mod sockets;
 mod watch;
@@ -32,7 +33,8 @@ use crate::cli::{Context, Failure, Interrupt, Outcome, UsageError, Verb};
 use crate::live_restore::{SessionArgs, SessionRecord, StateDir, Until, ask_status, paths, start};
 use crate::pivot::Aio;
 use machine::Machine;
-use sockets::{Origin, Sockets};
+use note::{Origin, Sought};
+use sockets::Sockets;
 use watch::BootWatcher;
 
 /// Start a machine from its backup at once, and move it onto its own disks when they are home
@@ -102,8 +104,11 @@ impl Verb for Args {
         }
         let paths = paths(&targets)?;
         for path in &paths {
-            check_no_machine(path)?;
-            check_nobody_waits(&session.state_of(path)?, path)?;
+            let state = session.state_of(path)?;
+            let record = state.record();
+            let session = record.as_ref().ok().and_then(|record| Some(&*record.as_ref()?.session));
+            check_no_machine_of(path, session, state.path())?;
+            check_nobody_waits(&state, record?.filter(SessionRecord::was_begun).as_ref(), path)?;
         }
         let program = qemu::check(&qemu)?;
         let sockets = Sockets::of(paths[0])?;
@@ -125,19 +130,30 @@ impl Verb for Args {
     }
 }
 
-/// Fails where a machine of `boot` one of whose targets is `target` still runs, and waits for an agent if it has none.
+/// Fails where a machine of `boot` one of whose targets is `target`, or was, still runs, and waits for an agent if it has none.
 ///
 /// # Errors
 /// A [`Failure`] that says how it is gone on with.
 pub(crate) fn check_no_machine(target: &Path) -> anyhow::Result<()> {
-    sockets::of_machines_with(target)?.iter().try_for_each(|sockets| sockets.check_unused(target))
+    check_none_has(&Sought::at(target)?)
+}
+
+/// The same of a machine that has the session in `dir`, too, wherever its target is.
+///
+/// # Errors
+/// As there.
+pub(crate) fn check_no_machine_of(target: &Path, session: Option<&str>, dir: &Path) -> anyhow::Result<()> {
+    check_none_has(&Sought::at(target)?.with_session(session, dir))
+}
+
+fn check_none_has(sought: &Sought) -> anyhow::Result<()> {
+    sockets::of_machines_with(sought)?.iter().try_for_each(|sockets| sockets.check_unused(sought))
 }
 
 /// Fails where another machine than one of `boot` may wait for an agent. Where there is an agent, it is refused by that.
-fn check_nobody_waits(state: &StateDir, target: &Path) -> anyhow::Result<()> {
-    let record = state.record()?.filter(SessionRecord::was_begun);
+fn check_nobody_waits(state: &StateDir, record: Option<&SessionRecord>, target: &Path) -> anyhow::Result<()> {
     match record.filter(|_| !matches!(ask_status(state.path()), Ok(Some(_)))) {
-        Some(record) => state.check_nobody_waits(&record, target, "boot it"),
+        Some(record) => state.check_nobody_waits(record, target, "boot it"),
         None => Ok(()),
     }
 }

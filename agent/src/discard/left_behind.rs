@@ -32,7 +32,7 @@ impl Args {
             .exists()
             .then(|| live_restore::lock_target(&state, path, Engine::THREADS, &interrupt))
             .transpose()?;
-        crate::boot::check_no_machine(path)?;
+        crate::boot::check_no_machine_of(path, Some(left.session()), state.path())?;
         self.check_may_change(
             &left.path().parent().map(Path::to_owned).into_iter().collect::<Vec<_>>(),
             path,

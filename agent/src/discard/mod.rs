@@ -12,7 +12,7 @@
 //! |---|---|
 //! | none | nothing: exit code 0 |
 //! | served by an agent | refused |
-//! | a machine of `lifeboot boot` waits for an agent to serve it | refused, unless it is known to be moved onto the target |
+//! | a machine of `lifeboot boot` waits for an agent to serve it | refused, by whatever name the target is known now, unless it is known to be moved onto the target |
 //! | a move was begun, the machine is not known to be moved, and a program has the target open | refused: the machine may wait for an agent |
 //! | a program holds a lock on the target, as QEMU does | refused, unless all is home or it was handed over, and the target stays |
 //! | its files may not be read | refused: that is no damage |
@@ -138,6 +138,11 @@ impl Verb for Args {
             None => (None, damage),
         };
         let known = status.as_ref();
+        let is_moved = record.as_ref().is_some_and(|record| state.is_moved(record));
+        if !is_moved {
+            let session = record.as_ref().map(|record| &*record.session);
+            crate::boot::check_no_machine_of(&path, session, state.path())?;
+        }
         if let Some(why) = &is_another {
             self.check_named(&state, &path, why)?;
         } else {
@@ -149,7 +154,7 @@ impl Verb for Args {
             let whole = record.filter(|_| known.is_some_and(|status| status.phase == Phase::Complete));
             let found = Found {
                 record,
-                is_moved: record.is_some_and(|record| state.is_moved(record)),
+                is_moved,
                 status: known,
                 written_past: whole
                     .filter(|_| path.exists())
@@ -239,8 +244,7 @@ impl Args {
         status: Option<&Status>,
         path: &Path,
     ) -> anyhow::Result<()> {
-        if let Some(record) = record.filter(|record| !state.is_moved(record)) {
-            crate::boot::check_no_machine(path)?;
+        if let Some(record) = record {
             state.check_nobody_waits(record, path, "discard the session")?;
         }
         let is_handed_over = record.is_some_and(|record| record.handed_over);

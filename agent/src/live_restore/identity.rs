@@ -53,7 +53,7 @@ impl TargetIdentity {
     ///
     /// # Errors
     /// What the operating system says.
-    pub(super) fn at(path: &Path) -> io::Result<Option<Self>> {
+    pub(crate) fn at(path: &Path) -> io::Result<Option<Self>> {
         match rustix::fs::open(path, OFlags::PATH | OFlags::CLOEXEC, Mode::empty()) {
             Ok(file) => Self::of(file).map(Some),
             Err(rustix::io::Errno::NOENT) => Ok(None),
@@ -62,13 +62,13 @@ impl TargetIdentity {
     }
 
     /// Whether it is this target that stands at `path`; `None` where nothing does, or nobody can tell.
-    pub(super) fn is_at(&self, path: &Path) -> Option<bool> {
+    pub(crate) fn is_at(&self, path: &Path) -> Option<bool> {
         let there = Self::at(path).ok().flatten()?;
         Some(there.is_same(self))
     }
 
     /// Whether both are of one target, as far as names tell. A named one may have grown since.
-    pub(super) fn is_same(&self, other: &Self) -> bool {
+    pub(crate) fn is_same(&self, other: &Self) -> bool {
         match (&self.name, &other.name) {
             (Some(ours), Some(theirs)) => ours == theirs,
             (None, None) => self.size == other.size,
@@ -87,7 +87,7 @@ impl fmt::Display for TargetIdentity {
 }
 
 /// What a directory is, by whatever name: a copy of it is another.
-pub(super) fn name_of_directory(path: &Path) -> Option<String> {
+pub(crate) fn name_of_directory(path: &Path) -> Option<String> {
     TargetIdentity::at(path).ok().flatten()?.name
 }
 

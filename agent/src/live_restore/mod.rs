@@ -80,6 +80,7 @@ pub use damage::{KeptDamage, kept_damage};
 pub use handover::HandedOver;
 pub(crate) use handover::{ask_without_agent, no_session_any_more};
 pub use identity::TargetIdentity;
+pub(crate) use identity::name_of_directory;
 pub(crate) use narrate::qemu_arguments;
 pub(crate) use order::{Order, paths};
 pub(crate) use original::check_not_anothers;

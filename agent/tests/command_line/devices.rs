@@ -8,16 +8,16 @@ use std::process::Command;
 use crate::support::{MIB, Scratch, is_root, live_restore_to, noise, park};
 
 /// A loop device on a file, detached when dropped.
-struct Loop(PathBuf);
+pub(crate) struct Loop(PathBuf);
 
 impl Loop {
-    fn on(file: &Path) -> Self {
+    pub(crate) fn on(file: &Path) -> Self {
         let output = Command::new("losetup").args(["-f", "--show"]).arg(file).output().unwrap();
         assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
         Self(String::from_utf8(output.stdout).unwrap().trim().into())
     }
 
-    fn name(&self) -> &str {
+    pub(crate) fn name(&self) -> &str {
         self.0.to_str().unwrap()
     }
 

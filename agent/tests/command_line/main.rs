@@ -8,6 +8,7 @@ mod control;
 mod damage;
 mod devices;
 mod interrupts;
+mod machines;
 mod metrics;
 mod moves;
 mod refusals;
