@@ -11,6 +11,7 @@ mod engine;
 mod error;
 mod file;
 mod mapped;
+mod open_files;
 mod parts;
 mod pool;
 mod queue;

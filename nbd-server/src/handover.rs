@@ -17,6 +17,8 @@ use std::path::Path;
 use std::sync::{Arc, Weak};
 use std::time::Duration;
 
+use rustix::event::{PollFd, PollFlags};
+use rustix::io::Errno;
 use rustix::net::{
     RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer, SendAncillaryMessage,
     SendFlags, recvmsg, sendmsg, sockopt,
@@ -68,7 +70,7 @@ pub fn send_line(stream: &UnixStream, line: &str, sockets: &[Arc<Listener>]) -> 
                 // They went with the first bytes.
                 with.clear();
             }
-            Err(rustix::io::Errno::INTR) => {}
+            Err(Errno::INTR) => {}
             Err(errno) => return Err(errno.into()),
         }
     }
@@ -94,7 +96,7 @@ pub fn receive_line(stream: &UnixStream) -> io::Result<(String, Vec<OwnedFd>)> {
             RecvFlags::CMSG_CLOEXEC,
         ) {
             Ok(received) => received,
-            Err(rustix::io::Errno::INTR) => continue,
+            Err(Errno::INTR) => continue,
             Err(errno) => return Err(errno.into()),
         };
         for message in with.drain() {
@@ -143,7 +145,7 @@ pub fn describe(listeners: &[Arc<Listener>]) -> Vec<(String, bool)> {
     listeners.iter().map(|listener| (listener.address().to_string(), listener.owns_file())).collect()
 }
 
-/// Takes sockets over as [`describe`] described them. Their files are the predecessor's until [`Listener::own_file`].
+/// Takes sockets over as [`describe`] described them. They and their files are the predecessor's until [`Listener::own`].
 ///
 /// # Errors
 /// Where there are more or less, or one cannot be served.
@@ -183,6 +185,7 @@ pub struct Successor {
     stream: UnixStream,
     point: Listener,
     listeners: Vec<Listener>,
+    access: Access,
 }
 
 /// What a successor serves with, once its predecessor has ended.
@@ -208,9 +211,7 @@ impl MeetingPoint {
             Err(error)
                 if matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused) =>
             {
-                // Whoever meets there may take the disks away: that is for us alone.
-                let access = Access { socket_mode: 0o600, ..access.clone() };
-                let bound = Listener::bind(&ListenAddress::Unix(path.to_owned()), &access)?;
+                let bound = Listener::bind(&ListenAddress::Unix(path.to_owned()), &for_meeting(access))?;
                 let listener = bound.into_iter().next().map(Arc::new);
                 let listener = listener.ok_or_else(|| failed(io::ErrorKind::AddrNotAvailable.into()))?;
                 return Ok(Arrival::First(Self { listener }));
@@ -251,7 +252,7 @@ impl MeetingPoint {
         }
         let point = listeners.remove(0);
         check_addresses(asked, &listeners).map_err(|why| refused(&why))?;
-        Ok(Arrival::Successor(Successor { stream, point, listeners }))
+        Ok(Arrival::Successor(Successor { stream, point, listeners, access: access.clone() }))
     }
 
     /// Waits for a successor on a thread of its own, and answers whoever comes. Once one says `go`, `depart` is called, and the
@@ -269,7 +270,6 @@ impl MeetingPoint {
         let Ok(StdListener::Unix(incoming)) = self.listener.to_std() else {
             return Err(failed(io::ErrorKind::Unsupported.into()));
         };
-        incoming.set_nonblocking(false).map_err(failed)?;
         // Not ours: whoever ends without a successor takes the files away.
         let sockets: Vec<_> = std::iter::once(&self.listener).chain(listeners).map(Arc::downgrade).collect();
         let wait = move || depart(await_successor(&incoming, &identity, &sockets));
@@ -287,7 +287,7 @@ pub struct Departure {
 
 fn await_successor(incoming: &UnixListener, identity: &str, sockets: &[Weak<Listener>]) -> Departure {
     loop {
-        let met = incoming.accept().and_then(|(stream, _)| meet(stream, identity, sockets));
+        let met = accept(incoming).and_then(|stream| meet(stream, identity, sockets));
         match met {
             Ok(Some(departure)) => return departure,
             Ok(None) => {}
@@ -296,6 +296,21 @@ fn await_successor(incoming: &UnixListener, identity: &str, sockets: &[Weak<List
                 // Where nobody can be accepted, that fails at once again.
                 std::thread::sleep(Duration::from_millis(50));
             }
+        }
+    }
+}
+
+/// Whoever comes, waited for as long as it takes. A successor shares the socket: whether accepting blocks is not ours to say.
+fn accept(incoming: &UnixListener) -> io::Result<UnixStream> {
+    loop {
+        match rustix::event::poll(&mut [PollFd::new(incoming, PollFlags::IN)], None) {
+            Ok(_) | Err(Errno::INTR) => {}
+            Err(errno) => return Err(errno.into()),
+        }
+        match incoming.accept() {
+            Ok((stream, _)) => return Ok(stream),
+            Err(error) if matches!(error.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted) => {}
+            Err(error) => return Err(error),
         }
     }
 }
@@ -344,15 +359,21 @@ impl Successor {
     /// Takes over: the predecessor finishes and ends, which is waited for.
     ///
     /// # Errors
-    /// Where the predecessor went away before it heard of it: it may go on, or have died.
+    /// Where the predecessor went away before it heard of it: it may go on, or have died. Where the sockets cannot be made ours.
     pub fn take_over(self) -> Result<Succession> {
-        let Self { stream, point, listeners } = self;
+        let Self { stream, point, listeners, access } = self;
         send_line(&stream, GO, &[])
             .map_err(|source| Error::io("the server that was to be succeeded is gone", source))?;
         wait_for_end(&stream);
-        listeners.iter().chain([&point]).for_each(Listener::own_file);
+        listeners.iter().try_for_each(|listener| listener.own(&access))?;
+        point.own(&for_meeting(&access))?;
         Ok(Succession { point: MeetingPoint { listener: Arc::new(point) }, listeners })
     }
+}
+
+/// Whoever meets there may take the disks away: that is for us alone.
+fn for_meeting(access: &Access) -> Access {
+    Access { socket_mode: 0o600, ..access.clone() }
 }
 
 /// The process at the other end, as far as it can be known: a socket that was handed over still has the number of the process that made it.

@@ -111,9 +111,12 @@ impl Server {
         self.listeners.iter().map(|listener| listener.address().clone()).collect()
     }
 
-    /// Takes the files of sockets from a predecessor who left them.
-    pub fn own_files(&self) {
-        self.listeners.iter().for_each(|listener| listener.own_file());
+    /// Makes sockets ours that a predecessor handed over, once it has ended.
+    ///
+    /// # Errors
+    /// What the system says.
+    pub fn own_listeners(&self) -> Result<()> {
+        self.listeners.iter().try_for_each(|listener| listener.own(&self.options.access))
     }
 
     /// Has every shard run `task` beside its connections, on the same event loop and ring. A shard ends after
@@ -124,11 +127,23 @@ impl Server {
         self
     }
 
+    /// Fails where this process may not open the files that a server of so many `shards` has, and `others` beside: asked before
+    /// whoever serves is told to end.
+    ///
+    /// # Errors
+    /// One that names the limit.
+    pub fn check_open_files(shards: usize, others: usize) -> Result<()> {
+        // The acceptor is a thread, too.
+        let checked = Engine::check_open_files(shards.max(1).saturating_add(1), others);
+        checked.map_err(|error| Error::new(ErrorKind::Io, format!("cannot serve: {error}")))
+    }
+
     /// Serves from `shards` threads (at least one), each with an event loop of `engine`.
     ///
     /// # Errors
-    /// Where threads cannot be had.
+    /// Where threads cannot be had, or files for them.
     pub fn run(self, shards: usize, engine: Engine) -> Result<ServerHandle> {
+        Self::check_open_files(shards, self.listeners.len())?;
         let (phase, phases) = watch::channel(Phase::Running);
         let slots = Slots::default();
         let limits = &self.options.limits;

@@ -100,6 +100,48 @@ fn it_serves_a_file_prints_where_and_ends_on_either_signal() {
     assert!(std::fs::read(&file).unwrap()[4096..104_096] == [9; 100_000]);
 }
 
+/// What the successor that was refused leaves behind is nothing; the one that comes in lets in whom it was told to.
+#[test]
+fn a_successor_that_is_refused_changes_nothing_and_the_next_one_has_its_own_permissions() {
+    use std::os::unix::fs::PermissionsExt as _;
+    let dir = tempfile::tempdir().unwrap();
+    let [file, log, meeting, socket, other] =
+        ["disk", "log", "meeting", "s", "other"].map(|name| dir.path().join(name));
+    std::fs::write(&file, vec![7; 1 << 20]).unwrap();
+    let [address, other] = [&socket, &other].map(|path| format!("unix:{}", path.display()));
+    let mode = |path: &Path| std::fs::metadata(path).unwrap().permissions().mode() & 0o777;
+    let handover = ["--handover", meeting.to_str().unwrap()];
+    let mut command = Command::new(BINARY);
+    command.stderr(std::fs::File::create(&log).unwrap());
+    let open = [&handover[..], &["--socket-mode", "666"]].concat();
+    let mut old = Running::start_as(command, &file, &[&address], &open);
+    assert_eq!(mode(&socket), 0o666);
+    let (code, said) = fails(&[&[file.to_str().unwrap(), "--listen", &other], &handover[..]].concat());
+    assert!(code == Some(1) && said.contains("listens at"), "{said}");
+    let new = Running::start(&file, &[&address], &handover);
+    assert_eq!(old.child.wait().unwrap().code(), Some(0));
+    assert_eq!((mode(&socket), mode(&meeting)), (0o600, 0o600));
+    let said = std::fs::read_to_string(&log).unwrap();
+    assert!(!said.contains("nothing came of it"), "{said}");
+    assert_eq!(new.end(Signal::TERM), Some(0));
+    assert!(!socket.exists());
+}
+
+#[test]
+fn who_may_have_too_few_files_open_says_so() {
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("disk");
+    std::fs::write(&file, vec![7; 1 << 20]).unwrap();
+    for files in [10, 16, 24] {
+        let line = format!("ulimit -n {files}; exec {BINARY} disk --listen unix:s");
+        let mut command = Command::new("sh");
+        let output = command.args(["-c", &line]).current_dir(dir.path()).output().unwrap();
+        let said = String::from_utf8(output.stderr).unwrap();
+        assert_eq!(output.status.code(), Some(1), "{said}");
+        assert!(said.contains(&format!("no more than {files} files open")), "{said}");
+    }
+}
+
 #[test]
 fn sighup_ends_it_as_sigterm_does_unless_it_was_started_to_outlive_its_terminal() {
     let dir = tempfile::tempdir().unwrap();

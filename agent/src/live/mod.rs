@@ -107,7 +107,7 @@ pub use journal::{BlockRun, JournalLayout, SessionId};
 pub use limit::RateLimit;
 pub use live_file::{BootId, LiveWords};
 pub use parts::{ChunkCheck, Identity, Resumed, SessionOptions, SessionParts, WrittenPast};
-pub use peek::{Peek, is_live_file_believable, peek};
+pub use peek::{Peek, check_header, is_live_file_believable, peek};
 pub use session::Session;
 pub use source::{
     ChunkData, ChunkSource, DiskLayout, FetchFuture, RunData, SourceError, SourceErrorKind, Urgency,

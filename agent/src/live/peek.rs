@@ -2,6 +2,8 @@
 
 use block::{BLOCK_SIZE, BlockDevice};
 
+use super::Identity;
+use super::begin::check_identity;
 use super::bits::{Bits, words_for, zeroed_words};
 use super::error::Result;
 use super::journal::Journal;
@@ -27,6 +29,20 @@ pub struct Peek {
 pub fn is_live_file_believable(live: LiveWords, session: SessionId, boot: BootId, disk: DiskLayout) -> bool {
     live.words().len() == LiveWords::count_for(disk)
         && LiveFile::new(live, disk).is_believable(session, boot, disk)
+}
+
+/// Looks only at how a session's journal begins: that never changes, and may be read while an agent writes behind it.
+///
+/// # Errors
+/// As for [`super::Session::resume`]: where it does not begin as one does, or is another session's.
+pub async fn check_header(
+    journal: &dyn BlockDevice,
+    id: SessionId,
+    identity: &Identity,
+    disk: DiskLayout,
+) -> Result<()> {
+    let header = Journal::read_header(journal).await?;
+    check_identity(&header, id, identity, disk)
 }
 
 /// Looks at a session that no agent serves. `live` is its live file, where there is one.

@@ -28,7 +28,7 @@ use super::fetching::{Fetching, SharedPool};
 use super::identity::TargetIdentity;
 use super::made::Made;
 use super::original::check_not_anothers;
-use super::parts::{Parts, id_text, make_journal, new_id, open_journal, parse_id};
+use super::parts::{Parts, id_text, journal_identity, make_journal, new_id, open_journal, parse_id};
 use super::pointer;
 use super::record::SessionRecord;
 use super::rest::locked_record;
@@ -40,7 +40,7 @@ use super::target::{self, Candidate, Contents};
 use super::target_lock;
 use super::wanted;
 use crate::cli::{Failure, Interrupt};
-use crate::live::{ErrorKind, Phase, Resumed, Session, SessionId, SessionOptions, WrittenPast};
+use crate::live::{ErrorKind, Phase, Resumed, Session, SessionId, SessionOptions, WrittenPast, check_header};
 use crate::source::Fallbacks;
 use crate::status;
 
@@ -224,15 +224,7 @@ impl Found<'_> {
 
     fn resume(&self, found: &SessionRecord, parts: Parts, interrupt: &Interrupt) -> anyhow::Result<Opened> {
         let Self { wish, state, path, .. } = self;
-        if !path.exists() {
-            check_not_anothers(state, found, path)?;
-            let dir = state.path().display();
-            return Err(Failure::new(
-                format!("the target {} of the session in {dir} is gone", path.display()),
-                format!("put it back; or {}, and then the same command begins anew", state.giving_up()),
-            )
-            .into());
-        }
+        self.check_there(found)?;
         let look = stamp::Look::at(state, found, path, wish.moved);
         let target = target::reopen(path, state.path(), wish.engine, interrupt)?;
         // Until the record names this target.
@@ -246,29 +238,8 @@ impl Found<'_> {
         if !wish.is_settled {
             record.check_not_handed_over(state)?;
         }
-        if !state.file(JOURNAL).exists() {
-            let what = format!("the journal {} is missing", state.file(JOURNAL).display());
-            return Err(unusable_journal(state, what).into());
-        }
-        let identity = identity_of(&target)?;
-        if !wish.moved && !identity.is_same(&record.identity) {
-            return Err(self.another_target(&record, &identity));
-        }
-        target::check_not_cut_off(&target, state, &record)?;
-        let is_named = identity.name.is_some() && identity.is_same(&record.identity);
-        if parts.check.is_none() && !is_named {
-            // Complete or not: nothing tells that this is the session's target.
-            return Err(Failure::new(
-                format!(
-                    "the target {} has another name than the session's, or none, and without the repository its contents \
-                     cannot be checked",
-                    path.display()
-                ),
-                "run the same command when the repository can be reached",
-            )
-            .into());
-        }
-        let journal = open_journal(&state.file(JOURNAL), wish.engine)?;
+        let identity = self.check_is_its_target(&target, &record, parts.check.is_some())?;
+        let journal = self.open_its_journal()?;
         let words = distrust::open_live(state, &record, parts.layout)?;
         let (parts, fetching, boot) = parts.into_session(&record, words, written_past);
         let id = SessionId(parse_id(&record.session)?);
@@ -308,6 +279,84 @@ impl Found<'_> {
             tracing::warn!("{:#}", error);
         }
         Ok(Opened { session, target, journal, record, fetching, resumed: Some(resumed), made: None })
+    }
+
+    /// Looks at what [`Self::resume`] is going to look at, and changes nothing: asked while another agent serves the session, which
+    /// ends for us only where it can be gone on with.
+    ///
+    /// # Errors
+    /// Where opening the session would fail, as far as that can be known now.
+    pub(super) fn look_ahead(&self) -> anyhow::Result<()> {
+        let Self { wish, state, path, .. } = self;
+        let Restored::Begun(found, disk) = &self.restored else { return Ok(()) };
+        self.check_there(found)?;
+        let target = target::open_to_look(path, wish.engine)?;
+        let record = locked_record(state, found)?;
+        self.check_is_its_target(&target, &record, disk.is_some())?;
+        let dir = state.path();
+        rustix::fs::access(dir, rustix::fs::Access::WRITE_OK)
+            .map_err(io::Error::from)
+            .with_context(|| format!("cannot write to the session's directory {}", dir.display()))?;
+        distrust::look_at_live(state, &record)?;
+        let journal = self.open_its_journal()?;
+        let id = SessionId(parse_id(&record.session)?);
+        let looked = wish.engine.run(async {
+            let journal = journal.open()?;
+            anyhow::Ok(check_header(&*journal, id, &journal_identity(&record), record.layout()).await)
+        })?;
+        looked.map_err(|error| cannot_resume(state, error))
+    }
+
+    /// Fails where nothing stands at the target's path.
+    fn check_there(&self, record: &SessionRecord) -> anyhow::Result<()> {
+        let Self { state, path, .. } = self;
+        if path.exists() {
+            return Ok(());
+        }
+        check_not_anothers(state, record, path)?;
+        let dir = state.path().display();
+        Err(Failure::new(
+            format!("the target {} of the session in {dir} is gone", path.display()),
+            format!("put it back; or {}, and then the same command begins anew", state.giving_up()),
+        )
+        .into())
+    }
+
+    /// What the target is, where it is the session's. `has_check` says that its contents will be compared, too.
+    fn check_is_its_target(
+        &self,
+        target: &FileDisk,
+        record: &SessionRecord,
+        has_check: bool,
+    ) -> anyhow::Result<TargetIdentity> {
+        let identity = identity_of(target)?;
+        if !self.wish.moved && !identity.is_same(&record.identity) {
+            return Err(self.another_target(record, &identity));
+        }
+        target::check_not_cut_off(target, self.state, record)?;
+        let is_named = identity.name.is_some() && identity.is_same(&record.identity);
+        if !has_check && !is_named {
+            // Complete or not: nothing tells that this is the session's target.
+            return Err(Failure::new(
+                format!(
+                    "the target {} has another name than the session's, or none, and without the repository its contents \
+                     cannot be checked",
+                    self.path.display()
+                ),
+                "run the same command when the repository can be reached",
+            )
+            .into());
+        }
+        Ok(identity)
+    }
+
+    fn open_its_journal(&self) -> anyhow::Result<FileDisk> {
+        let (state, path) = (self.state, self.state.file(JOURNAL));
+        if !path.exists() {
+            let what = format!("the journal {} is missing", path.display());
+            return Err(unusable_journal(state, what).into());
+        }
+        open_journal(&path, self.wish.engine)
     }
 
     fn another_target(&self, record: &SessionRecord, identity: &TargetIdentity) -> anyhow::Error {

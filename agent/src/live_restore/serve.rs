@@ -51,6 +51,10 @@ const LEAST_FILLS: usize = 8;
 /// How long after it has its addresses a start has locked its targets, in general.
 const OTHERS_START: Duration = Duration::from_millis(500);
 
+/// So many files each disk has open at most, and so many whatever serves them has beside the server.
+const FILES_PER_DISK: usize = 6;
+const FILES_BESIDE: usize = 12;
+
 /// A service that runs: guests may connect.
 pub(crate) struct Running {
     /// Keep others from the targets. They go before the targets' locks, which a successor waits for.
@@ -90,6 +94,8 @@ pub(crate) fn start(
     let (repository, fallbacks) = Fallbacks::beside(repository, &order.fallbacks, lacks, warn)?;
     let mut wanted = order.assign(&repository)?;
     wanted.retain(|wanted| !order.handed_over.contains(&wanted.target));
+    // Before anything is made, or anybody told to end.
+    Server::check_open_files(shards(), FILES_BESIDE + FILES_PER_DISK * wanted.len())?;
     // One that is taken over holds them.
     let claims = if order.takes_over { Vec::new() } else { claim_all(order, &wanted)? };
     let pool = SharedPool::new(order.pool, &fallbacks);
@@ -146,6 +152,10 @@ pub(crate) fn start(
     serve(order, opened, wanted, bound, repository.ok(), interrupt)
 }
 
+fn shards() -> usize {
+    std::thread::available_parallelism().map_or(1, std::num::NonZero::get)
+}
+
 /// Has the addresses: those of an agent whose place is taken, who has ended then, or its own.
 fn bind(
     order: &Order,
@@ -169,9 +179,17 @@ fn bind(
         return Ok(Bound { server, exports: late.to_vec(), metrics, claims, has_taken_over: false });
     };
     let server = Server::listening(listeners, exports, order.server.clone())?;
+    for found in found {
+        found.look_ahead().inspect_err(|_| {
+            context.output().warn(format_args!(
+                "the agent with the process id {} goes on: its place cannot be taken like this",
+                predecessor.pid()
+            ));
+        })?;
+    }
     tracing::info!(pid = predecessor.pid(), "taking the place of the agent that serves");
     predecessor.end()?;
-    server.own_files();
+    server.own_listeners()?;
     let claims = claim_all(order, wanted)?;
     // Guests wait: they are not to wait for a scraper's address.
     let metrics = bind_metrics().unwrap_or_else(|error| {
@@ -236,9 +254,8 @@ fn serve(
         damage::recall(&opened.session, &wanted.state, &opened.record);
         export.put(Arc::clone(disk), opened.record.epoch);
     }
-    let shards = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
     // Where it fails, sessions that are new are taken back.
-    let handle = match bound.server.on_shard_start(workers(&disks)).run(shards, engine) {
+    let handle = match bound.server.on_shard_start(workers(&disks)).run(shards(), engine) {
         Ok(handle) => handle,
         Err(error) => {
             give_back(&opened, &wanted, engine);

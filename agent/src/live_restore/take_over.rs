@@ -5,7 +5,8 @@
 //!
 //! 1. the successor finds its sessions, their snapshot and its disks in the repository. It locks and changes nothing;
 //! 2. it asks for the agent's place. The agent compares the sessions, keeps saves and moves away, and sends its sockets;
-//! 3. the successor says `go`. Until then the agent serves, whatever becomes of the successor;
+//! 3. the successor looks at its sockets, its targets and their journals, changing nothing, and says `go`. Until then the agent
+//!    serves, whatever becomes of the successor;
 //! 4. the agent accepts nothing more, finishes what is in flight, leaves what comes later to clients that connect again, parks its
 //!    sessions, lets their locks go, and ends;
 //! 5. the successor, who sees that end as the connection's, resumes the sessions and accepts.

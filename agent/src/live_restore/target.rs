@@ -42,6 +42,13 @@ pub(super) fn reopen(
     Ok(disk)
 }
 
+/// Opens the target of a session as [`reopen`] will, while somebody else has its lock: to be looked at.
+pub(super) fn open_to_look(path: &Path, engine: Engine) -> anyhow::Result<FileDisk> {
+    let disk = FileDisk::open(path, FileOptions::new(engine))?;
+    check_writable(&disk)?;
+    Ok(disk)
+}
+
 /// Fails where the locked target of a session is shorter than the disk: what stood there is lost, and a file that is only made
 /// longer again would be believed where it has zeroes now.
 pub(super) fn check_not_cut_off(

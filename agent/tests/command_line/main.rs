@@ -18,6 +18,7 @@ mod sessions;
 mod several;
 mod stranded;
 mod support;
+mod take_over;
 mod unread;
 mod watch;
 mod words;

@@ -13,7 +13,12 @@ pub(crate) use local::{
     thread_pool_of_buffers_if_any,
 };
 
-use crate::{Error, ErrorKind, Result};
+use crate::{Error, ErrorKind, Result, open_files::check_open_files};
+
+/// So many files a thread's runtime has open at most, ring included.
+const RUNTIME_FILES: usize = 6;
+/// With fewer than that, for one runtime and what it is to work on, nothing is begun.
+const LEAST_FILES: usize = 2 * RUNTIME_FILES;
 
 /// The way of doing I/O that somebody asked for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Default)]
@@ -72,8 +77,9 @@ impl Engine {
     ///
     /// # Errors
     /// `Unsupported` where `io_uring` was asked for by name and the kernel refuses it. `auto` warns instead,
-    /// and falls back to threads.
+    /// and falls back to threads. Where this process may not open the files that even one event loop needs.
     pub fn choose(wish: IoEngine) -> Result<Self> {
+        check_open_files(LEAST_FILES)?;
         if wish == IoEngine::Threads {
             return Ok(Self::THREADS);
         }
@@ -87,6 +93,15 @@ impl Engine {
                 Ok(Self::THREADS)
             }
         }
+    }
+
+    /// Fails where this process may not open the files that so many threads that [run](Self::run) at once need, and `others` files
+    /// beside.
+    ///
+    /// # Errors
+    /// One that names the limit.
+    pub fn check_open_files(threads: usize, others: usize) -> Result<()> {
+        check_open_files(threads.saturating_mul(RUNTIME_FILES).saturating_add(others))
     }
 
     /// `uring` or `threads`.

@@ -32,7 +32,12 @@ pub(super) fn listeners(access: &Access) -> Result<Vec<Listener>> {
         ));
     }
     // The files of these sockets are systemd's.
-    sockets.into_iter().map(|socket| Listener::adopt(socket, access, false)).collect()
+    let adopted = sockets.into_iter().map(|socket| {
+        let listener = Listener::adopt(socket, access, false)?;
+        listener.own(access)?;
+        Ok(listener)
+    });
+    adopted.collect()
 }
 
 /// Takes the sockets. There are none where they were taken before.

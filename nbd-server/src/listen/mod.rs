@@ -68,8 +68,8 @@ impl Listener {
         }
     }
 
-    /// Takes a socket that listens already, from systemd or a predecessor. The file of a unix socket is removed at the
-    /// end where `owns_file`.
+    /// Takes a socket that listens already, from systemd or a predecessor, and changes nothing of it: a predecessor that goes on shares
+    /// it. The file of a unix socket is removed at the end where `owns_file`. [`Listener::own`] makes it ours.
     ///
     /// # Errors
     /// Where it is not such a socket, or [`Listener::bind`] would refuse its address.
@@ -89,7 +89,8 @@ impl Listener {
                     .to_owned(),
             ));
         }
-        socket.set_nonblocking(true).and_then(|()| socket.set_cloexec(true)).map_err(failed)?;
+        // That is the descriptor's, and not shared.
+        socket.set_cloexec(true).map_err(failed)?;
         let local = socket.local_addr().map_err(failed)?;
         let address = address_of(&local).ok_or_else(|| {
             invalid("a socket that was handed over is of an unknown address family".to_owned())
@@ -134,9 +135,23 @@ impl Listener {
         self.file.iter().for_each(SocketFile::leave);
     }
 
-    /// Takes the socket's file from a predecessor who left it.
-    pub fn own_file(&self) {
-        self.file.iter().for_each(SocketFile::own);
+    /// Makes a socket ours that was adopted: it does not block, and its file, which a predecessor left, has our permissions.
+    ///
+    /// # Errors
+    /// What the system says.
+    pub fn own(&self, access: &Access) -> Result<()> {
+        self.socket.set_nonblocking(true).map_err(|source| {
+            Error::io(format!("cannot serve at {}, which was handed over", self.address), source)
+        })?;
+        if let Some(Err(error)) = self.file.as_ref().map(|file| file.own(access.socket_mode)) {
+            // Whoever served before has ended: clients are not to wait for that.
+            tracing::warn!(
+                %error,
+                "the permissions of the socket {} stay as the server before had them, and are not {:o}: chmod it",
+                self.address, access.socket_mode
+            );
+        }
+        Ok(())
     }
 
     /// The same socket once more.
@@ -270,6 +285,19 @@ fn bind_vsock(address: &ListenAddress, cid: Option<u32>, port: u32) -> Result<So
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_socket_that_was_handed_over_is_as_it_was_until_it_is_ours() {
+        let blocks = |socket: &dyn AsFd| {
+            !rustix::fs::fcntl_getfl(socket.as_fd()).unwrap().contains(rustix::fs::OFlags::NONBLOCK)
+        };
+        let theirs = TcpListener::bind("127.0.0.1:0").unwrap();
+        let access = Access::default();
+        let adopted = Listener::adopt(theirs.try_clone().unwrap().into(), &access, true).unwrap();
+        assert!(blocks(&theirs), "whoever goes on shares it");
+        adopted.own(&access).unwrap();
+        assert!(!blocks(&adopted));
+    }
 
     #[test]
     fn a_tcp_port_in_use_is_said_so() {

@@ -29,8 +29,13 @@ impl SocketFile {
         self.is_left.store(true, Ordering::SeqCst);
     }
 
-    pub(super) fn own(&self) {
+    /// Takes it from a predecessor, with these permissions. Where another took its place there is nothing to take.
+    pub(super) fn own(&self, mode: u32) -> io::Result<()> {
         self.is_left.store(false, Ordering::SeqCst);
+        if self.identity.is_some() && identity(&self.path) == self.identity {
+            fs::set_permissions(&self.path, Permissions::from_mode(mode))?;
+        }
+        Ok(())
     }
 
     fn is_removed(&self) -> bool {

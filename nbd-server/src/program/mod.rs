@@ -23,10 +23,14 @@ pub(crate) use arguments::Arguments;
 /// How often it is looked whether the one connection of `--stdio` has ended.
 const TICK: Duration = Duration::from_millis(20);
 
+/// So many files are open at most beside the server's: the disk, the signals' event loop, the log, a meeting point.
+const FILES: usize = 12;
+
 /// Serves until it is told to end, the one connection has ended, or a successor has taken over.
 pub(crate) fn serve(arguments: &Arguments, log: &LogQueue) -> Result<()> {
     let addresses = if arguments.stdio { Vec::new() } else { arguments.addresses() };
     let engine = Engine::choose(arguments.io_engine)?;
+    Server::check_open_files(shards(arguments), FILES)?;
     let options = FileOptions::new(engine).read_only(arguments.read_only).direct(arguments.direct.into());
     let disk = FileDisk::open(&arguments.file, options)?;
     let identity = identity(arguments, &disk)?;
@@ -87,6 +91,13 @@ fn identity(arguments: &Arguments, disk: &FileDisk) -> Result<String> {
     Ok(format!("{:?} of {} bytes, {kind} {number}, {access}", arguments.name, disk.size()))
 }
 
+fn shards(arguments: &Arguments) -> usize {
+    match arguments.shards {
+        0 => thread::available_parallelism().map_or(1, usize::from),
+        shards => shards,
+    }
+}
+
 fn run(
     arguments: &Arguments,
     log: &LogQueue,
@@ -95,10 +106,6 @@ fn run(
     meeting: Option<(MeetingPoint, String)>,
     tls: Option<TlsServer>,
 ) -> Result<()> {
-    let shards = match arguments.shards {
-        0 => thread::available_parallelism().map_or(1, usize::from),
-        shards => shards,
-    };
     let runtime =
         tokio::runtime::Builder::new_current_thread().enable_all().build().context("no event loop")?;
     runtime.block_on(async {
@@ -108,7 +115,7 @@ fn run(
         drop(signal(SignalKind::from_raw(libc::SIGXFSZ)).context("cannot take SIGXFSZ")?);
         let start = Hangup::at_start();
         let hangups = signal(SignalKind::hangup()).context("cannot wait for SIGHUP")?;
-        let handle = server.run(shards, engine)?;
+        let handle = server.run(shards(arguments), engine)?;
         let (departs, departed) = oneshot::channel::<Departure>();
         if let Some((point, identity)) = &meeting {
             point.wait(identity.clone(), &handle.listeners(), |departure| {

@@ -1,0 +1,104 @@
+//! `--take-over` where the new agent could not go on: it sees that beforehand, and the old one serves as if nothing had been.
+
+use std::fs::File;
+use std::os::unix::fs::FileExt as _;
+use std::process::{Child, Command};
+
+use crate::support::{MIB, Ran, Scratch, live_restore, park};
+
+fn served() -> (Scratch, Child) {
+    let scratch = Scratch::new();
+    scratch.disk("d.raw", 4 * MIB, &[(0, 2 << 20, 1)]);
+    scratch.run(&["capture", "web01", "d.raw"]).ends_with(0);
+    let live = live_restore(&scratch, &["--no-background"]);
+    (scratch, live)
+}
+
+fn is_served(scratch: &Scratch) -> bool {
+    let place = format!("nbd+unix:///?socket={}", scratch.path("s").display());
+    let ran = Command::new("qemu-io").args(["-f", "raw", "-c", "read 1M 64k", &place]).output().unwrap();
+    ran.status.success()
+}
+
+fn take_over(scratch: &Scratch) -> Ran {
+    scratch.run(&["live-restore", "web01@latest", "t.raw", "--listen", "unix:s", "--take-over"])
+}
+
+#[track_caller]
+fn is_refused(scratch: &Scratch, words: &[&str]) {
+    take_over(scratch).fails(words).tells(&["goes on"]);
+    assert!(is_served(scratch), "{words:?}");
+}
+
+#[test]
+fn an_agent_whose_target_cannot_be_gone_on_with_is_not_told_to_end() {
+    let (scratch, mut live) = served();
+    let [target, aside] = ["t.raw", "aside.raw"].map(|name| scratch.path(name));
+    std::fs::rename(&target, &aside).unwrap();
+    is_refused(&scratch, &["t.raw", "is gone"]);
+    scratch.copy("aside.raw", "t.raw");
+    is_refused(&scratch, &["is another target now"]);
+    std::fs::rename(&aside, &target).unwrap();
+    let mut successor = live_restore(&scratch, &["--take-over"]);
+    assert!(live.wait().unwrap().success());
+    assert!(is_served(&scratch));
+    // The only name that the bytes have is the agent's.
+    std::fs::remove_file(&target).unwrap();
+    is_refused(&scratch, &["t.raw", "is gone"]);
+    park(&mut successor);
+}
+
+#[test]
+fn an_agent_whose_target_may_not_be_written_to_is_not_told_to_end() {
+    let (scratch, mut live) = served();
+    let chattr = |how: &str| {
+        let mut command = Command::new("chattr");
+        command.arg(how).arg(scratch.path("t.raw")).output().is_ok_and(|ran| ran.status.success())
+    };
+    // Not every file system and user can.
+    if chattr("+i") {
+        let refused = std::panic::catch_unwind(|| is_refused(&scratch, &["t.raw", "not permitted"]));
+        assert!(chattr("-i"));
+        refused.unwrap();
+    }
+    park(&mut live);
+}
+
+#[test]
+fn an_agent_whose_journal_cannot_be_read_is_not_told_to_end() {
+    let (scratch, mut live) = served();
+    let path = scratch.path("t.raw.lifeboot/journal");
+    let journal = File::options().read(true).write(true).open(path).unwrap();
+    let mut page = [0; 4096];
+    journal.read_exact_at(&mut page, 0).unwrap();
+    journal.write_all_at(&[0; 4096], 0).unwrap();
+    is_refused(&scratch, &["the journal does not begin as one does"]);
+    journal.write_all_at(&page, 0).unwrap();
+    park(&mut live);
+}
+
+/// The program, where it may have so many files open.
+fn with_files(scratch: &Scratch, files: u32, args: &str) -> Ran {
+    let line = format!("ulimit -n {files}; exec {} {args}", env!("CARGO_BIN_EXE_lifeboot"));
+    let mut command = Command::new("sh");
+    command.args(["-c", &line]).current_dir(scratch.path(".")).env("LIFEBOOT_REPO", "repo");
+    Ran::of(command.output().unwrap())
+}
+
+#[test]
+fn who_may_have_too_few_files_open_says_so_and_nobody_is_told_to_end() {
+    let (scratch, mut live) = served();
+    for files in [12, 20, 24] {
+        let args = "live-restore web01@latest t.raw --listen unix:s --take-over";
+        with_files(&scratch, files, args).fails(&[&format!("no more than {files} files open"), "ulimit -n"]);
+        assert!(is_served(&scratch), "with {files} files");
+    }
+    park(&mut live);
+    let few = "no more than 12 files open";
+    for args in
+        ["live-restore web01@latest o.raw --listen unix:o", "restore web01@latest o.raw", "capture x d.raw"]
+    {
+        with_files(&scratch, 12, args).fails(&[few, "ulimit -n"]);
+    }
+    assert!(!scratch.path("o.raw").exists());
+}
