@@ -50,8 +50,9 @@ impl TlsArgs {
     /// Reads the files that are named; `None` where TLS is off.
     ///
     /// # Errors
-    /// As [`TlsServer::load`]; where TLS is asked for and no credentials are named.
+    /// As [`TlsServer::load`]; where TLS is asked for and no credentials are named; where clients with keys are to have certificates.
     pub fn load(&self) -> Result<Option<TlsServer>> {
+        self.check()?;
         let certificates = self.tls_creds.clone().map(|dir| Credentials::Certificates {
             dir,
             verify_peer: self.tls_verify_peer,
@@ -66,6 +67,40 @@ impl TlsArgs {
                 "--tls needs credentials: give --tls-creds DIR or --tls-psk FILE",
             )),
             (choice, Some(credentials)) => TlsServer::load(credentials, choice != Some(Choice::On)).map(Some),
+        }
+    }
+
+    /// Fails where something is asked of clients' certificates that have none: whoever has a key would come in.
+    fn check(&self) -> Result<()> {
+        let option = match self {
+            Self { tls_psk: None, .. } => return Ok(()),
+            Self { tls_verify_peer: true, .. } => "--tls-verify-peer",
+            Self { tls_allow, .. } if !tls_allow.is_empty() => "--tls-allow",
+            _ => return Ok(()),
+        };
+        Err(Error::new(
+            ErrorKind::InvalidCredentials,
+            format!(
+                "{option} is for certificates, and with --tls-psk clients have none: leave it out, and keep in the file the keys of those \
+                 clients alone that may come in"
+            ),
+        ))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::{Args as _, FromArgMatches as _};
+
+    use super::*;
+
+    #[test]
+    fn what_is_asked_of_certificates_is_refused_beside_keys() {
+        for further in [&["--tls-allow", "web01"][..], &["--tls-verify-peer"]] {
+            let args = [&["x", "--tls-psk", "keys.psk"], further].concat();
+            let matches = TlsArgs::augment_args(clap::Command::new("x")).get_matches_from(args);
+            let error = TlsArgs::from_arg_matches(&matches).unwrap().load().unwrap_err().to_string();
+            assert!(error.contains(further[0]) && error.contains("leave it out"), "{error}");
         }
     }
 }
