@@ -146,8 +146,7 @@ impl Server {
         Self::check_open_files(shards, self.listeners.len())?;
         let (phase, phases) = watch::channel(Phase::Running);
         let slots = Slots::default();
-        let limits = &self.options.limits;
-        let budget = Budget::new(limits.memory_bytes, limits.request_bytes);
+        let budget = Budget::new(&self.options.limits);
         let operations = Arc::new(AtomicUsize::new(0));
         let logs = Arc::new(LogLimits::default());
         let monitor = Monitor {

@@ -56,6 +56,8 @@ fn who_says_nothing_keeps_nobody_out() {
     let limits = Limits { half_open: 3, handshake_timeout: Duration::from_secs(3600), ..Limits::default() };
     let served = served(limits);
     let mut established = served.client();
+    // It is told that the handshake is over before it counts as over.
+    assert_eq!(established.read(0, 4096).result, Ok(()));
     let mut silent: Vec<_> = (0..3).map(|_| UnixStream::connect(&served.path).unwrap()).collect();
     served.wait_for(|stats| stats.half_open == 3);
     // Refused while they are young, then let in.
@@ -143,9 +145,10 @@ fn a_client_of_small_requests_is_served_beside_greedy_ones() {
                 }
             });
         }
-        served.wait_for(|stats| stats.memory_bytes == 4 << 20);
+        served.wait_for(|stats| stats.memory_bytes == 2 << 20);
         for _ in 0..200 {
-            assert_eq!(small.read(0, 4096).result, Ok(()));
+            // More than its own share of the memory.
+            assert_eq!(small.read(0, 16 << 10).result, Ok(()));
         }
         over.store(true, Ordering::Relaxed);
     });
@@ -240,10 +243,10 @@ fn memory_in_flight_never_exceeds_the_budget_and_everybody_is_served_in_turn() {
             client.send(CommandKind::Read, CommandFlags::NONE, number << 20, 1 << 20, &[]);
         }
     }
-    // Four connections have their quarter each; two wait.
-    served.disk.wait_for_waiting(4);
-    assert_eq!(served.handle.stats().memory_bytes, 4 << 20);
-    assert_eq!(served.disk.waiting(), 4);
+    // Two connections have a quarter each, which is all that is common; four wait.
+    served.disk.wait_for_waiting(2);
+    assert_eq!(served.handle.stats().memory_bytes, 2 << 20);
+    assert_eq!(served.disk.waiting(), 2);
     served.disk.open_gate();
     // All of them read at once: who takes no replies while others wait is cut off.
     let monitor = served.handle.monitor();
@@ -259,6 +262,64 @@ fn memory_in_flight_never_exceeds_the_budget_and_everybody_is_served_in_turn() {
     });
     drop(clients);
     served.check_health();
+    served.end();
+}
+
+/// A server with 32 MiB of common memory, and 4 for each connection.
+fn served_with_shares(patience_when_wanted: Duration) -> Served {
+    let limits = Limits {
+        memory_bytes: 64 << 20,
+        request_bytes: 8 << 20,
+        connections: 8,
+        patience_when_wanted,
+        ..Limits::default()
+    };
+    Served::new(MemoryDisk::new(8 << 20).slow(), ServerOptions { limits, ..ServerOptions::default() })
+}
+
+/// Announces a write of 8 MiB, and sends nothing of it.
+fn announcing(served: &Served) -> Client {
+    let mut mute = served.simple_client();
+    let header = mute.header(CommandKind::Write, CommandFlags::NONE, 0, 8 << 20);
+    mute.socket.write_all(&mute.encode(&header)).expect("it is connected");
+    mute
+}
+
+#[test]
+fn whoever_asks_for_no_more_than_its_share_goes_on_though_others_hold_the_rest_for_ever() {
+    let served = served_with_shares(Duration::from_secs(3600));
+    let mute: Vec<Client> = (0..5).map(|_| announcing(&served)).collect();
+    served.wait_for(|stats| stats.memory_bytes == 32 << 20);
+    let mut client = served.client();
+    assert_eq!(client.read(0, 4 << 20).result, Ok(()));
+    assert_eq!(client.write(0, &vec![7; 4 << 20]).result, Ok(()));
+    // Together they are more than the share: some wait for others of the same connection.
+    for number in 0..16 {
+        client.send(CommandKind::Read, CommandFlags::NONE, number << 18, 1 << 20, &[]);
+    }
+    for _ in 0..16 {
+        assert_eq!(client.receive().unwrap().result, Ok(()));
+    }
+    drop((mute, client));
+    served.check_health();
+    served.end();
+}
+
+#[test]
+fn who_holds_no_more_than_its_share_is_left_alone_though_others_wait() {
+    let served = served_with_shares(Duration::from_millis(50));
+    let mut lazy = served.simple_client();
+    // More than its socket takes.
+    lazy.send(CommandKind::Read, CommandFlags::NONE, 0, 4 << 20, &[]);
+    for _ in 0..5 {
+        served.wait_for(|stats| stats.memory_bytes == 4 << 20 && stats.operations == 0);
+        let mute: Vec<Client> = (0..4).map(|_| announcing(&served)).collect();
+        served.wait_for(|stats| stats.memory_bytes == 36 << 20);
+        let mut waiting = served.simple_client();
+        assert_eq!(waiting.read(0, 8 << 20).result, Ok(()), "one who held what is common was closed");
+        drop(mute);
+    }
+    assert_eq!(lazy.receive().unwrap().result, Ok(()));
     served.end();
 }
 

@@ -7,6 +7,7 @@ use std::io::{BufRead, BufReader, Read, Write};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
+use std::time::Duration;
 
 use common::{Authority, Client, Dir, begin_hand_made, connect_patiently, more_descriptors, option, wish};
 use nbd_server::Limits;
@@ -33,11 +34,10 @@ impl Drop for Running {
     }
 }
 
-fn serve(file: &Path, socket: &Path, credentials: &Path) -> Running {
+fn serve(file: &Path, socket: &Path, options: &[&str]) -> Running {
     let mut command = Command::new(env!("CARGO_BIN_EXE_lifeboot-nbd"));
-    command.arg(file).arg(format!("--listen=unix:{}", socket.display()));
-    command.arg(format!("--max-connections={CONNECTIONS}")).args(["--handshake-timeout=1h", "--tls=on"]);
-    command.arg("--tls-creds").arg(credentials).stdout(Stdio::piped()).stderr(Stdio::null());
+    command.arg(file).arg(format!("--listen=unix:{}", socket.display())).args(options);
+    command.stdout(Stdio::piped()).stderr(Stdio::null());
     let mut child = command.spawn().unwrap();
     let stdout = child.stdout.take().unwrap();
     let running = Running(child);
@@ -46,10 +46,10 @@ fn serve(file: &Path, socket: &Path, credentials: &Path) -> Running {
     running
 }
 
-/// The most memory that the process ever had, in bytes.
-fn peak_bytes(process: &Running) -> u64 {
+/// The memory that the process has by this `measure`, in bytes: `VmHWM` is the most that it ever had, `VmRSS` what it has now.
+fn memory_bytes(process: &Running, measure: &str) -> u64 {
     let status = std::fs::read_to_string(format!("/proc/{}/status", process.0.id())).unwrap();
-    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:")).unwrap();
+    let line = status.lines().find_map(|line| line.strip_prefix(measure)?.strip_prefix(':')).unwrap();
     line.trim().strip_suffix(" kB").unwrap().trim().parse::<u64>().unwrap() << 10
 }
 
@@ -85,11 +85,16 @@ fn greedy(path: &Path) -> Vec<Client> {
         client.socket.write_all(&message).unwrap();
     }
     for client in hurried {
-        let header = client.header(CommandKind::Read, CommandFlags::NONE, 0, 4096);
-        let reads = client.encode(&header).repeat(64);
-        send_what_goes(&mut client.socket, &reads);
+        hurry(client, 4096);
     }
     clients
+}
+
+/// Asks for as many reads of `len` bytes as there is room for, and takes none.
+fn hurry(client: &mut Client, len: u64) {
+    let header = client.header(CommandKind::Read, CommandFlags::NONE, 0, len);
+    let reads = client.encode(&header).repeat(64);
+    send_what_goes(&mut client.socket, &reads);
 }
 
 /// Handshakes that are never over, with as much as one can say in them.
@@ -140,7 +145,10 @@ fn peak_memory_is_as_the_limits_say_whatever_is_asked() {
     std::fs::write(&file, vec![7; SIZE as usize]).unwrap();
     let credentials = Dir::whole(&Authority::new("ca"));
     let descriptors = more_descriptors();
-    let server = serve(&file, &path, credentials.path());
+    let places = format!("--max-connections={CONNECTIONS}");
+    let credentials = credentials.path().to_str().unwrap();
+    let options = [&places, "--handshake-timeout=1h", "--tls=on", "--tls-creds", credentials];
+    let server = serve(&file, &path, &options);
 
     let mut first = insist(&path);
     let secured = no_tls(&path);
@@ -160,9 +168,31 @@ fn peak_memory_is_as_the_limits_say_whatever_is_asked() {
         assert!(first.read(number * 4096, 4096).data == [7; 4096]);
         assert!(last.read(number * 4096, 4096).data == [7; 4096]);
     }
-    let peak = peak_bytes(&server);
+    let peak = memory_bytes(&server, "VmHWM");
     assert!(peak < bound, "{} MiB, where the limits allow {}", peak >> 20, bound >> 20);
     eprintln!("peak: {} MiB of {} MiB", peak >> 20, bound >> 20);
     drop((secured, clients, half_open, flood));
     assert!(insist(&path).read(0, 4096).data == [7; 4096]);
+}
+
+#[test]
+fn what_clients_had_at_their_worst_is_given_back_when_they_are_gone() {
+    let dir = tempfile::tempdir().unwrap();
+    let (file, path) = (dir.path().join("disk"), dir.path().join("s"));
+    std::fs::write(&file, vec![7; 1 << 20]).unwrap();
+    let server = serve(&file, &path, &[]);
+    let mut clients: Vec<Client> = (0..200).map(|_| insist(&path)).collect();
+    let at_first = memory_bytes(&server, "VmRSS");
+    for (client, len) in clients.iter_mut().zip([4096, 16 << 10, 31 << 10].into_iter().cycle()) {
+        hurry(client, len);
+    }
+    // Each is answered as far as it is, before one who asks now.
+    assert!(insist(&path).read(0, 4096).data == [7; 4096]);
+    let peak = memory_bytes(&server, "VmHWM");
+    eprintln!("{} MiB at first, {} at the peak", at_first >> 20, peak >> 20);
+    assert!(peak < BASE_BYTES + clients.len() as u64 * CONNECTION_BYTES);
+    drop(clients);
+    while memory_bytes(&server, "VmRSS") > at_first + (16 << 20) {
+        std::thread::sleep(Duration::from_millis(10));
+    }
 }

@@ -1,11 +1,13 @@
 //! Replies side by side in one piece of memory, so that one send takes them all.
 
-/// How much fits, in bytes.
-const CAPACITY: usize = 256 << 10;
+use super::pages::Pages;
+
+/// How much fits, in bytes: four replies of 64 KiB, or two of 128, with their heads.
+const CAPACITY: usize = (256 << 10) + 256;
 
 /// Memory that is filled once with replies, and sent from its front.
 pub(super) struct Batch {
-    memory: Box<[u8]>,
+    memory: Pages,
     start: usize,
     end: usize,
 }
@@ -15,7 +17,7 @@ impl Batch {
     pub(super) const MAX_RUN: usize = CAPACITY;
 
     pub(super) fn new() -> Self {
-        Self { memory: vec![0; CAPACITY].into_boxed_slice(), start: 0, end: 0 }
+        Self { memory: Pages::new(CAPACITY), start: 0, end: 0 }
     }
 
     pub(super) fn has_room(&self, len: usize) -> bool {
@@ -24,6 +26,11 @@ impl Batch {
 
     pub(super) fn bytes(&self) -> &[u8] {
         &self.memory[self.start..self.end]
+    }
+
+    /// How many bytes were ever put into it.
+    pub(super) const fn filled_bytes(&self) -> usize {
+        self.end
     }
 
     /// The next `len` bytes, for the caller to fill; they hold whatever was there before. They are part of the

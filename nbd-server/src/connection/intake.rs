@@ -1,11 +1,13 @@
 //! What was received and not yet understood: one piece of memory, read into at its end and taken from at its front.
 
+use super::pages::Pages;
+
 /// How much one receive may bring, in bytes: many small writes at once.
 const CAPACITY: usize = 256 << 10;
 
 /// The bytes between the socket and the parser.
 pub(super) struct Intake {
-    memory: Box<[u8]>,
+    memory: Pages,
     start: usize,
     end: usize,
 }
@@ -17,7 +19,7 @@ impl Intake {
     /// Begins with `rest`, which is what the handshake left.
     pub(super) fn new(rest: &[u8]) -> Self {
         let capacity = CAPACITY.max(rest.len());
-        let mut memory = vec![0; capacity].into_boxed_slice();
+        let mut memory = Pages::new(capacity);
         memory[..rest.len()].copy_from_slice(rest);
         Self { memory, start: 0, end: rest.len() }
     }

@@ -8,6 +8,7 @@ mod end;
 mod intake;
 mod negotiate;
 mod outbox;
+mod pages;
 mod perform;
 mod read;
 mod request;

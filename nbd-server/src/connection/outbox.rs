@@ -17,7 +17,7 @@ use crate::socket::Socket;
 const MAX_SLICES: usize = 16;
 /// No more replies are made while so many bytes wait for the peer: enough that a file is sent without a pause.
 const MAX_QUEUED_BYTES: usize = 2 << 20;
-/// The same for bytes that stand in batches.
+/// The same for bytes of batches, sent or not: their memory is held until the last of them is sent.
 const MAX_BATCH_BYTES: usize = 512 << 10;
 /// Up to this length a reply goes into a batch.
 const MAX_SHORT_BYTES: usize = 4 << 10;
@@ -63,7 +63,7 @@ pub(super) struct Outbox {
     spare: Vec<Batch>,
     files: Vec<(RawFd, Rc<OwnedFd>)>,
     queued_bytes: usize,
-    /// Those of them that stand in batches, and so in memory that no request was allowed.
+    /// What stands in batches, and so in memory that no request was allowed, with what was sent of them already.
     batch_bytes: usize,
     closed: bool,
 }
@@ -243,7 +243,6 @@ impl Outbox {
                 Segment::Batch(batch) => {
                     let taken = sent.min(batch.bytes().len());
                     batch.advance(taken);
-                    self.batch_bytes -= taken;
                     sent -= taken;
                     batch.bytes().len()
                 }
@@ -266,11 +265,12 @@ impl Outbox {
             if left > 0 {
                 return;
             }
-            if let Some(Segment::Batch(mut batch)) = self.segments.pop_front()
-                && self.spare.len() < MAX_SPARE
-            {
-                batch.clear();
-                self.spare.push(batch);
+            if let Some(Segment::Batch(mut batch)) = self.segments.pop_front() {
+                self.batch_bytes -= batch.filled_bytes();
+                if self.spare.len() < MAX_SPARE {
+                    batch.clear();
+                    self.spare.push(batch);
+                }
             }
         }
     }

@@ -22,6 +22,7 @@ use super::read::Reads;
 use super::request::Shared;
 use super::spin::{Spin, Waited};
 use super::stall::Stall;
+use crate::budget::Share;
 use crate::server::Phase;
 use crate::shard::ShardState;
 use crate::slots::Transmitting;
@@ -43,6 +44,8 @@ struct Transmission {
     reads: Rc<Reads>,
     contexts: Rc<[SelectedContext]>,
     shared: Rc<Shared>,
+    /// What it has of the memory, whatever others hold.
+    share: Share,
     shard: Rc<ShardState>,
     control: Rc<Control>,
     receive_limit: usize,
@@ -107,6 +110,7 @@ pub(super) async fn transmit(
         reads,
         contexts: agreed.contexts.into(),
         shared,
+        share: shard.budget.share(),
         shard,
         control,
         receive_limit: usize::MAX,
@@ -136,7 +140,7 @@ impl Transmission {
                 self.stall.end();
                 return Poll::Pending;
             }
-            let is_wanted = self.end.is_some() || self.shard.budget.is_wanted();
+            let is_wanted = self.end.is_some() || (self.holds_common() && self.shard.budget.is_wanted());
             match self.stall.poll(cx, &self.shard.options.limits, is_wanted) {
                 Poll::Pending => return Poll::Pending,
                 Poll::Ready(waited) => self.cut(End::Stalled(waited)),
@@ -262,7 +266,12 @@ impl Transmission {
         self.shared.in_flight() >= limits.requests_in_flight.max(1) || self.shared.outbox.borrow().is_full()
     }
 
-    /// One connection's share of the memory: a quarter, or one request.
+    /// Whether it holds memory that another connection could have.
+    fn holds_common(&self) -> bool {
+        self.shared.held_bytes() > self.share.used_bytes()
+    }
+
+    /// The most memory of one connection: a quarter, or one request.
     fn may_hold(&self, len: u32) -> bool {
         let held = self.shared.held_bytes();
         held == 0 || held + u64::from(len) <= self.shard.options.limits.memory_bytes / 4

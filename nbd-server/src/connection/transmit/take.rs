@@ -96,11 +96,16 @@ impl Transmission {
                     }
                 }
                 State::Memory { header, then, bytes, mut allowance } => {
-                    let granted =
+                    let of_common =
                         if self.may_hold(bytes) { allowance.as_mut().poll(cx) } else { Poll::Pending };
+                    let granted = match of_common {
+                        Poll::Ready(allowance) => Some(allowance),
+                        // What it waited for before may have been its own.
+                        Poll::Pending => self.share.try_take(bytes),
+                    };
                     match granted {
-                        Poll::Ready(allowance) => self.begin(header, then, Some((bytes, allowance))),
-                        Poll::Pending => {
+                        Some(allowance) => self.begin(header, then, Some((bytes, allowance))),
+                        None => {
                             self.state = State::Memory { header, then, bytes, allowance };
                             return Taken::NeedsRoom;
                         }
@@ -233,8 +238,8 @@ impl Transmission {
 
     /// Goes on with the request once there is memory for its data.
     fn with_memory(&mut self, header: RequestHeader, bytes: u32, then: Then) {
-        let now = if self.may_hold(bytes) { self.shard.budget.try_take(bytes) } else { None };
-        match now {
+        let of_common = || if self.may_hold(bytes) { self.shard.budget.try_take(bytes) } else { None };
+        match self.share.try_take(bytes).or_else(of_common) {
             Some(allowance) => self.begin(header, then, Some((bytes, allowance))),
             None => {
                 let allowance = Box::pin(self.shard.budget.take(bytes));
