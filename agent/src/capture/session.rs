@@ -8,6 +8,7 @@
 //! |---|---|
 //! | none, or the source is an NBD export | the whole source; refused where somebody holds a lock on it like an agent's |
 //! | served by an agent | the chunks of `G`, by the agent, of a frozen view |
+//! | any whose target is not the file that stands at the path now, and that is wholly home | the whole source, and why is said |
 //! | parked, and nobody has written to the target since (`parked.json`) | the chunks of `G`; of those that are not wholly home, the rest comes from the repository |
 //! | any other that is wholly home: its agent was killed, the target was written to, its snapshot is in another repository | the whole source, and why is said |
 //! | any other that is not | refused: its target is no disk; `save` takes what the guest wrote on its own responsibility |
@@ -132,6 +133,13 @@ struct Session<'a> {
 impl Session<'_> {
     /// Why its disk cannot be the base of what is wanted.
     fn unfit(&self, wish: &Wish<'_>) -> Option<String> {
+        // What the agent would freeze is its own target.
+        if self.record.identity.is_at(self.path) == Some(false) {
+            return Some(format!(
+                "it is not the target of the session in {}, which stood at its path before",
+                self.state.path().display()
+            ));
+        }
         if wish.chunk_size.is_some_and(|chunk_size| chunk_size != self.record.chunk_size) {
             return Some(format!(
                 "the disk that was restored has chunks of {} bytes",

@@ -60,6 +60,29 @@ fn the_first_backup_after_a_restore_reads_what_the_guest_wrote_and_equals_a_full
     ensure_restores(&captured, name(&killed), &captured.target);
 }
 
+#[test]
+fn a_file_that_took_the_targets_path_is_captured_as_it_is() {
+    let captured = Captured::new("another-at-the-path", DISK_BYTES, 14).unwrap();
+    let mut live = captured.start(&[]).unwrap();
+    live.wait_complete().unwrap();
+    guest_work(&live);
+    let aside = captured.target.with_extension("aside");
+    fs::rename(&captured.target, &aside).unwrap();
+    fs::copy(&aside, &captured.target).unwrap();
+    write_past(&captured, 7 * CHUNK, 0x5d);
+    live.export().qemu_io(&["write -P 0x5e 9M 64k", "flush"]).unwrap();
+    let mut command = captured.repository.verb("capture", &["after"]).unwrap();
+    let said = run(command.arg(&captured.target)).unwrap();
+    assert!(said.contains("full scan") && said.contains("is not the target of the session"), "{said}");
+    ensure_restores(&captured, "after@latest", &captured.target);
+    // What the agent serves is known by what it is.
+    let served =
+        run_json(captured.repository.verb("capture", &["--json", "after"]).unwrap().arg(&aside)).unwrap();
+    ensure_restores(&captured, name(&served), &aside);
+    live.park().unwrap();
+    ensure_restores(&captured, name(&capture(&captured, &[])), &captured.target);
+}
+
 /// Writes to the target as a machine does that was started from it.
 fn write_past(captured: &Captured, at: u64, byte: u8) {
     write_to(&captured.target, at, byte);
