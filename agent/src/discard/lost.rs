@@ -18,6 +18,22 @@ pub(super) struct Found<'a> {
     pub(super) damage: Option<&'a anyhow::Error>,
     /// Why the target is not the session's.
     pub(super) is_another: Option<&'a anyhow::Error>,
+    /// Where the session is, of which this is a copy on the same target.
+    pub(super) original: Option<&'a Path>,
+    /// Whether `save` takes what is known of it.
+    pub(super) can_be_saved: CanBeSaved,
+}
+
+/// Whether what the guest wrote can be saved, where it wrote anything.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum CanBeSaved {
+    /// As it is.
+    Now,
+    /// With another target than what stands there, or with what stood there: what the guest wrote is in that.
+    WithItsTarget,
+    /// With a whole copy of the target, which was cut off.
+    WithWholeTarget,
+    Never,
 }
 
 impl Found<'_> {
@@ -31,6 +47,12 @@ impl Found<'_> {
             output.forewarn(format_args!(
                 "the session restores {}/{} to {target}",
                 record.snapshot, record.disk
+            ))?;
+        }
+        if let Some(original) = self.original {
+            output.forewarn(format_args!(
+                "this is a copy of the session, which is kept in {} and stays",
+                original.display()
             ))?;
         }
         match self.lost(path, remove_target) {
@@ -50,14 +72,34 @@ impl Found<'_> {
         Ok(())
     }
 
+    /// What to say of saving what the guest wrote; nothing where it wrote nothing, or it is not to be had.
+    pub(super) fn saving(&self) -> Option<&'static str> {
+        let wrote_nothing =
+            self.written_past.is_none() && self.status.is_some_and(|status| status.guest_bytes == 0);
+        match self.can_be_saved {
+            _ if wrote_nothing => None,
+            CanBeSaved::Now => Some("`lifeboot save` keeps what the guest wrote before"),
+            CanBeSaved::WithItsTarget => Some(
+                "what the guest wrote is in the session's own target: only where that is brought back before, `lifeboot save` keeps it",
+            ),
+            CanBeSaved::WithWholeTarget => Some(
+                "the target was cut off: only where a whole copy of it is put back before, `lifeboot save` keeps what the guest wrote",
+            ),
+            CanBeSaved::Never => None,
+        }
+    }
+
     /// What would be lost, where that can be told.
     fn lost(&self, path: &Path, remove_target: bool) -> Option<String> {
         let is_there = path.exists();
+        if self.original.is_some() {
+            return Some("nothing is lost but what only the copy knows of".to_owned());
+        }
         if self.is_moved && is_there {
-            return Some(
-                "nothing is lost: a running machine was moved onto the target, which is a disk of its own"
-                    .to_owned(),
-            );
+            let whose = if self.is_another.is_some() { "the session's own target" } else { "the target" };
+            return Some(format!(
+                "nothing is lost: a running machine was moved onto {whose}, which is a disk of its own"
+            ));
         }
         if self.record.is_some_and(|record| record.handed_over) && is_there {
             return Some(

@@ -41,8 +41,8 @@ use crate::in_use;
 use crate::live_restore::{self, LeftBehind, SessionRecord, StateDir};
 use crate::output::Output;
 use crate::status::{Phase, Status};
-use lost::Found;
-use report::Report;
+use lost::{CanBeSaved, Found};
+use report::{Owner, Report};
 
 /// Give up a live-restore: remove its session
 ///
@@ -87,7 +87,7 @@ impl Verb for Args {
         }
         let state = StateDir::of_target_or_named(&self.target, self.state.as_deref())?;
         if let Some(status) = live_restore::ask_status(state.path())? {
-            return Err(served(&path, &status));
+            return Err(served(&state, &path, &status));
         }
         if matches!(state.record(), Ok(None)) {
             return self.nothing(output, &path, &state);
@@ -117,7 +117,20 @@ impl Verb for Args {
             .zip(record.as_ref().filter(|record| record.was_begun()))
             .and_then(|(disk, record)| live_restore::check_identity(&state, record, disk).err());
         let target = locked.as_ref().filter(|_| is_another.is_none() && record.is_some());
+        let original = record.as_ref().filter(|_| is_another.is_none());
+        let original = original.and_then(|record| state.original_beside(record, &path));
         if self.remove_target {
+            if let Some(original) = &original {
+                return Err(Failure::new(
+                    format!(
+                        "{} is the target of the session in {}, of which this is a copy: it is not removed",
+                        path.display(),
+                        original.display()
+                    ),
+                    "leave --remove-target out: the copy alone is discarded",
+                )
+                .into());
+            }
             if record.as_ref().is_some_and(|record| record.handed_over) {
                 return Err(Failure::new(
                     format!(
@@ -161,6 +174,8 @@ impl Verb for Args {
                     .and_then(|record| live_restore::changed_since_parked(&state, record, &path)),
                 damage: damage.as_ref(),
                 is_another: is_another.as_ref(),
+                original: original.as_deref(),
+                can_be_saved: can_be_saved(&state, record, known, locked.as_ref(), is_another.is_some()),
             };
             let told = found.tell(output, &path, self.remove_target);
             told.map_err(|error| {
@@ -168,14 +183,8 @@ impl Verb for Args {
                 Failure::new(what, "give it a stdout that can be written, then run the same command")
                     .because(error)
             })?;
-            let nothing_to_save =
-                found.written_past.is_none() && known.is_some_and(|status| status.guest_bytes == 0);
-            let advice = if nothing_to_save {
-                "give --yes"
-            } else {
-                "give --yes; `lifeboot save` keeps what the guest wrote before"
-            };
-            self.ask(output, &interrupt, advice)?;
+            let advice = self.saying_yes(&state, &path, &found);
+            self.ask(output, &interrupt, &advice)?;
             check_still(&state, record, &path)?;
         }
         interrupt.check()?;
@@ -195,7 +204,14 @@ impl Verb for Args {
             size_bytes: known.map(|status| status.size),
             complete: known.is_some_and(|status| status.phase == Phase::Complete),
         };
-        report.tell(output, is_another.is_some())
+        report.tell(
+            output,
+            match &original {
+                _ if is_another.is_some() => Owner::Another,
+                Some(dir) => Owner::Original(dir),
+                None => Owner::Nobody,
+            },
+        )
     }
 }
 
@@ -217,6 +233,16 @@ impl Args {
     /// Asks, unless told not to.
     fn ask(&self, output: &Output, interrupt: &Interrupt, without_terminal: &str) -> anyhow::Result<()> {
         if self.yes { Ok(()) } else { question::ask(output, interrupt, without_terminal) }
+    }
+
+    /// What to do without a terminal.
+    fn saying_yes(&self, state: &StateDir, path: &Path, found: &Found<'_>) -> String {
+        let yes = if found.is_another.is_some() && state.is_found_by_path(self.state.as_deref()) {
+            format!("`{} --yes` gives that session up", state.naming_directory().command("discard", path))
+        } else {
+            "give --yes".to_owned()
+        };
+        found.saving().map_or_else(|| yes.clone(), |saving| format!("{yes}; {saving}"))
     }
 
     /// Fails where nobody is asked, and the session of another disk than the one that stands at `path` was only found by that path: it
@@ -294,6 +320,28 @@ impl Args {
     }
 }
 
+/// Whether `save` takes what is known of the session, whose target is `locked` where anything stands at its path.
+fn can_be_saved(
+    state: &StateDir,
+    record: Option<&SessionRecord>,
+    status: Option<&Status>,
+    locked: Option<&FileDisk>,
+    is_another: bool,
+) -> CanBeSaved {
+    let Some(record) = record.filter(|record| !record.handed_over) else { return CanBeSaved::Never };
+    let has_live_file = || live_restore::has_believable_live_file(state, record).unwrap_or(false);
+    if status.is_none() && !has_live_file() {
+        return CanBeSaved::Never;
+    }
+    match locked {
+        Some(_) if is_another => CanBeSaved::WithItsTarget,
+        Some(target) if target.size() < record.size => CanBeSaved::WithWholeTarget,
+        Some(target) if state.original_beside(record, target.path()).is_some() => CanBeSaved::Never,
+        Some(_) => CanBeSaved::Now,
+        None => CanBeSaved::WithItsTarget,
+    }
+}
+
 /// Whether an error says that we may not read something, and so nothing of whether it is damaged.
 fn is_unreadable(error: &anyhow::Error) -> bool {
     error.chain().any(|cause| {
@@ -307,7 +355,7 @@ fn is_unreadable(error: &anyhow::Error) -> bool {
 /// Fails where the session is not what was told before it was asked: there is no lock on a target that did not exist.
 fn check_still(state: &StateDir, record: Option<&SessionRecord>, path: &Path) -> anyhow::Result<()> {
     if let Some(status) = live_restore::ask_status(state.path())? {
-        return Err(served(path, &status));
+        return Err(served(state, path, &status));
     }
     if record.is_some_and(|record| state.record().ok().flatten().as_ref() != Some(record)) {
         return Err(Failure::new(
@@ -322,13 +370,16 @@ fn check_still(state: &StateDir, record: Option<&SessionRecord>, path: &Path) ->
     Ok(())
 }
 
-fn served(path: &Path, status: &Status) -> anyhow::Error {
+fn served(state: &StateDir, path: &Path, status: &Status) -> anyhow::Error {
+    let target = status.target.display();
+    // By its directory, or a new name of its target.
+    let what = if status.target == path {
+        target.to_string()
+    } else {
+        format!("the session in {}, which restores to {target},", state.path().display())
+    };
     Failure::new(
-        format!(
-            "{} is served by the agent with the process id {}",
-            path.display(),
-            status.pid.unwrap_or_default()
-        ),
+        format!("{what} is served by the agent with the process id {}", status.pid.unwrap_or_default()),
         "end it first (SIGTERM parks it), when no guest uses the disk any more",
     )
     .into()

@@ -7,6 +7,17 @@ use serde::Serialize;
 use crate::cli::Outcome;
 use crate::output::Output;
 
+/// Whose the target is once a session was discarded.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Owner<'a> {
+    /// Nobody's: it was this session's, or there was none.
+    Nobody,
+    /// It never was this session's.
+    Another,
+    /// That of the session in this directory, of which a copy was discarded.
+    Original(&'a Path),
+}
+
 /// What was done.
 #[derive(Serialize)]
 pub(super) struct Report<'a> {
@@ -41,7 +52,7 @@ impl<'a> Report<'a> {
     }
 
     /// Says what was done, and what the target is now.
-    pub(super) fn tell(&self, output: &Output, is_anothers_target: bool) -> anyhow::Result<Outcome> {
+    pub(super) fn tell(&self, output: &Output, owner: Owner<'_>) -> anyhow::Result<Outcome> {
         let what =
             if self.discarded { "the session is discarded" } else { "what was left of a session is removed" };
         let target = self.target.display();
@@ -49,8 +60,10 @@ impl<'a> Report<'a> {
             format!("{target} is removed")
         } else if !self.target.exists() {
             format!("{target} does not exist")
-        } else if is_anothers_target {
+        } else if owner == Owner::Another {
             format!("{target} stays untouched: it is not this session's target")
+        } else if let Owner::Original(dir) = owner {
+            format!("{target} stays as it is, with its session in {}", dir.display())
         } else if self.complete {
             format!("{target} stays: it is the whole disk")
         } else {

@@ -95,6 +95,7 @@ pub(crate) use service::{ServedDisk, Service};
 pub(crate) use stamp::changed_since_parked;
 pub(crate) use state_dir::replace;
 pub use state_dir::{DEFAULT_STATE_ROOT, StateDir, absolute};
+pub(crate) use stopped::has_believable_live_file;
 pub use stopped::stopped_status;
 pub(crate) use wanted::base_of;
 

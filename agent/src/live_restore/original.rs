@@ -28,6 +28,12 @@ impl StateDir {
     /// Why the session here, found for `target`, is not gone on with: another directory has it, and is this target's. `None` where nothing
     /// tells of one.
     pub(super) fn stands_beside_another(&self, record: &SessionRecord, target: &Path) -> Option<Failure> {
+        let here = self.path().canonicalize().ok()?;
+        Some(refused(&here, &self.original_beside(record, target)?, target))
+    }
+
+    /// The other directory that has the session here, and is that of the target that stands at `target`.
+    pub(crate) fn original_beside(&self, record: &SessionRecord, target: &Path) -> Option<PathBuf> {
         let identity = TargetIdentity::at(target).ok().flatten()?;
         let here = self.path().canonicalize().ok()?;
         let has_it = |dir: &PathBuf| {
@@ -36,8 +42,8 @@ impl StateDir {
         };
         let beside = Self::beside(target).ok().map(|state| state.path().to_owned());
         let candidates = self.original(record).into_iter().chain(beside);
-        let others = candidates.filter_map(|dir| dir.canonicalize().ok()).filter(|dir| *dir != here);
-        others.filter(has_it).map(|other| refused(&here, &other, target)).next()
+        let mut others = candidates.filter_map(|dir| dir.canonicalize().ok()).filter(|dir| *dir != here);
+        others.find(has_it)
     }
 }
 

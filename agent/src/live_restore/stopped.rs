@@ -32,7 +32,8 @@ pub(super) fn unusable_journal(state: &StateDir, what: impl std::fmt::Display) -
     }
 }
 
-fn has_believable_live_file(state: &StateDir, record: &SessionRecord) -> anyhow::Result<bool> {
+/// Whether the live file has all that the guest wrote.
+pub(crate) fn has_believable_live_file(state: &StateDir, record: &SessionRecord) -> anyhow::Result<bool> {
     let layout = record.layout();
     let Some(live) = distrust::look_at_live(state, record)? else { return Ok(false) };
     let session = SessionId(parse_id(&record.session)?);

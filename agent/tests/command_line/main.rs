@@ -7,6 +7,7 @@ mod captures;
 mod control;
 mod damage;
 mod devices;
+mod discards;
 mod interrupts;
 mod machines;
 mod metrics;
