@@ -8,7 +8,7 @@ use std::process::Command;
 use e2e::captured::Captured;
 use e2e::disk;
 use e2e::failing::{Failing, FailingDevice, FileSystem};
-use e2e::lifeboot::LiveRestore;
+use e2e::lifeboot::{LiveRestore, status_with};
 use e2e::nbd::Export;
 use e2e::process::{run, run_any};
 
@@ -151,6 +151,9 @@ ends(lambda: h.pwrite(b'x' * 65536, 42 << 20, nbd.CMD_FLAG_FUA))
     // It never gets to a farewell: the agent ends.
     live.export().nbdsh("", &format!("{script}\nh = nbd.NBD()\nh.shutdown = lambda: None\n")).unwrap();
     ensure_given_up(live);
+    let state = captured.work.file("state");
+    let told = status_with(target.path(), &["--state", state.to_str().unwrap()]).unwrap();
+    assert!(told["phase"] == "poisoned" && told["loss"].to_string().contains("a sync had failed"), "{told}");
 
     target.fail(Failing::Nothing).unwrap();
     let live = start(&captured, target.path(), &[]);

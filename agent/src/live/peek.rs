@@ -9,6 +9,7 @@ use super::error::Result;
 use super::journal::Journal;
 use super::journal::SessionId;
 use super::live_file::{BootId, LiveFile, LiveWords};
+use super::parts::Resumed;
 use super::source::DiskLayout;
 
 /// What is known of a session at rest.
@@ -22,6 +23,8 @@ pub struct Peek {
     pub guest_bytes: u64,
     /// Whether the whole disk is home, on stable storage.
     pub complete: bool,
+    /// How it had ended.
+    pub ended: Resumed,
 }
 
 /// Whether the live file has everything that the guest of this session was told was written.
@@ -45,11 +48,16 @@ pub async fn check_header(
     check_identity(&header, id, identity, disk)
 }
 
-/// Looks at a session that no agent serves. `live` is its live file, where there is one.
+/// Looks at a session that no agent serves. `live` is its live file, where there is one; `last_boot` the boot that it was served under.
 ///
 /// # Errors
 /// As for [`super::Session::resume`].
-pub async fn peek(journal: &dyn BlockDevice, live: Option<LiveWords>, boot: BootId) -> Result<Peek> {
+pub async fn peek(
+    journal: &dyn BlockDevice,
+    live: Option<LiveWords>,
+    boot: BootId,
+    last_boot: Option<BootId>,
+) -> Result<Peek> {
     let header = Journal::read_header(journal).await?;
     let (session, disk) = (header.session, header.disk);
     let block_count = disk.size.div_ceil(BLOCK_SIZE);
@@ -58,17 +66,16 @@ pub async fn peek(journal: &dyn BlockDevice, live: Option<LiveWords>, boot: Boot
     let (_, replayed) = Journal::open(journal, header, &home, &guest).await?;
     let bytes = |bits: &Bits<'_>| (bits.count() * BLOCK_SIZE).min(disk.size);
     let stable_bytes = bytes(&home);
+    let live = live.filter(|live| live.words().len() == LiveWords::count_for(disk));
+    let live = live.map(|words| LiveFile::new(words, disk));
+    let believed = live.as_ref().filter(|live| live.is_believable(session, boot, disk));
+    let is_poisoned = live.as_ref().is_some_and(|live| live.is_poisoned(session, boot, disk));
     let peek = |home: &Bits<'_>, guest: &Bits<'_>| Peek {
         home_bytes: bytes(home),
         stable_bytes,
         guest_bytes: bytes(guest),
         complete: replayed.complete,
+        ended: Resumed::told_by(replayed.parked, believed.is_some(), is_poisoned, last_boot, boot),
     };
-    if let Some(words) = live.filter(|live| live.words().len() == LiveWords::count_for(disk)) {
-        let live = LiveFile::new(words, disk);
-        if live.is_believable(session, boot, disk) {
-            return Ok(peek(&live.v(), &live.g()));
-        }
-    }
-    Ok(peek(&home, &guest))
+    Ok(believed.map_or_else(|| peek(&home, &guest), |live| peek(&live.v(), &live.g())))
 }

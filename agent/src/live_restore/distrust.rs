@@ -65,7 +65,8 @@ fn forget_in(dir: &Path, record: &SessionRecord) {
     }
 }
 
-fn is_lost(record: &SessionRecord) -> bool {
+/// Whether a sync of it failed in this boot, and no other live file is in use since.
+pub(super) fn is_lost(record: &SessionRecord) -> bool {
     places().iter().any(|dir| note(dir, record).exists())
 }
 

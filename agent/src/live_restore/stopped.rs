@@ -3,14 +3,14 @@
 use anyhow::Context as _;
 use block::{DirectIo, Engine, FileDisk, FileOptions, OpenDevice as _};
 
-use super::distrust;
 use super::open::cannot_resume;
 use super::parts::parse_id;
 use super::record::SessionRecord;
 use super::state_dir::{JOURNAL, StateDir};
 use super::target;
+use super::{advice, distrust};
 use crate::cli::Failure;
-use crate::live::{BootId, SessionId, is_live_file_believable, peek};
+use crate::live::{BootId, Resumed, SessionId, is_live_file_believable, peek};
 use crate::status::{Phase, Status};
 
 /// What to say where a session's journal cannot be used. What its guest wrote can be saved all the same, for as long as
@@ -62,20 +62,38 @@ pub fn stopped_status(state: &StateDir, record: &SessionRecord) -> anyhow::Resul
     let journal = FileDisk::open(&path, options)?;
     let peeked = engine.run(async {
         let journal = journal.open()?;
-        anyhow::Ok(peek(&*journal, live, boot).await)
+        anyhow::Ok(peek(&*journal, live, boot, record.last_boot()).await)
     })?;
     let peek = peeked.map_err(|error| cannot_resume(state, error))?;
     status.home_bytes = peek.home_bytes;
     status.stable_bytes = peek.stable_bytes;
     status.guest_bytes = peek.guest_bytes;
+    let ended = match peek.ended {
+        // What tells of the sync stands beside the live file, which is not believed then.
+        Resumed::LiveFileLost if distrust::is_lost(record) => Resumed::SyncFailed,
+        ended => ended,
+    };
+    status.loss = advice::loss(ended).map(str::to_owned);
     if peek.complete {
         status.phase = Phase::Complete;
+    } else if ended == Resumed::SyncFailed {
+        status.phase = Phase::Poisoned;
     }
-    let path = state.target(record);
-    let trouble = target::trouble(state, record).or_else(|| state.stands_beside_another(record, path));
-    status.waiting = trouble.map(|failure| match crate::cli::told(&failure.into()) {
-        (what, Some(advice)) => format!("{what}: {advice}"),
-        (what, None) => what,
-    });
+    status.waiting =
+        trouble(state, record, peek.complete).map(|failure| match crate::cli::told(&failure.into()) {
+            (what, Some(advice)) => format!("{what}: {advice}"),
+            (what, None) => what,
+        });
     Ok(status)
+}
+
+/// What is in the way of the session, or what is not as it says.
+fn trouble(state: &StateDir, record: &SessionRecord, is_whole: bool) -> Option<Failure> {
+    if record.handed_over {
+        return target::elsewhere(state, record);
+    }
+    let trouble = target::trouble(state, record);
+    let trouble = trouble.or_else(|| state.stands_beside_another(record, state.target(record)));
+    // Nothing of a disk that is home needs to be written.
+    trouble.or_else(|| target::unwritable(state, record).filter(|_| !is_whole))
 }

@@ -6,19 +6,21 @@
 
 use std::fs::{File, OpenOptions};
 use std::io;
-use std::os::unix::fs::{FileTypeExt as _, OpenOptionsExt as _};
+use std::os::unix::fs::{FileTypeExt as _, MetadataExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::Context as _;
 use block::{Engine, FileDisk, FileOptions};
+use rustix::fs::Access;
+use rustix::io::Errno;
 
 use super::made::{Made, Undo};
 use super::record::SessionRecord;
 use super::state_dir::StateDir;
 use super::target_lock::{LOCK_PATIENCE, lock};
 use crate::blank;
-use crate::cli::{Failure, Interrupt};
+use crate::cli::{Failure, Interrupt, READ_ONLY_ADVICE};
 
 /// What a new session may assume of its target.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -62,12 +64,10 @@ pub(super) fn check_not_cut_off(
     Err(cut_off(target.path(), target.size(), state, record).into())
 }
 
-/// Why the target of a session that nobody serves cannot be gone on with, as far as can be seen without opening it. That of one that
-/// was handed over is its machine's.
+/// Why the target of a session that nobody serves cannot be gone on with, as far as can be seen without opening it.
 pub(super) fn trouble(state: &StateDir, record: &SessionRecord) -> Option<Failure> {
     let path = state.target(record);
     match std::fs::metadata(path) {
-        _ if record.handed_over => None,
         Ok(_) if record.identity.is_at(path) == Some(false) => Some(another(path)),
         Ok(there) if there.is_file() && there.len() < record.size => {
             Some(cut_off(path, there.len(), state, record))
@@ -75,6 +75,55 @@ pub(super) fn trouble(state: &StateDir, record: &SessionRecord) -> Option<Failur
         Err(error) if error.kind() == io::ErrorKind::NotFound => Some(gone(state, path)),
         _ => None,
     }
+}
+
+/// Why the machine of a session that was handed over does not run from what stands at the target's path.
+pub(super) fn elsewhere(state: &StateDir, record: &SessionRecord) -> Option<Failure> {
+    let path = state.target(record);
+    let there = match std::fs::metadata(path) {
+        Ok(_) if record.identity.is_at(path) == Some(false) => {
+            format!("{} is another target than the one that the machine was to be moved onto", path.display())
+        }
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {
+            format!("the target {} is gone", path.display())
+        }
+        _ => return None,
+    };
+    let its = if record.identity.is_at(&record.target) == Some(true) {
+        record.target.display().to_string()
+    } else {
+        format!("{}, wherever that is now", record.identity)
+    };
+    Some(Failure::new(there, format!("that machine's disk is {its}")))
+}
+
+/// Why neither the target nor the session's files can be written by anybody, where they cannot: which the rest of the disk needs.
+pub(super) fn unwritable(state: &StateDir, record: &SessionRecord) -> Option<Failure> {
+    let path = state.target(record);
+    if is_read_only_device(path) {
+        return Some(read_only_device(path));
+    }
+    [path, state.path()].into_iter().find_map(|path| match rustix::fs::access(path, Access::WRITE_OK) {
+        Err(Errno::ROFS) => {
+            let what = format!("the file system of {} is read-only", path.display());
+            Some(Failure::new(what, READ_ONLY_ADVICE))
+        }
+        // What only others may write to is EACCES.
+        Err(Errno::PERM) => Some(Failure::new(
+            format!("nobody may write to {}: it is immutable", path.display()),
+            "let it be written to again (`chattr -i`)",
+        )),
+        _ => None,
+    })
+}
+
+fn is_read_only_device(path: &Path) -> bool {
+    let Some(there) = std::fs::metadata(path).ok().filter(|there| there.file_type().is_block_device()) else {
+        return false;
+    };
+    let (major, minor) = (rustix::fs::major(there.rdev()), rustix::fs::minor(there.rdev()));
+    let told = std::fs::read_to_string(format!("/sys/dev/block/{major}:{minor}/ro"));
+    told.is_ok_and(|told| told.trim() == "1")
 }
 
 fn another(path: &Path) -> Failure {
@@ -270,11 +319,14 @@ fn check_writable(disk: &FileDisk) -> anyhow::Result<()> {
     if !disk.geometry().read_only {
         return Ok(());
     }
-    Err(Failure::new(
-        format!("the target {} is a read-only device", disk.path().display()),
+    Err(read_only_device(disk.path()).into())
+}
+
+fn read_only_device(path: &Path) -> Failure {
+    Failure::new(
+        format!("the target {} is a read-only device", path.display()),
         "make it writable (`blockdev --setrw`), or name another target",
     )
-    .into())
 }
 
 fn check_size(disk: &FileDisk, size: u64) -> anyhow::Result<()> {

@@ -114,9 +114,12 @@ pub struct Status {
     /// QEMU has said that the machine runs from the target.
     #[serde(default)]
     pub moved: bool,
-    /// Why it does not go on just now: the source is away, the target is full; of a session that no agent serves, that its target is
-    /// gone, or was cut off.
+    /// Why it does not go on just now: the source is away, the target is full; of a session that no agent serves, what keeps the same
+    /// command from going on; of one that was handed over, why what stands at the target's path is not the machine's disk.
     pub waiting: Option<String>,
+    /// Of a session that no agent serves: what a guest that lives may have lost and believes to be written, and what to do.
+    #[serde(default)]
+    pub loss: Option<String>,
 }
 
 impl Status {
@@ -154,6 +157,7 @@ impl Status {
             handed_over: record.handed_over,
             moved: false,
             waiting: None,
+            loss: None,
         }
     }
 

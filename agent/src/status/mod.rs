@@ -118,8 +118,15 @@ fn at_rest(state: &StateDir, record: &SessionRecord) -> anyhow::Result<Status> {
 /// What a session is doing, for people.
 fn state_of(status: &Status) -> &'static str {
     match status.phase {
+        _ if status.moved && status.waiting.is_some() => {
+            "handed over: a running machine was moved onto the session's target, which does not stand here any more"
+        }
         _ if status.moved => {
             "handed over: a running machine was moved onto the target, which is a disk of its own"
+        }
+        _ if status.handed_over && status.pid.is_none() && status.waiting.is_some() => {
+            "complete: a running machine was moved onto the session's target, or was about to be when the agent ended; that target does \
+             not stand here any more"
         }
         _ if status.handed_over && status.pid.is_none() => {
             "complete: a running machine was moved onto the target, or was about to be when the agent ended; the same live-restore \
@@ -141,6 +148,9 @@ fn state_of(status: &Status) -> &'static str {
             "stopped: all is home but what is damaged; the same live-restore command asks for that again"
         }
         Phase::Stopped => "stopped: the same live-restore command goes on",
+        Phase::Poisoned if status.pid.is_none() && status.waiting.is_some() => {
+            "failed: a sync failed; the same live-restore command goes on once this is mended"
+        }
         Phase::Poisoned => "failed: a sync failed; run the same command again",
     }
 }
@@ -203,7 +213,15 @@ fn table(status: &Status) -> Table {
         );
     }
     if let Some(why) = &status.waiting {
-        row(if status.pid.is_some() { "waiting" } else { "in the way" }, why.clone());
+        let name = match status.pid {
+            Some(_) => "waiting",
+            None if status.handed_over => "the target",
+            None => "in the way",
+        };
+        row(name, why.clone());
+    }
+    if let Some(loss) = &status.loss {
+        row("may be lost", loss.clone());
     }
     if status.is_damaged() {
         let ranges = human_count(status.damaged.len() as u64, "range", "ranges");

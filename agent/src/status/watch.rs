@@ -178,6 +178,9 @@ fn block(seen: &Seen) -> Vec<String> {
     if let Some(why) = &status.waiting {
         lines.push(format!("  waiting: {why}"));
     }
+    if let Some(loss) = &status.loss {
+        lines.push(format!("  may be lost: {loss}"));
+    }
     if status.is_damaged() {
         lines.push(format!("  damaged: {}", human_size(status.damaged_bytes)));
     }
@@ -196,6 +199,9 @@ fn line(seen: &Seen) -> String {
     }
     if let Some(why) = &status.waiting {
         line.push_str(&format!("; waiting: {why}"));
+    }
+    if let Some(loss) = &status.loss {
+        line.push_str(&format!("; may be lost: {loss}"));
     }
     if let Some(strip) = strip {
         line.push_str(&format!(" [{strip}]"));

@@ -167,6 +167,9 @@ fn on_a_file_system_that_became_read_only_what_only_reads_works_and_discard_says
     remount("ro");
     let status = scratch.json(&["status", "failing/t.raw"]);
     assert_eq!(status["guest_bytes"], 65536, "{status}");
+    let told = scratch.run(&["status", "failing/t.raw"]).ends_with(0).stdout;
+    assert!(told.contains("goes on once this is mended") && told.contains("is read-only"), "{told}");
+    assert!(status["waiting"].as_str().is_some_and(|why| why.contains("dmesg")), "{status}");
     for further in [&[][..], &["--remove-target"]] {
         let discard = [&["discard", "failing/t.raw", "--yes"], further].concat();
         let failed = scratch.run(&discard).fails(&["nothing was discarded", "read-only", "dmesg"]);
@@ -266,4 +269,92 @@ fn what_says_where_a_session_was_is_discarded_once_that_is_gone() {
     assert!(!pointer(&scratch).exists() && Path::new(&scratch.path("t.raw")).exists());
     let anew = [&["live-restore", "web01@latest", "t.raw", "--force"][..], &LISTEN].concat();
     scratch.run(&anew).ends_with(0);
+}
+
+#[test]
+fn status_tells_that_nobody_may_write_to_the_target() {
+    let scratch = parked(&[]);
+    let attribute = |how: &str| {
+        let mut chattr = Command::new("chattr");
+        chattr.arg(how).arg(scratch.path("t.raw")).stderr(Stdio::null());
+        chattr.status().is_ok_and(|status| status.success())
+    };
+    // Not every file system can, and only root may.
+    if !attribute("+i") {
+        return;
+    }
+    let (status, started) = (
+        scratch.json(&["status", "t.raw"]),
+        scratch.run(&[&["live-restore", "web01@latest", "t.raw"][..], &LISTEN].concat()),
+    );
+    assert!(attribute("-i"));
+    assert_eq!(started.code, Some(1), "{started:?}");
+    assert!(status["waiting"].as_str().is_some_and(|why| why.contains("immutable: let it")), "{status}");
+    assert_eq!(scratch.json(&["status", "t.raw"])["waiting"], serde_json::Value::Null);
+}
+
+#[test]
+fn status_tells_that_a_sync_failed_and_what_may_be_lost() {
+    let scratch = with_snapshot();
+    let live = live_restore(&scratch, &["--no-background"]);
+    write_as_guest(&scratch);
+    end(live, Signal::KILL);
+    let status = |args: &[&str]| {
+        let mut command = scratch.command(&[&["status", "t.raw"], args].concat());
+        Ran::of(command.env("XDG_RUNTIME_DIR", scratch.path("run")).output().unwrap()).ends_with(0)
+    };
+    let plain = status(&["--json"]).json();
+    assert!(plain["phase"] == "stopped" && plain["loss"].is_null(), "{plain}");
+    // As the agent notes it, when the file system of the session fails too.
+    std::fs::create_dir_all(scratch.path("run/lifeboot")).unwrap();
+    let note = format!("run/lifeboot/{}.lost", plain["session"].as_str().unwrap());
+    std::fs::write(scratch.path(&note), "").unwrap();
+    let failed = status(&["--json"]).json();
+    assert!(failed["phase"] == "poisoned" && failed["waiting"].is_null(), "{failed}");
+    let loss = failed["loss"].as_str().unwrap();
+    assert!(loss.contains("a sync had failed") && loss.contains("may be lost"), "{loss}");
+    let told = status(&[]).stdout;
+    assert!(
+        told.contains("failed: a sync failed; run the same command again") && told.contains(loss),
+        "{told}"
+    );
+}
+
+#[test]
+fn a_target_that_its_machine_does_not_run_from_is_not_called_its_disk() {
+    let scratch = parked(&[]);
+    let told = || {
+        let status = scratch.json(&["status", "t.raw"]);
+        let why = status["waiting"].as_str().unwrap_or_default().to_owned();
+        (scratch.run(&["status", "t.raw"]).ends_with(0).stdout, why)
+    };
+    let record = scratch.path("t.raw.lifeboot/session.json");
+    let text = std::fs::read_to_string(&record).unwrap();
+    std::fs::write(&record, text.replace(r#""handed_over": false"#, r#""handed_over": true"#)).unwrap();
+    let session: serde_json::Value = serde_json::from_str(&text).unwrap();
+    let moved = serde_json::json!({
+        "version": 2, "session": session["session"], "starts": 1, "qmp": "/q", "moved": true
+    });
+    for is_known in [false, true] {
+        if is_known {
+            std::fs::write(scratch.path("t.raw.lifeboot/move.json"), moved.to_string()).unwrap();
+        }
+        assert_eq!(told().1, "");
+        std::fs::rename(scratch.path("t.raw"), scratch.path("away.raw")).unwrap();
+        let (shown, why) = told();
+        assert!(shown.contains("not stand here any more") && why.contains("t.raw is gone"), "{shown}: {why}");
+        scratch.copy("away.raw", "t.raw");
+        let (shown, why) = told();
+        assert!(
+            shown.contains("not stand here any more") && why.contains("is another target"),
+            "{shown}: {why}"
+        );
+        assert!(why.contains("that machine's disk is inode "), "{why}");
+        std::fs::rename(scratch.path("away.raw"), scratch.path("t.raw")).unwrap();
+    }
+    // A copy of both.
+    copy_whole(&scratch, "t.raw", "copy.raw");
+    let status = scratch.json(&["status", "copy.raw"]);
+    let its = format!("that machine's disk is {}", scratch.path("t.raw").display());
+    assert!(status["waiting"].as_str().is_some_and(|why| why.ends_with(&its)), "{status}");
 }
