@@ -111,7 +111,7 @@ pub const DIRTY_BITMAP: &str = "lifeboot";
 /// Ctrl-C parks the session.
 ///
 /// A snapshot of several disks takes a TARGET for each, in its order or as DISK=TARGET; all of them are begun, or
-/// none. Each disk is an export by its name (the first one by the empty name too), and a session with its own state.
+/// none; with one disk DISK= may be left out, and a file with = in its name is ./NAME. Each disk is an export by its name (the first one by the empty name too), and a session with its own state.
 #[derive(Debug, clap::Args)]
 #[command(after_help = "\
 Examples:
@@ -207,8 +207,8 @@ pub(crate) struct SessionArgs {
     no_trace: bool,
 
     /// Hold the background back so that 99 of 100 requests of guests that need nothing of the repository stay within
-    /// this time, like 5ms
-    #[arg(long, value_name = "TIME", value_parser = parse_time)]
+    /// this time, like 5ms; without it nothing holds it back for them
+    #[arg(long, value_name = "TIME", value_parser = parse_latency)]
     guest_p99: Option<Duration>,
     /// A copy of the repository: a chunk that is damaged or missing, or all of them while the repository cannot be
     /// had, are fetched from it, and verified. May be given several times
@@ -217,6 +217,14 @@ pub(crate) struct SessionArgs {
 
     #[command(flatten)]
     source: SourceArgs,
+}
+
+/// What requests are to stay within: none takes no time at all.
+fn parse_latency(text: &str) -> Result<Duration, String> {
+    match parse_time(text)? {
+        Duration::ZERO => Err("no request takes no time: leave it out to have nothing held back".to_owned()),
+        time => Ok(time),
+    }
 }
 
 impl SessionArgs {

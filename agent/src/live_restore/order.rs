@@ -19,13 +19,13 @@ use crate::live::SessionOptions;
 use crate::output::human_count;
 use crate::pivot::Drive;
 use crate::source::PoolOptions;
-use crate::target_path::{refuse_dangling, refuse_unwritable_name};
+use crate::target_path::{no_such_disk, refuse_dangling, refuse_unwritable_name, split};
 
 /// What is to be restored, and how.
 pub(crate) struct Order {
     /// `GROUP@TIME[/DISK]`; without a disk where there are several targets.
     pub(crate) snapshot: String,
-    /// One target, which is a path; or one for each disk of the snapshot, in its order or as `DISK=PATH`.
+    /// One target, or one for each disk of the snapshot, in its order or as `DISK=PATH`.
     pub(crate) targets: Vec<PathBuf>,
     /// Where the disks are served, each by its name.
     pub(crate) listen: Vec<ListenAddress>,
@@ -123,9 +123,9 @@ impl Order {
             refuse_unwritable_name("the target", target)?;
             refuse_dangling(target)?;
         }
-        if let [target] = self.targets.as_slice() {
+        if let Some(target) = self.only_target()? {
             let state = self.state_of(target)?;
-            return Ok(vec![Wanted { spec: self.snapshot.clone(), target: target.clone(), state }]);
+            return Ok(vec![Wanted { spec: self.snapshot.clone(), target: target.to_owned(), state }]);
         }
         let spec: SnapshotSpec = self.snapshot.parse()?;
         if spec.disk.is_some() {
@@ -169,11 +169,7 @@ impl Order {
         for (place, ((name, path), state)) in targets.iter().zip(states).enumerate() {
             let disk = name.unwrap_or(&disks[place]);
             if !disks.iter().any(|known| known == disk) {
-                return Err(Failure::new(
-                    format!("{snapshot} has no disk {disk}; it has {}", disks.join(", ")),
-                    "name one of these before the =",
-                )
-                .into());
+                return Err(no_such_disk(&snapshot, disk, &disks).into());
             }
             let twice = format!("{snapshot}/{disk}");
             if wanted.iter().any(|wanted: &Wanted| wanted.spec == twice) {
@@ -184,6 +180,19 @@ impl Order {
         // The exports stand in the snapshot's order, whatever that of the targets is.
         wanted.sort_by_key(|wanted| disks.iter().position(|disk| wanted.spec.ends_with(&format!("/{disk}"))));
         Ok(wanted)
+    }
+
+    /// The only target, unless which disk it is for is told by a name that only the snapshot's disks have.
+    fn only_target(&self) -> anyhow::Result<Option<&Path>> {
+        let [target] = self.targets.as_slice() else { return Ok(None) };
+        let (name, path) = split(target)?;
+        let Some(name) = name else { return Ok(Some(path)) };
+        let spec: SnapshotSpec = self.snapshot.parse()?;
+        let Some(disk) = &spec.disk else { return Ok(None) };
+        if disk.as_str() != name {
+            return Err(no_such_disk(&self.snapshot, name, &[disk]).into());
+        }
+        Ok(Some(path))
     }
 
     fn state_of(&self, target: &Path) -> anyhow::Result<StateDir> {
@@ -256,29 +265,10 @@ fn disks_of(
 /// # Errors
 /// As [`Order::assign`], of the targets alone.
 pub(crate) fn paths(targets: &[PathBuf]) -> anyhow::Result<Vec<&Path>> {
-    match targets {
-        [] => Err(UsageError::new("no target was named").into()),
-        [one] => Ok(vec![one]),
-        several => several.iter().map(|target| Ok(split(target)?.1)).collect(),
+    if targets.is_empty() {
+        return Err(UsageError::new("no target was named").into());
     }
-}
-
-/// What stands before the first `=` is a disk's name, unless it has a slash: `./a=b` is a path.
-fn split(target: &Path) -> anyhow::Result<(Option<&str>, &Path)> {
-    let Some((name, path)) = target.to_str().and_then(|text| text.split_once('=')) else {
-        return Ok((None, target));
-    };
-    if name.contains('/') {
-        return Ok((None, target));
-    }
-    if name.is_empty() || path.is_empty() {
-        return Err(UsageError::new(format!(
-            "{} is not DISK=TARGET; to name a file with = in its name, write ./{0}",
-            target.display()
-        ))
-        .into());
-    }
-    Ok((Some(name), Path::new(path)))
+    targets.iter().map(|target| Ok(split(target)?.1)).collect()
 }
 
 fn check_different<'a>(targets: impl Iterator<Item = &'a Path>) -> anyhow::Result<()> {
@@ -303,19 +293,4 @@ fn check_own(states: &[StateDir]) -> anyhow::Result<()> {
         "go on with each by a command of its own that names its session's directory with --state; after that they can be named together",
     )
     .into())
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_disks_name_stands_before_the_first_equals_sign_unless_it_has_a_slash() {
-        let parts = |text: &'static str| split(Path::new(text)).ok();
-        assert_eq!(parts("t.raw"), Some((None, Path::new("t.raw"))));
-        assert_eq!(parts("root=/x/t=1.raw"), Some((Some("root"), Path::new("/x/t=1.raw"))));
-        assert_eq!(parts("./a=b"), Some((None, Path::new("./a=b"))));
-        assert_eq!(parts("=b"), None);
-        assert_eq!(parts("root="), None);
-    }
 }

@@ -21,6 +21,7 @@ use crate::live_restore::{StateDir, stopped_status};
 use crate::output::{Output, human_count, human_duration, human_size};
 use crate::source::{FallbackUse, Fallbacks, PaceArgs, Throttle};
 use crate::status::Phase;
+use crate::target_path::{no_such_disk, split};
 use damage::{Damage, DamageLog};
 use pipeline::Restore;
 use target::Target;
@@ -49,7 +50,8 @@ pub struct Args {
     #[arg(value_name = "SNAPSHOT[/DISK]")]
     snapshot: String,
 
-    /// A file, which need not exist, or a block device
+    /// A file, which need not exist, or a block device; with DISK= before it, for that disk of the snapshot
+    #[arg(value_name = "[DISK=]TARGET")]
     target: PathBuf,
 
     /// Replace what is in the target. Without it a file must hold no data, and of a block device the first
@@ -136,6 +138,7 @@ impl Verb for Args {
     fn run(self, context: &Context) -> anyhow::Result<Outcome> {
         let started = Instant::now();
         let output = context.output();
+        let (name, wanted) = split(&self.target)?;
         let warn = |what| output.warn(what);
         let repository = Repository::open(context.repository_path()?);
         let lacks = |repository: &Repository| repository.resolve(&self.snapshot).map(drop);
@@ -143,9 +146,11 @@ impl Verb for Args {
         let repository = repository?;
         let resolve = |repository: &Repository| repository.resolve(&self.snapshot);
         let (snapshot, disk) = resolve(&repository).or_else(|error| fallbacks.or_else(error, resolve))?;
-        let disk = match disk {
-            Some(disk) => disk,
-            None => only_disk(&snapshot)?.clone(),
+        let disk = match (disk, name) {
+            (Some(disk), None) => disk,
+            (Some(disk), Some(name)) => called(&self.snapshot, std::slice::from_ref(&disk), name)?.clone(),
+            (None, Some(name)) => called(&self.snapshot, &snapshot.manifest().disks, name)?.clone(),
+            (None, None) => only_disk(&snapshot)?.clone(),
         };
         let map = repository.disk_map(&disk)?;
         let engine = Engine::choose(self.io_engine)?;
@@ -156,8 +161,8 @@ impl Verb for Args {
             Direct::Off => DirectIo::Off,
         };
         let options = FileOptions::new(engine).direct(direct);
-        check_no_session(&self.target)?;
-        let (target, target_disk) = Target::open(&self.target, disk.size, self.force, options)?;
+        check_no_session(wanted)?;
+        let (target, target_disk) = Target::open(wanted, disk.size, self.force, options)?;
 
         let data_bytes = repository.data_bytes(&disk);
         let progress = output.progress(format_args!("restoring {}", disk.name), Some(data_bytes));
@@ -248,6 +253,12 @@ pub(crate) fn only_disk(snapshot: &Snapshot) -> anyhow::Result<&DiskEntry> {
             .into())
         }
     }
+}
+
+/// That of these disks of `snapshot` which has this name.
+fn called<'a>(snapshot: &str, disks: &'a [DiskEntry], name: &str) -> Result<&'a DiskEntry, Failure> {
+    let names = || disks.iter().map(|disk| &disk.name).collect::<Vec<_>>();
+    disks.iter().find(|disk| disk.name.as_str() == name).ok_or_else(|| no_such_disk(snapshot, name, &names()))
 }
 
 /// Bytes of the disk's chunks that are not zeroes, without what is damaged.

@@ -224,3 +224,56 @@ fn damage_of_one_disk_settles_the_set_and_is_named() {
     assert!(ran.stderr.contains("/data"), "{ran:?}");
     assert_same(&scratch.path("root.raw"), &scratch.path("r.raw"));
 }
+
+#[test]
+fn a_disk_is_named_before_its_target_where_there_is_one_disk_too() {
+    let scratch = Scratch::new();
+    let disk = scratch.disk("d.raw", 4 * MIB, &[(0, 2 << 20, 1)]);
+    scratch.run(&["capture", "web01", "d.raw"]).ends_with(0);
+    scratch.run(&["capture", "db", "root=d.raw", "data=d.raw"]).ends_with(0);
+    let listen = ["--listen", "unix:s", "--exit-when-done"];
+    let verbs = [&["restore"][..], &["live-restore"]];
+    for verb in verbs {
+        let further = if verb == ["restore"] { &[][..] } else { &listen };
+        let bring =
+            |snapshot: &str, target: &str| scratch.run(&[verb, &[snapshot, target], further].concat());
+        let named = format!("{}.raw", verb[0]);
+        for (snapshot, target) in [
+            ("web01@latest", format!("disk0={named}")),
+            ("web01@latest/disk0", format!("disk0={named}")),
+            ("db@latest/data", format!("data={named}")),
+            ("web01@latest", format!("./diks0={named}")),
+            ("web01@latest", scratch.path(&format!("diks0={named}")).display().to_string()),
+        ] {
+            bring(snapshot, &target).ends_with(0);
+            let path = scratch
+                .path(target.strip_prefix("disk0=").or(target.strip_prefix("data=")).unwrap_or(&target));
+            assert_same(&path, &disk);
+            std::fs::remove_file(&path).unwrap();
+            let _ = std::fs::remove_dir_all(format!("{}.lifeboot", path.display()));
+        }
+        let before = scratch.names(".");
+        for (snapshot, target, disks) in [
+            ("web01@latest", "diks0=o.raw", "it has disk0"),
+            ("web01@latest/disk0", "diks0=o.raw", "it has disk0"),
+            ("db@latest/data", "root=o.raw", "it has data"),
+        ] {
+            bring(snapshot, target).fails(&["has no disk", disks, "before the =; or write ./NAME"]);
+        }
+        bring("web01@latest", "=o.raw").ends_with(2);
+        assert_eq!(scratch.names("."), before);
+    }
+    scratch.run(&["restore", "db@latest", "data=o.raw"]).ends_with(0);
+    // Whoever names one of two may have forgotten the other.
+    let live = [&["live-restore", "db@latest", "data=l.raw"][..], &listen].concat();
+    scratch.run(&live).fails(&["has 2 disks: root, data", "as in SNAPSHOT/DISK"]);
+}
+
+#[test]
+fn no_request_is_to_take_no_time() {
+    let scratch = Scratch::empty();
+    let live = ["live-restore", "web01@latest", "t.raw", "--listen", "unix:s", "--guest-p99"];
+    for zero in ["0", "0s", "0ms"] {
+        scratch.run(&[&live[..], &[zero]].concat()).ends_with(2).tells_of("leave it out");
+    }
+}
