@@ -5,6 +5,9 @@ use std::os::fd::{AsRawFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
+use rustix::fs::FallocateFlags;
+use rustix::io::{Errno, retry_on_intr};
+
 use super::Inner;
 use super::handle::Handle;
 use super::range_lock::Hold;
@@ -64,6 +67,9 @@ impl<Q: Queue> Handle<Q> {
     /// Zeroes whole units without writing them. `false` where that cannot be done here.
     async fn zero_quickly(&self, units: ByteRange, may_unmap: bool) -> Result<bool> {
         let support = &self.inner.support;
+        if !self.inner.reaches(units.end())? {
+            return Ok(false);
+        }
         if may_unmap && self.allocate(PUNCH_HOLE, units, &support.no_punch).await? {
             return Ok(true);
         }
@@ -141,6 +147,23 @@ impl<Q: Queue> Handle<Q> {
 }
 
 impl Inner {
+    /// Makes a file that somebody else has shortened long enough again, as a write does: a hole beyond its end is none, and cannot be
+    /// read. `false` where only writing makes it so.
+    fn reaches(&self, end: u64) -> Result<bool> {
+        let failed = |errno: Errno| self.failed(format_args!("lengthen to {end} bytes"), errno.into());
+        let len = || rustix::fs::fstat(&self.fd).map(|stat| stat.st_size.cast_unsigned());
+        if self.support.block_device || len().map_err(failed)? >= end {
+            return Ok(true);
+        }
+        // Never shorter: a write may have made it longer meanwhile, which `ftruncate` would cut off.
+        let lengthen = || rustix::fs::fallocate(&self.fd, FallocateFlags::empty(), end - 1, 1);
+        match retry_on_intr(lengthen) {
+            Ok(()) => Ok(true),
+            Err(Errno::OPNOTSUPP | Errno::NOSYS) => Ok(false),
+            Err(errno) => Err(failed(errno)),
+        }
+    }
+
     #[cold]
     fn not_fast(&self) -> Error {
         let path = self.path.display();

@@ -132,6 +132,27 @@ fn a_file_that_became_shorter_is_an_error_and_not_zeroes() {
     }
 }
 
+#[test]
+fn what_is_zeroed_beyond_the_end_of_a_file_that_became_shorter_reads_as_zeroes() {
+    let directory = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+    for engine in disks::engines() {
+        for mode in [ZeroMode::UNMAP, ZeroMode::ALLOCATE] {
+            let options = FileOptions::new(engine).overwrite(true);
+            let disk = FileDisk::create(directory.path().join("disk"), 1 << 20, options).unwrap();
+            std::fs::OpenOptions::new().write(true).open(disk.path()).unwrap().set_len(10_000).unwrap();
+            engine.run(async {
+                let device = disk.open().unwrap();
+                let range = ByteRange::new(256 << 10, 128 << 10).unwrap();
+                device.write_zeroes(range, mode, Durability::Volatile).await.unwrap();
+                let (result, buf) = device.read(range.start(), AlignedBuf::from_slice(&[9; 128 << 10])).await;
+                result.unwrap();
+                assert!(buf.iter().all(|&byte| byte == 0));
+            });
+            assert_eq!(std::fs::metadata(disk.path()).unwrap().len(), 384 << 10);
+        }
+    }
+}
+
 /// A small file system on a loop device.
 struct SmallFileSystem {
     directory: tempfile::TempDir,
