@@ -4,7 +4,7 @@ use std::fmt;
 
 use super::{MAX_MESSAGE_BYTES, MAX_TEXT_CHARS};
 
-/// Shows at most [`MAX_TEXT_CHARS`] characters of a peer's text, control characters escaped.
+/// Shows at most [`MAX_TEXT_CHARS`] characters of a peer's text; those that cannot be seen, or turn the line around, are escaped.
 #[derive(Clone, Copy, Debug)]
 pub struct Cut<'a>(pub &'a str);
 
@@ -12,10 +12,9 @@ impl fmt::Display for Cut<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let mut shown = self.0.chars();
         for character in shown.by_ref().take(MAX_TEXT_CHARS) {
-            if character.is_control() {
-                write!(f, "{}", character.escape_default())?;
-            } else {
-                write!(f, "{character}")?;
+            match character {
+                '"' | '\'' | '\\' => write!(f, "{character}")?,
+                _ => write!(f, "{}", character.escape_debug())?,
             }
         }
         if shown.next().is_some() { write!(f, "…") } else { Ok(()) }
@@ -38,6 +37,14 @@ pub fn message(text: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_cannot_be_seen_of_a_text_is_escaped() {
+        let hidden = "a\u{202e}gnp\u{2028}b\u{200b}\u{85}\u{7}\n";
+        assert_eq!(Cut(hidden).to_string(), r"a\u{202e}gnp\u{2028}b\u{200b}\u{85}\u{7}\n");
+        let plain = "web's \"disk\" \\ ü 磁碟";
+        assert_eq!(Cut(plain).to_string(), plain);
+    }
 
     #[test]
     fn a_message_is_one_line_and_cut_between_characters() {
