@@ -18,9 +18,8 @@ use crate::Result;
 
 /// OpenSSL takes the first of these that the client has. A key that was not made for one hash goes with SHA-256 alone.
 const TLS13_CIPHERS: &str = "TLS_AES_128_GCM_SHA256:TLS_CHACHA20_POLY1305_SHA256";
-/// For TLS 1.2, those with forward secrecy first.
-const TLS12_CIPHERS: &str =
-    "ECDHE-PSK-CHACHA20-POLY1305:ECDHE-PSK-AES128-CBC-SHA256:PSK-AES128-GCM-SHA256:PSK-AES256-GCM-SHA384";
+/// For TLS 1.2, the one with forward secrecy first.
+const TLS12_CIPHERS: &str = "ECDHE-PSK-CHACHA20-POLY1305:PSK-AES128-GCM-SHA256:PSK-AES256-GCM-SHA384";
 /// The longest plain text of a record.
 const RECORD_BYTES: usize = 16 << 10;
 /// How much that was received may wait for being understood.
@@ -288,6 +287,18 @@ impl PskSession {
             format!("the client offered no pre-shared key, or neither TLS 1.2 nor 1.3 with it ({why})")
         } else {
             format!("the client's TLS came to nothing ({why})")
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_cipher_is_an_authenticated_one() {
+        for cipher in TLS13_CIPHERS.split(':').chain(TLS12_CIPHERS.split(':')) {
+            assert!(cipher.contains("GCM") || cipher.contains("CHACHA20"), "{cipher}");
         }
     }
 }
