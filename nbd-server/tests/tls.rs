@@ -327,6 +327,14 @@ fn credentials_that_cannot_be_used_are_named_with_the_reason() {
         std::fs::write(dir.file(file), text).unwrap();
         says(&dir, &[file, "PEM"]);
     }
+    let overdue = Dir::whole(&ca).revoking_until(&ca, 8, 2025);
+    says(&overdue, &["ca-crl.pem", "expired on 2025-01-01", "next one"]);
+    // Nobody writes to it: whoever waits for that waits for ever.
+    let fifo = Dir::whole(&ca);
+    std::fs::remove_file(fifo.file("server-cert.pem")).unwrap();
+    let made = std::process::Command::new("mkfifo").arg(fifo.file("server-cert.pem")).status();
+    assert!(made.unwrap().success());
+    says(&fifo, &["server-cert.pem", "no regular file"]);
 }
 
 #[test]

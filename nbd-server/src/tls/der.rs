@@ -146,6 +146,18 @@ impl Certificate {
     }
 }
 
+/// By when a list of revoked certificates is followed by the next one; `None` where it does not say, or is no such list.
+pub(super) fn next_update(list: &[u8]) -> Option<Moment> {
+    let mut list = Der(Der(list).take(SEQUENCE)?);
+    let mut body = Der(list.take(SEQUENCE)?);
+    body.take_if(INTEGER)?;
+    // The algorithm of the signature, the issuer, when it was made.
+    body.take(SEQUENCE)?;
+    body.take(SEQUENCE)?;
+    body.moment()?;
+    body.moment()
+}
+
 fn alternative_name(tag: u8, name: &[u8]) -> Option<AlternativeName> {
     let text = || std::str::from_utf8(name).ok().map(str::to_owned);
     match tag {

@@ -7,9 +7,9 @@
 //! | `server-cert.pem`, `server-key.pem` | the server's certificate, with those between it and the authority, and its key | servers |
 //! | `client-cert.pem`, `client-key.pem` | the same of a client | clients, where the server verifies them |
 
-use std::fs;
-use std::io;
-use std::os::unix::fs::MetadataExt;
+use std::fs::{self, File};
+use std::io::{self, Read as _};
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{SystemTime, UNIX_EPOCH};
@@ -19,7 +19,7 @@ use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, CertificateRevocationListDer, PrivateKeyDer};
 use rustls::{CipherSuite, RootCertStore};
 
-use super::der::{Certificate, Moment};
+use super::der::{Certificate, Moment, next_update};
 use crate::{Error, ErrorKind, Result};
 
 /// No file of credentials is longer, not even a system's bundle of authorities.
@@ -97,11 +97,20 @@ pub(super) fn read(path: &Path, what: &str) -> Result<Vec<u8>> {
         io::ErrorKind::PermissionDenied => "let this user read it",
         _ => "look at the file",
     };
-    let len = fs::metadata(path).map_err(|error| cannot(&error, advice(&error)))?.len();
-    if len > MAX_FILE_BYTES {
-        return Err(cannot(&format_args!("it has {len} bytes"), "it is no such file"));
+    let failed = |error: io::Error| cannot(&error, advice(&error));
+    // A FIFO must not block us: at a reload connections wait.
+    let file = File::options().read(true).custom_flags(libc::O_NONBLOCK).open(path).map_err(failed)?;
+    let metadata = file.metadata().map_err(failed)?;
+    if !metadata.is_file() {
+        let kind = if metadata.is_dir() { "it is a directory" } else { "it is no regular file" };
+        return Err(cannot(&kind, "put a regular file there, or a link to one"));
     }
-    fs::read(path).map_err(|error| cannot(&error, advice(&error)))
+    if metadata.len() > MAX_FILE_BYTES {
+        return Err(cannot(&format_args!("it has {} bytes", metadata.len()), "it is no such file"));
+    }
+    let mut bytes = Vec::new();
+    file.take(MAX_FILE_BYTES).read_to_end(&mut bytes).map_err(failed)?;
+    Ok(bytes)
 }
 
 fn certificates(path: &Path, what: &str) -> Result<Vec<CertificateDer<'static>>> {
@@ -218,6 +227,16 @@ impl CredentialsDir {
         if lists.is_empty() {
             // An empty list would let in what somebody believes to be revoked.
             return Err(bad(&"there is none in it"));
+        }
+        let now = now();
+        let overdue = lists.iter().filter_map(|list| next_update(list)).find(|next| *next < now);
+        if let Some(next) = overdue {
+            return Err(invalid(format!(
+                "the list of revoked certificates in {} expired on {} UTC: what was revoked since is not in it; get the \
+                 authority's next one",
+                path.display(),
+                next.0
+            )));
         }
         Ok(lists)
     }

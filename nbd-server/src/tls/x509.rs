@@ -33,6 +33,7 @@ impl X509 {
         let builder = if self.verify_peer {
             let verifier = WebPkiClientVerifier::builder_with_provider(self.dir.authorities()?, provider)
                 .with_crls(self.dir.revoked()?)
+                .enforce_revocation_expiration()
                 .build()
                 .map_err(|error| {
                     let (ca, crl) = (self.dir.path("ca-cert.pem"), self.dir.path("ca-crl.pem"));
@@ -146,6 +147,10 @@ fn explain(error: &TlsError) -> String {
             CertificateError::UnknownRevocationStatus => {
                 client("may have been revoked: ca-crl.pem has no list of the authority that signed it")
             }
+            CertificateError::ExpiredRevocationList
+            | CertificateError::ExpiredRevocationListContext { .. } => client(
+                "may have been revoked: ca-crl.pem has expired; put the authority's next list there, and send SIGHUP",
+            ),
             CertificateError::InvalidPurpose | CertificateError::InvalidPurposeContext { .. } => {
                 client("is not one for clients: its extended key usage lacks TLS client authentication")
             }

@@ -52,11 +52,11 @@ impl Authority {
         (certificate.pem(), key.serialize_pem())
     }
 
-    /// A list that revokes the certificate of this serial number.
-    fn revocation(&self, serial: u64) -> String {
+    /// A list that revokes the certificate of this serial number, and is followed by another one in this year.
+    fn revocation(&self, serial: u64, next: i32) -> String {
         let params = CertificateRevocationListParams {
             this_update: date_time_ymd(2024, 1, 1),
-            next_update: date_time_ymd(4096, 1, 1),
+            next_update: date_time_ymd(next, 1, 1),
             crl_number: SerialNumber::from(1_u64),
             issuing_distribution_point: None,
             revoked_certs: vec![RevokedCertParams {
@@ -102,7 +102,11 @@ impl Dir {
     }
 
     pub(crate) fn revoking(self, authority: &Authority, serial: u64) -> Self {
-        self.put("ca-crl.pem", &authority.revocation(serial))
+        self.revoking_until(authority, serial, 4096)
+    }
+
+    pub(crate) fn revoking_until(self, authority: &Authority, serial: u64, next: i32) -> Self {
+        self.put("ca-crl.pem", &authority.revocation(serial, next))
     }
 
     pub(crate) fn serving(self, authority: &Authority, flaw: Flaw) -> Self {
