@@ -119,14 +119,14 @@ fn at_rest(state: &StateDir, record: &SessionRecord) -> anyhow::Result<Status> {
 fn state_of(status: &Status) -> &'static str {
     match status.phase {
         _ if status.moved && status.waiting.is_some() => {
-            "handed over: a running machine was moved onto the session's target, which does not stand here any more"
+            "handed over: a running machine was moved onto the session's target, which does not stand here"
         }
         _ if status.moved => {
             "handed over: a running machine was moved onto the target, which is a disk of its own"
         }
         _ if status.handed_over && status.pid.is_none() && status.waiting.is_some() => {
             "complete: a running machine was moved onto the session's target, or was about to be when the agent ended; that target does \
-             not stand here any more"
+             not stand here"
         }
         _ if status.handed_over && status.pid.is_none() => {
             "complete: a running machine was moved onto the target, or was about to be when the agent ended; the same live-restore \
