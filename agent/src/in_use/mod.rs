@@ -14,7 +14,7 @@ use anyhow::Context as _;
 
 use crate::cli::Failure;
 
-pub(crate) use open_files::has_open;
+pub(crate) use open_files::{has_open, is_same};
 
 /// What keeps others from a target while it lives.
 #[derive(Debug)]

@@ -22,7 +22,8 @@ pub(super) fn opener(file: &Metadata) -> Option<u32> {
     processes.find(|&process| process != std::process::id() && has_open(process, file).unwrap_or(false))
 }
 
-fn is_same(a: &Metadata, b: &Metadata) -> bool {
+/// Whether both are of one file, or of one device by whatever node.
+pub(crate) fn is_same(a: &Metadata, b: &Metadata) -> bool {
     if b.file_type().is_block_device() {
         return a.file_type().is_block_device() && a.rdev() == b.rdev();
     }

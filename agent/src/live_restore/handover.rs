@@ -2,26 +2,24 @@
 //! the order and its reasons), and keeps in the session's record that it does.
 
 use std::fmt;
-use std::os::unix::fs::FileTypeExt as _;
+use std::fs::File;
+use std::os::fd::{AsFd as _, AsRawFd as _};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::Context as _;
-use block::Engine;
 use parking_lot::MutexGuard;
 use serde::{Deserialize, Serialize};
 
 use super::moved;
-use super::open::forget_pointer;
 use super::record::SessionRecord;
-use super::rest::{lock_target, locked_record};
 use super::service::{ServedDisk, Service};
+use super::settle::{Answer, ask};
 use super::state_dir::StateDir;
-use crate::cli::{Failure, Interrupt};
-use crate::in_use;
+use crate::cli::Failure;
 use crate::live::Phase;
-use crate::pivot::{self, Drive, Home, Monitor as _, Moved, Qmp, QmpError, Trouble, Whereabouts};
+use crate::pivot::{self, Drive, Home, Moved, Qmp, Trouble, Whereabouts};
 
 /// How long it waits before it asks again a QEMU that did not say where its drive is.
 const PAUSE: Duration = Duration::from_secs(1);
@@ -90,8 +88,7 @@ pub(crate) fn hand_over(
         }
     }
     // The first disk is what the empty name means.
-    let home =
-        Home { is_default: disk == 0, ..home_of(&served.record, &served.addresses, &served.record.disk)? };
+    let home = home_served(served, disk == 0)?;
     let is_ending = || service.check_ending().is_err();
     let mut last_said = String::new();
     let mut moving = None;
@@ -133,6 +130,7 @@ pub(crate) fn hand_over(
                 _ => say_unknown(&mut last_said, &error),
             },
             Err(Trouble::Unknown(error)) => say_unknown(&mut last_said, &error.into()),
+            Err(Trouble::Elsewhere(error)) => return Err(error),
         }
         service.check_ending().with_context(|| {
             format!(
@@ -194,21 +192,21 @@ fn say_unknown(last: &mut String, error: &anyhow::Error) {
     }
 }
 
-fn home_of<'a>(
-    record: &'a SessionRecord,
-    addresses: &'a [nbd_server::ListenAddress],
-    export: &'a str,
-) -> anyhow::Result<Home<'a>> {
-    let metadata = std::fs::metadata(&record.target)
-        .with_context(|| format!("cannot look at the target {}", record.target.display()))?;
+/// What an agent serves.
+fn home_served(served: &ServedDisk, is_default: bool) -> anyhow::Result<Home<'_>> {
+    let ServedDisk { record, target, addresses, .. } = served;
+    let cannot = || format!("cannot tell what the target {} is", record.target.display());
+    // Of what is open: another file may have taken its path.
+    let file = target.as_fd().try_clone_to_owned().and_then(|file| File::from(file).metadata());
     Ok(Home {
         target: &record.target,
-        is_device: metadata.file_type().is_block_device(),
+        file: file.with_context(cannot)?,
+        held: Some(format!("/proc/{}/fd/{}", std::process::id(), target.as_fd().as_raw_fd()).into()),
         size: record.size,
         addresses,
-        export,
+        export: &record.disk,
         epoch: record.epoch,
-        is_default: false,
+        is_default,
         session: &record.session,
     })
 }
@@ -220,217 +218,4 @@ pub(super) fn mark(state: &StateDir, record: &SessionRecord, is_marked: bool) ->
         moved::forget(state);
     }
     Ok(())
-}
-
-/// Looks at the sessions that were marked as handed over, before they are served again: whether QEMU still is on the
-/// export is for QEMU to say. Returns what runs from its target already. See `crate::pivot` for what is decided, and why. While
-/// somebody serves it whose place is taken over, the mark is his.
-///
-/// # Errors
-/// Where it cannot be told, or nobody can be asked.
-pub(super) fn settle(
-    state: &StateDir,
-    addresses: &[nbd_server::ListenAddress],
-    is_default: bool,
-    drive: &Drive,
-    takes_over: bool,
-    interrupt: &Interrupt,
-) -> anyhow::Result<Option<HandedOver>> {
-    let Some(record) = state.record()?.filter(|record| record.handed_over) else { return Ok(None) };
-    let home = Home { is_default, ..home_of(&record, addresses, &record.disk)? };
-    let moved = look(state, &record, &home, drive, takes_over, interrupt)?;
-    if moved.is_some() {
-        moved::end(state, &record, &drive.qmp);
-        // The agent that did it was killed before it came to that.
-        forget_pointer(&record);
-    }
-    Ok(moved.map(|moved| HandedOver { disk: record.disk.clone(), target: record.target.clone(), moved }))
-}
-
-/// How it runs from the target; `None` where the session may be served: the machine is on the export, or waits for it.
-fn look(
-    state: &StateDir,
-    record: &SessionRecord,
-    home: &Home<'_>,
-    drive: &Drive,
-    takes_over: bool,
-    interrupt: &Interrupt,
-) -> anyhow::Result<Option<Moved>> {
-    let target = record.target.display();
-    let asked = ask(drive, home, &|| interrupt.is_raised());
-    // Who was not waited for is not silent.
-    interrupt.check()?;
-    let answer = match asked {
-        Ok(answer) => answer,
-        // Not to wait for us: it needs nothing of ours any more, and whatever else would write to the export ruined its disk.
-        Err(error @ QmpError::Silent(_)) if state.is_moved(record) => {
-            return Err(was_moved(state, record, error).into());
-        }
-        // QEMU answers nothing while it waits for its requests: to be moved it needs us. Serving is safe whatever it does
-        // next: a machine that is on the target asks us for nothing, and ours writes only what it is asked to. The mark stays
-        // until QEMU says where it is.
-        Err(QmpError::Silent(_)) => return Ok(None),
-        Err(error @ (QmpError::NotQmp { .. } | QmpError::Refused { .. })) => {
-            return Err(Failure::from(error).into());
-        }
-        Err(error) => return Err(cannot_be_asked(home.target, error)),
-    };
-    match answer.whereabouts {
-        Whereabouts::Target => Ok(answer.moved),
-        Whereabouts::Export if answer.is_anothers => Err(Failure::new(
-            format!(
-                "a machine runs from {target} itself, or was about to be moved there; the QEMU that was named is another one, whose \
-                 drive is on the export"
-            ),
-            "name the QMP socket of the machine that uses the target; two machines cannot have one disk: end the other one",
-        )
-        .into()),
-        // A node that an attempt left in this QEMU may hold a lock: the next one removes it.
-        Whereabouts::Export if takes_over || in_use::is_locked(home.target) => Ok(None),
-        Whereabouts::Export => take_mark_back(state, record).map(|()| None),
-        // The drive needs us; the mark stays as long as something else of this QEMU uses the target.
-        Whereabouts::Both => Ok(None),
-        Whereabouts::Neither => Err(Failure::new(
-            format!("the machine was moved onto {target}, or was about to be; this QEMU has it neither there nor on the export"),
-            format!(
-                "name the QMP socket of the machine's QEMU; if it has ended, start it from {target}, which holds the whole disk"
-            ),
-        )
-        .into()),
-    }
-}
-
-/// That a machine runs from its target, and its QEMU does not say how.
-fn was_moved(state: &StateDir, record: &SessionRecord, error: QmpError) -> Failure {
-    let path = state.target(record);
-    let (target, discard) = (path.display(), state.command("discard", path));
-    Failure::new(
-        format!("a running machine was moved onto {target}, and runs from it itself; its QEMU's monitor is busy"),
-        format!(
-            "there is nothing left to restore: let the machine run, and start it from {target} from now on; `{discard}` removes the \
-             session and leaves the disk"
-        ),
-    )
-    .because(error)
-}
-
-/// That the QEMU of a machine which may run from `target` cannot be asked.
-fn cannot_be_asked(target: &Path, error: QmpError) -> anyhow::Error {
-    let (is_locked, target) = (in_use::is_locked(target), target.display());
-    Failure::new(
-        if is_locked {
-            format!("a machine runs from {target} itself, and the QEMU that was named cannot be asked")
-        } else {
-            format!("the machine was moved onto {target}, or was about to be, and its QEMU cannot be asked which")
-        },
-        format!("if its QEMU has ended, start it from {target}, which holds the whole disk; if it runs, name its QMP socket"),
-    )
-    .because(error)
-    .into()
-}
-
-/// Takes the mark of a session back that nobody serves, nor has since its record was read.
-fn take_mark_back(state: &StateDir, record: &SessionRecord) -> anyhow::Result<()> {
-    let _lock = lock_target(state, &record.target, Engine::THREADS, &Interrupt::default())?;
-    if locked_record(state, record)? != *record {
-        return Err(Failure::new(
-            format!("somebody went on with the session in {} just now", state.path().display()),
-            "run the same command again",
-        )
-        .into());
-    }
-    mark(state, record, false)
-}
-
-/// Says where the machine of a session is that no agent serves.
-///
-/// # Errors
-/// Where nothing can be done without an agent, and where QEMU does not say.
-pub(crate) fn ask_without_agent(
-    state: &StateDir,
-    target: &Path,
-    drive: &Drive,
-) -> anyhow::Result<HandedOver> {
-    let Some(record) = state.record()? else {
-        return Err(Failure::new(
-            format!("no live-restore to {} is known", target.display()),
-            format!("its session would be kept in {}", state.path().display()),
-        )
-        .into());
-    };
-    let no_agent = || {
-        Failure::new(
-            format!("no agent serves {}", target.display()),
-            format!(
-                "if a machine waits on its export, run the same live-restore command with --qmp {}: it serves the machine, and moves \
-                 it home when all is there; if none does, there is nothing to move",
-                drive.qmp.display()
-            ),
-        )
-    };
-    if !record.handed_over {
-        return Err(no_agent().into());
-    }
-    let (addresses, is_default) = state.left_export(&record);
-    let home = Home { is_default, ..home_of(&record, &addresses, &record.disk)? };
-    let failure = match ask(drive, &home, &|| false) {
-        Ok(Answer { moved: Some(moved), .. }) => {
-            moved::end(state, &record, &drive.qmp);
-            return Ok(HandedOver { disk: record.disk.clone(), target: record.target.clone(), moved });
-        }
-        Ok(_) => no_agent(),
-        Err(error @ QmpError::Silent(_)) if state.is_moved(&record) => {
-            return Err(was_moved(state, &record, error).into());
-        }
-        // Not because somebody else talks to it: QEMU answers nobody while its main loop waits for us.
-        Err(error @ QmpError::Silent(_)) => Failure::new(
-            format!(
-                "{error}, and no agent serves {}: the machine may wait on its export, as the agent ended while it was to be moved",
-                target.display()
-            ),
-            state.serving_again(&record),
-        ),
-        Err(error) => return Err(Failure::from(error).into()),
-    };
-    // That of `boot` is gone on with by a command that is known whole.
-    crate::boot::check_no_machine(target)?;
-    Err(failure.into())
-}
-
-/// That a session which is marked as handed over cannot be saved: its target is, or may be, the machine's own disk.
-pub(crate) fn no_session_any_more(state: &StateDir, record: &SessionRecord, target: &Path) -> Failure {
-    let path = target.display();
-    if state.is_moved(record) {
-        return Failure::new(
-            format!("a running machine was moved onto {path}: it is a disk of its own now, not a session's"),
-            format!("`lifeboot capture GROUP {path}` takes a snapshot of it"),
-        );
-    }
-    Failure::new(
-        format!(
-            "a running machine was moved onto {path}, or was about to be when the agent ended: what it writes there the session does \
-             not know"
-        ),
-        format!(
-            "`lifeboot capture GROUP {path}` takes a snapshot of that disk; should the machine hang, {}",
-            state.serving_again(record)
-        ),
-    )
-}
-
-/// What a QEMU says of a drive.
-struct Answer {
-    whereabouts: Whereabouts,
-    /// How it is on the target, where it is.
-    moved: Option<Moved>,
-    /// Another program than this QEMU has locked the target.
-    is_anothers: bool,
-}
-
-fn ask(drive: &Drive, home: &Home<'_>, gives_up: &dyn Fn() -> bool) -> Result<Answer, QmpError> {
-    let mut qmp = Qmp::connect(&drive.qmp, gives_up)?;
-    let whereabouts = pivot::whereabouts(&mut qmp, home, drive.device.as_deref())?;
-    let is_home = whereabouts == Whereabouts::Target;
-    let moved = is_home.then(|| pivot::at_home(&mut qmp, home)).transpose()?;
-    Ok(Answer { whereabouts, moved, is_anothers: in_use::is_locked_by_another(home.target, qmp.process()) })
 }

@@ -34,6 +34,7 @@ mod narrate;
 mod open;
 mod order;
 mod original;
+mod over;
 mod parts;
 mod pointer;
 mod record;
@@ -44,6 +45,7 @@ mod room;
 mod scrape;
 pub(crate) mod serve;
 pub(crate) mod service;
+mod settle;
 mod stamp;
 mod state_dir;
 mod stopped;
@@ -78,12 +80,12 @@ pub(crate) use control::ask_unless_interrupted;
 pub use control::{LimitChanged, PivotProgress, Reply, Request, Strip, ask, ask_status, ask_telling};
 pub use damage::{KeptDamage, kept_damage};
 pub use handover::HandedOver;
-pub(crate) use handover::{ask_without_agent, no_session_any_more};
 pub use identity::TargetIdentity;
 pub(crate) use identity::name_of_directory;
 pub(crate) use narrate::qemu_arguments;
 pub(crate) use order::{Order, paths};
 pub(crate) use original::check_not_anothers;
+pub(crate) use over::no_session_any_more;
 pub(crate) use pointer::LeftBehind;
 pub use record::SessionRecord;
 #[cfg(test)]
@@ -92,6 +94,7 @@ pub(crate) use report::damaged_ranges;
 pub(crate) use rest::{Rest, check_identity, lock_target};
 pub(crate) use serve::{Ended, Until, Watcher, start};
 pub(crate) use service::{ServedDisk, Service};
+pub(crate) use settle::ask_without_agent;
 pub(crate) use stamp::changed_since_parked;
 pub(crate) use state_dir::replace;
 pub use state_dir::{DEFAULT_STATE_ROOT, StateDir, absolute};
@@ -314,12 +317,18 @@ impl Verb for Args {
             let qmp = std::path::absolute(qmp).context("cannot tell where the QMP socket is")?;
             order.drive = Some(Drive { qmp, device, aio });
         }
-        let (home, left) = order.settle(&repository, &interrupt)?;
+        let settlement = order.settle(&repository, &interrupt)?;
         let output = context.output().for_service();
-        for home in &home {
+        for home in &settlement.homes {
             Narrator::say(mover::say_home(&output, home));
         }
-        if left == 0 {
+        for target in &settlement.before {
+            output.warn(format_args!(
+                "a running machine was moved onto {} already; its QEMU does not answer, and may wait for what is served here",
+                target.display()
+            ));
+        }
+        if settlement.left == 0 {
             Narrator::say(output.settle());
             return Ok(Outcome::Done);
         }

@@ -10,8 +10,9 @@ use block::Engine;
 use nbd_server::{ListenAddress, ServerOptions};
 use repository::{Repository, SnapshotName, SnapshotSpec};
 
-use super::handover::{HandedOver, settle};
+use super::handover::HandedOver;
 use super::record::SessionRecord;
+use super::settle::{Inquiry, Settled};
 use super::state_dir::{StateDir, absolute};
 use super::wanted::belongs_elsewhere;
 use crate::cli::{Failure, Interrupt, UsageError};
@@ -59,6 +60,17 @@ pub(crate) struct Order {
     pub(crate) options: SessionOptions,
 }
 
+/// What [`Order::settle`] found.
+#[derive(Debug, Default)]
+pub(crate) struct Settlement {
+    /// The disks of which QEMU says that the machine runs from them.
+    pub(crate) homes: Vec<HandedOver>,
+    /// The targets of which that was noted before; QEMU says nothing, and may wait for a disk that is left.
+    pub(crate) before: Vec<PathBuf>,
+    /// How many disks are left to be served.
+    pub(crate) left: usize,
+}
+
 /// One disk of an order.
 #[derive(Debug)]
 pub(super) struct Wanted {
@@ -69,8 +81,8 @@ pub(super) struct Wanted {
 }
 
 impl Order {
-    /// Looks at sessions that were handed over, or were about to be, where there is a QEMU to ask; returns those whose
-    /// machine runs from the target. Those are not served.
+    /// Looks at sessions that were handed over, or were about to be, where there is a QEMU to ask: those whose machine runs from the
+    /// target are not served.
     ///
     /// # Errors
     /// As [`Self::assign`]; where QEMU does not say, or is another one.
@@ -78,25 +90,40 @@ impl Order {
         &mut self,
         repository: &repository::Result<Repository>,
         interrupt: &Interrupt,
-    ) -> anyhow::Result<(Vec<HandedOver>, usize)> {
-        let Some(drive) = &self.drive else { return Ok((Vec::new(), self.targets.len())) };
-        let mut homes = Vec::new();
-        let mut count = 0;
-        let mut handed_over = Vec::new();
-        for wanted in self.assign(repository)? {
-            count += 1;
-            if !self.takes_over {
+    ) -> anyhow::Result<Settlement> {
+        let mut settlement = Settlement { left: self.targets.len(), ..Settlement::default() };
+        let Some(drive) = &self.drive else { return Ok(settlement) };
+        let wanted = self.assign(repository)?;
+        if !self.takes_over {
+            for wanted in &wanted {
                 super::target_lock::check_unserved(&absolute(&wanted.target)?, wanted.state.path())?;
             }
-            // The first disk is what the empty name means.
-            let (state, takes_over) = (&wanted.state, self.takes_over);
-            if let Some(home) = settle(state, &self.listen, count == 1, drive, takes_over, interrupt)? {
-                homes.push(home);
-                handed_over.push(wanted.target);
-            }
         }
+        let is_moved = |wanted: &Wanted| {
+            anyhow::Ok(wanted.state.record()?.is_some_and(|record| wanted.state.is_moved(&record)))
+        };
+        let known = wanted.iter().map(is_moved).collect::<anyhow::Result<Vec<_>>>()?;
+        let inquiry = Inquiry {
+            drive,
+            addresses: &self.listen,
+            takes_over: self.takes_over,
+            moved: self.moved,
+            may_be_waited_for: known.contains(&false),
+            interrupt,
+        };
+        let mut handed_over = Vec::new();
+        for (place, wanted) in wanted.into_iter().enumerate() {
+            // The first disk is what the empty name means.
+            match inquiry.settle(&wanted.state, place == 0)? {
+                Settled::ToServe => continue,
+                Settled::Moved(home) => settlement.homes.push(home),
+                Settled::MovedBefore => settlement.before.push(wanted.target.clone()),
+            }
+            handed_over.push(wanted.target);
+        }
+        settlement.left -= handed_over.len();
         self.handed_over = handed_over;
-        Ok((homes, count - self.handed_over.len()))
+        Ok(settlement)
     }
 
     /// The snapshots that are restored: what was asked for, or what the targets' sessions were begun with. What is wrong with

@@ -116,6 +116,7 @@ impl SessionRecord {
         if !self.handed_over {
             return Ok(());
         }
+        state.check_its_target(self)?;
         let path = state.target(self);
         let (target, dir) = (path.display(), state.path().display());
         let discard = state.command("discard", path);
@@ -217,15 +218,29 @@ pub(super) mod tests {
     fn a_session_that_was_handed_over_says_what_removes_it() {
         let dir = &StateDir::at("/x/t.raw.lifeboot".into());
         record().check_not_handed_over(dir).unwrap();
-        let over = SessionRecord { handed_over: true, ..record() };
-        let refused = format!("{:#}", anyhow::Error::from(over.check_not_handed_over(dir).unwrap_err()));
-        assert!(refused.contains("a disk of its own"), "{refused}");
+        let target = tempfile::NamedTempFile::new().unwrap();
+        let refused = |over: SessionRecord| {
+            format!("{:#}", anyhow::Error::from(over.check_not_handed_over(dir).unwrap_err()))
+        };
+        let over = over(target.path());
+        assert!(refused(over.clone()).contains("a disk of its own"), "{}", refused(over));
+        // Of another file at its path, or of none, that is not said.
+        std::fs::remove_file(target.path()).unwrap();
+        assert!(refused(over.clone()).contains("nothing stands at"), "{}", refused(over));
+        std::fs::write(target.path(), "another").unwrap();
+        assert!(refused(over.clone()).contains("is another one"), "{}", refused(over));
+    }
+
+    /// A session that was handed over, with its target.
+    fn over(target: &std::path::Path) -> SessionRecord {
+        let identity = TargetIdentity::at(target).unwrap().unwrap();
+        SessionRecord { handed_over: true, target: target.to_owned(), identity, ..record() }
     }
 
     #[test]
     fn a_machine_that_runs_from_its_target_is_not_told_to_be_started() {
         let target = tempfile::NamedTempFile::new().unwrap();
-        let over = SessionRecord { handed_over: true, target: target.path().to_owned(), ..record() };
+        let over = over(target.path());
         let refused = || {
             let failure = over.check_not_handed_over(&StateDir::at("/x".into())).unwrap_err();
             let (what, advice) = crate::cli::told(&failure.into());

@@ -12,9 +12,9 @@ use block::{DirectIo, Engine, FileDisk, FileOptions, OpenDevice as _};
 use repository::{DiskEntry, Repository};
 
 use super::damage::kept_damage;
-use super::handover::no_session_any_more;
 use super::identity::TargetIdentity;
 use super::open::cannot_resume;
+use super::over::no_session_any_more;
 use super::parts::{MapCheck, journal_identity, parse_id};
 use super::record::SessionRecord;
 use super::state_dir::{JOURNAL, StateDir};

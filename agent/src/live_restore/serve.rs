@@ -264,13 +264,14 @@ fn serve(
     };
     let traced = repository.as_ref().filter(|_| order.uses_trace);
     let served = opened.into_iter().zip(wanted).zip(disks).map(|((opened, wanted), disk)| {
-        let Opened { record, fetching, resumed, made, .. } = opened;
+        let Opened { record, target, fetching, resumed, made, .. } = opened;
         if let Some(made) = made {
             made.keep();
         }
         let trace = traced
             .and_then(|repository| trace_keeper(repository, &record, disk.session(), resumed.is_some()));
-        let mut served = ServedDisk::new(record, wanted.state, disk, fetching, handle.addresses(), resumed);
+        let addresses = handle.addresses();
+        let mut served = ServedDisk::new(record, wanted.state, target, disk, fetching, addresses, resumed);
         served.trace = trace.map(Arc::new);
         served.is_secure = order.server.access.tls_is_required;
         served

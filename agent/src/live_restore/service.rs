@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock, Weak};
 use std::time::Instant;
 
-use block::Engine;
+use block::{Engine, FileDisk};
 use nbd_server::{ListenAddress, Listener, Monitor, TlsServer};
 
 use super::advice;
@@ -54,6 +54,8 @@ pub(crate) struct ServedDisk {
     pub(crate) record: SessionRecord,
     /// Where its session is kept.
     pub(crate) state: StateDir,
+    /// The target, whatever its path leads to by now.
+    pub(super) target: FileDisk,
     /// The session and what opens it on any thread.
     pub(crate) disk: Arc<LiveDisk>,
     /// What fetches; nothing does for a session that does without its repository.
@@ -250,6 +252,7 @@ impl ServedDisk {
     pub(super) fn new(
         record: SessionRecord,
         state: StateDir,
+        target: FileDisk,
         disk: Arc<LiveDisk>,
         fetching: Option<Fetching>,
         addresses: &[ListenAddress],
@@ -265,6 +268,7 @@ impl ServedDisk {
         Self {
             record,
             state,
+            target,
             disk,
             fetching,
             addresses: addresses.iter().map(advice::from_anywhere).collect(),

@@ -139,7 +139,8 @@ mod tests {
             [ListenAddress::Unix(socket.clone()), ListenAddress::Tcp { host: "127.0.0.1".into(), port: 7 }];
         let home = |is_default| Home {
             target: Path::new("/t"),
-            is_device: false,
+            file: std::fs::metadata("/").unwrap(),
+            held: None,
             size: 1,
             addresses: &addresses,
             export: "disk0",

@@ -339,7 +339,8 @@ mod tests {
         let addresses = [ListenAddress::Unix("/s".into())];
         let home = Home {
             target: Path::new("/t.raw"),
-            is_device: false,
+            file: std::fs::metadata("/").unwrap(),
+            held: None,
             size: 1 << 20,
             addresses: &addresses,
             export: "disk0",

@@ -6,7 +6,7 @@
 //! | `qmp` | QEMU's monitor: lines of JSON on a unix socket |
 //! | `export` | whether an NBD node points to our export |
 //! | `graph` | QEMU's block nodes: which drive it is, and where it is |
-//! | `opened` | whether QEMU opened the very file that we serve |
+//! | `opened` | whether it is the very target that stands at its path, and that QEMU has open |
 //! | `moving` | the move itself, and how it is undone |
 //!
 //! # Two ways
@@ -18,8 +18,9 @@
 //!
 //! # Order, and why
 //! 1. The session is complete: every block is on the target, synced, and noted. Nothing but guests' writes changes it.
-//! 2. That a move was begun, on stable storage. Then QEMU opens the target; it is the same file that we have open, and large enough;
-//!    nobody uses that node yet. Where that fails the note goes, once QEMU does not have the target open.
+//! 2. The target's path leads to the very file that we have open: QEMU opens it by that. That a move was begun, on stable storage. Then QEMU
+//!    opens the target; it is the same file that we have open, and large enough; nobody uses that node yet. Where that fails the note goes,
+//!    once QEMU does not have the target open.
 //! 3. `handed_over` in the session's record, on stable storage. Only from now on may QEMU write
 //!    past us; a session that is marked is never believed about what the guest wrote, nor checked against the snapshot.
 //! 4. QEMU moves the drive. It waits for the requests that are under way, so we go on answering them.
@@ -35,6 +36,9 @@
 //!
 //! The mark is taken back only when QEMU says that the drive is on the export. While it says nothing, it is asked again,
 //! and we go on serving: both ways lead to the same bytes on the target, and a drive that was moved asks us nothing.
+//!
+//! The node that QEMU has on the target is known by its name, and that is the session's. So a drive that is on it is taken to be on
+//! the target only while QEMU's process has that very file open: a copy of a session has the name too.
 
 mod export;
 mod graph;
@@ -44,6 +48,8 @@ mod qmp;
 #[cfg(test)]
 mod tests;
 
+use std::fs::Metadata;
+use std::os::unix::fs::FileTypeExt as _;
 use std::path::{Path, PathBuf};
 
 use nbd_server::ListenAddress;
@@ -80,8 +86,10 @@ pub enum Aio {
 pub struct Home<'a> {
     /// The target's absolute path.
     pub target: &'a Path,
-    /// The target is a block device.
-    pub is_device: bool,
+    /// The very file or device that is the target: its path may have become another's.
+    pub file: Metadata,
+    /// By which path below `/proc` an agent has it open that serves it; `None` where none does.
+    pub held: Option<PathBuf>,
     /// The disk's size in bytes.
     pub size: u64,
     /// Where it is served.
@@ -113,6 +121,10 @@ pub enum Whereabouts {
 const TAG_CHARS: usize = 12;
 
 impl Home<'_> {
+    fn is_device(&self) -> bool {
+        self.file.file_type().is_block_device()
+    }
+
     fn node(&self, kind: &str) -> String {
         let tag: String = self.session.chars().take(TAG_CHARS).collect();
         format!("lifeboot-{kind}-{tag}")

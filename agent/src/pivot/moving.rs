@@ -3,7 +3,7 @@
 use serde_json::{Value, json};
 
 use super::graph::{Graph, NotFound, OnExport, Way};
-use super::opened::check_has_open;
+use super::opened::{check_opened, check_runs_from, check_stands_at_its_path};
 use super::qmp::{Monitor, QmpError};
 use super::{Drive, Home, Whereabouts};
 use crate::cli::Failure;
@@ -31,6 +31,8 @@ pub enum Trouble {
     OnExport(anyhow::Error),
     /// QEMU does not say where it is.
     Unknown(QmpError),
+    /// It is on a node that has the name of ours, and not on the target, or nobody can tell.
+    Elsewhere(anyhow::Error),
 }
 
 impl From<NotFound> for Failure {
@@ -82,13 +84,15 @@ pub fn whereabouts(
     Ok(Graph::ask(monitor)?.whereabouts(home, device))
 }
 
-/// The drive, which is on the target; what an attempt that was cut short after its end left on the export is removed.
+/// The drive, which is on the target, as its QEMU says; what an attempt that was cut short after its end left on the export is removed.
 ///
 /// # Errors
-/// QEMU does not say what there is.
-pub fn at_home(monitor: &mut dyn Monitor, home: &Home<'_>) -> Result<Moved, QmpError> {
-    remove_left_behind(monitor, home)?;
-    Ok(finished(&Graph::ask(monitor)?, home))
+/// [`Trouble::Elsewhere`], and nothing is changed; [`Trouble::Unknown`].
+pub fn at_home(monitor: &mut dyn Monitor, home: &Home<'_>) -> Result<Moved, Trouble> {
+    check_runs_from(monitor.process(), home).map_err(Trouble::Elsewhere)?;
+    remove_left_behind(monitor, home).map_err(Trouble::Unknown)?;
+    let graph = Graph::ask(monitor).map_err(Trouble::Unknown)?;
+    Ok(finished(&graph, home))
 }
 
 /// Removes the nodes on the export that nothing uses any more. QEMU flushes a node before it goes, and where the export's agent
@@ -130,10 +134,11 @@ pub fn carry_home(
         graph = Graph::ask(monitor).map_err(asked)?;
     }
     if graph.whereabouts(home, wanted.device.as_deref()) == Whereabouts::Target {
+        check_runs_from(monitor.process(), home).map_err(Trouble::Elsewhere)?;
         notes.begin().and_then(|()| notes.mark()).map_err(Trouble::OnExport)?;
-        remove_left_behind(monitor, home).map_err(Trouble::Unknown)?;
-        return Ok(finished(&graph, home));
+        return at_home(monitor, home);
     }
+    check_stands_at_its_path(home).map_err(Trouble::OnExport)?;
     let drive = graph
         .drive(home, wanted.device.as_deref())
         .map_err(|error| Trouble::OnExport(Failure::from(error).into()))?;
@@ -176,7 +181,7 @@ impl Moving<'_> {
             }
         }
         let refused = self.open_target()?;
-        check_has_open(self.monitor.process(), self.home.target)?;
+        check_opened(self.monitor.process(), self.home)?;
         let graph = Graph::ask(self.monitor).map_err(Failure::from)?;
         let Some(target) = graph.node(&self.home.file_node()) else {
             anyhow::bail!("QEMU opened {} and does not list it", self.home.target.display());
@@ -245,7 +250,7 @@ impl Moving<'_> {
 
     fn try_open(&mut self, direct: bool) -> Result<Value, QmpError> {
         let mut options = json!({
-            "driver": if self.home.is_device { "host_device" } else { "file" },
+            "driver": if self.home.is_device() { "host_device" } else { "file" },
             "node-name": self.home.file_node(),
             "filename": self.home.target,
             "cache": { "direct": direct, "no-flush": self.drive.nbd.no_flush },

@@ -1,56 +1,120 @@
-//! Whether QEMU has the very file open that we serve: its path may mean another file to QEMU (another mount namespace,
-//! another host behind a forwarded socket), and a machine that is moved onto the wrong disk is lost.
+//! Whether it is the very target that stands at its path, and that QEMU has open: the path may have become another file's, or mean
+//! another one to QEMU (another mount namespace, another host behind a forwarded socket), and a machine that is moved onto the
+//! wrong disk is lost.
 
-use std::path::Path;
+use std::io;
+use std::path::PathBuf;
 
+use super::Home;
 use crate::cli::Failure;
 use crate::in_use;
 
-/// Fails unless the process has `target` open, for reading and writing or not.
-pub(super) fn check_has_open(process: Option<u32>, target: &Path) -> anyhow::Result<()> {
-    let ours = std::fs::metadata(target)?;
-    let Some(process) = process else {
-        return Err(cannot_tell(target, "its process cannot be told").into());
+/// Fails unless the target's path leads to the file that is served: QEMU is about to open it by that.
+pub(super) fn check_stands_at_its_path(home: &Home<'_>) -> anyhow::Result<()> {
+    let target = home.target.display();
+    let another = match std::fs::metadata(home.target) {
+        Ok(there) if in_use::is_same(&there, &home.file) => return Ok(()),
+        Ok(_) => "another file stands there now",
+        Err(error) if error.kind() == io::ErrorKind::NotFound => "nothing stands there now",
+        Err(error) => {
+            return Err(Failure::new(
+                format!("cannot look at the target {target}, by whose path QEMU would open it"),
+                "let lifeboot look at it, then run `lifeboot pivot`; the machine goes on through the agent",
+            )
+            .because(error)
+            .into());
+        }
     };
-    let has_open = in_use::has_open(process, &ours)
-        .map_err(|error| cannot_tell(target, &format!("its process {process}: {error}")))?;
-    if has_open {
+    Err(match Held::of(home) {
+        Some(Held::Called(now)) => Failure::new(
+            format!("the target is not at {target} any more, by which QEMU would open it: {another}; it is called {} now", now.display()),
+            format!(
+                "the machine goes on through the agent, which has it open: rename {} back to {target}, then run `lifeboot pivot`",
+                now.display()
+            ),
+        ),
+        Some(Held::Removed(held)) => Failure::new(
+            format!("the target was removed from {target}, by which QEMU would open it: {another}"),
+            format!(
+                "the machine goes on through the agent, which alone still has it: do not end that before `lifeboot save {target}` has \
+                 saved what the machine wrote; or shut the machine down, and copy {} to a new file while the agent runs",
+                held.display()
+            ),
+        ),
+        None => Failure::new(
+            format!("the target is not at {target} any more, by which QEMU would open it: {another}"),
+            format!("the machine goes on where it was: put the target back at {target}, then run `lifeboot pivot`"),
+        ),
+    }
+    .into())
+}
+
+/// What is known of a file that an agent has open.
+enum Held {
+    /// It has this name.
+    Called(PathBuf),
+    /// It has none any more; this leads to it.
+    Removed(PathBuf),
+}
+
+impl Held {
+    fn of(home: &Home<'_>) -> Option<Self> {
+        let held = home.held.as_ref()?;
+        let called = std::fs::read_link(held).ok()?;
+        let is_there = std::fs::metadata(&called).is_ok_and(|there| in_use::is_same(&there, &home.file));
+        Some(if is_there { Self::Called(called) } else { Self::Removed(held.clone()) })
+    }
+}
+
+/// Fails unless the process, which was told to open the target, has opened that.
+pub(super) fn check_opened(process: Option<u32>, home: &Home<'_>) -> anyhow::Result<()> {
+    if has_open(process, home)? {
         return Ok(());
     }
+    // It may have been put there while QEMU opened it.
+    check_stands_at_its_path(home)?;
     Err(Failure::new(
         format!(
-            "to QEMU (process {process}) the path {} is another file than the one that is restored here",
-            target.display()
+            "to QEMU{} the path {} is another file than the one that is restored here",
+            in_words(process),
+            home.target.display()
         ),
         "QEMU sees other directories (a container, a chroot, another machine): mount the target there under the same path",
     )
     .into())
 }
 
-fn cannot_tell(target: &Path, why: &str) -> Failure {
-    Failure::new(
-        format!("cannot tell whether QEMU means the same file by {}: {why}", target.display()),
-        "let lifeboot see QEMU's process: run it as root or as QEMU's user, in the same PID namespace, at QEMU's own socket",
+/// Fails unless the process, whose drive is on what it calls the target, has that very target open.
+pub(super) fn check_runs_from(process: Option<u32>, home: &Home<'_>) -> anyhow::Result<()> {
+    if has_open(process, home)? {
+        return Ok(());
+    }
+    let target = home.target.display();
+    let files = process.map_or_else(String::new, |process| format!(" (`ls -l /proc/{process}/fd` shows it)"));
+    Err(Failure::new(
+        format!("the machine of QEMU{} was moved, but not onto {target}: it runs from another file", in_words(process)),
+        format!(
+            "leave it the file from which it runs{files}, and start it from that one, not from {target}, which may be a copy, or have \
+             taken its name"
+        ),
     )
+    .into())
 }
 
-#[cfg(test)]
-mod tests {
-    use super::*;
+fn in_words(process: Option<u32>) -> String {
+    process.map_or_else(String::new, |process| format!(" (process {process})"))
+}
 
-    #[test]
-    fn a_file_is_known_by_what_it_is_and_not_by_its_path() {
-        let dir = tempfile::tempdir().unwrap();
-        let (target, other) = (dir.path().join("t"), dir.path().join("o"));
-        std::fs::write(&target, "x").unwrap();
-        std::fs::write(&other, "x").unwrap();
-        let us = Some(std::process::id());
-        assert!(check_has_open(us, &target).is_err());
-        let file = std::fs::File::open(&target).unwrap();
-        std::fs::rename(&target, dir.path().join("renamed")).unwrap();
-        check_has_open(us, &dir.path().join("renamed")).unwrap();
-        assert!(check_has_open(us, &other).is_err());
-        assert!(check_has_open(None, &dir.path().join("renamed")).is_err());
-        drop(file);
-    }
+/// Whether the process has the target open, for reading and writing or not.
+fn has_open(process: Option<u32>, home: &Home<'_>) -> Result<bool, Failure> {
+    let Some(process) = process else { return Err(cannot_tell(home, "its process cannot be told")) };
+    in_use::has_open(process, &home.file)
+        .map_err(|error| cannot_tell(home, &format!("its process {process}: {error}")))
+}
+
+fn cannot_tell(home: &Home<'_>, why: &str) -> Failure {
+    Failure::new(
+        format!("cannot tell whether QEMU means the same file by {}: {why}", home.target.display()),
+        "let lifeboot see QEMU's process: run it as root or as QEMU's user, in the same PID namespace, at QEMU's own socket",
+    )
 }

@@ -307,3 +307,39 @@ fn what_a_move_left_open_in_the_machines_own_qemu_keeps_nobody_from_serving_it_a
     live.kill().unwrap();
     live.wait().unwrap();
 }
+
+#[test]
+fn a_machine_on_the_export_is_not_served_what_another_one_was_moved_onto() {
+    let (scratch, qemu) = killed_in_the_move();
+    qemu.is(Stage::Moved);
+    scratch.run(&["pivot", "t.raw", "--qmp", "a qmp"]).ends_with(0);
+    let noted = || {
+        ["session.json", "move.json"]
+            .map(|name| std::fs::read(scratch.path("t.raw.lifeboot").join(name)).unwrap())
+    };
+    let before = noted();
+    // As one that waited there all the time.
+    qemu.ends();
+    qemu.is(Stage::OnExport);
+    let live = ["live-restore", "web01@latest", "t.raw", "--listen", "unix:s", "--qmp", "a qmp"];
+    let words = ["was moved onto", "is not that machine", "end that QEMU"];
+    scratch.run(&live).fails(&words);
+    scratch.run(&["pivot", "t.raw", "--qmp", "a qmp"]).fails(&words);
+    assert!(noted() == before);
+}
+
+#[test]
+fn of_a_session_that_is_over_nobody_says_that_its_machine_may_not_have_been_moved() {
+    let (scratch, qemu) = killed_in_the_move();
+    qemu.is(Stage::Moved);
+    scratch.run(&["pivot", "t.raw", "--qmp", "a qmp"]).ends_with(0);
+    let live = ["live-restore", "web01@latest", "t.raw", "--listen", "unix:s", "--qmp"];
+    // Started by hand, and ended.
+    let other = Qemu::start(&scratch.path("other"), "/nowhere".into(), "");
+    for (socket, words) in [("other", "has it neither there"), ("none", "cannot be asked")] {
+        let said = scratch.run(&[&live[..], &[socket]].concat()).fails(&["is over", words]);
+        assert!(!said.stderr.contains("about to be"), "{said:?}");
+    }
+    scratch.run(&["pivot", "t.raw", "--qmp", "other"]).fails(&["is over", "has it neither there"]);
+    drop(other);
+}

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::fs::File;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use serde_json::{Value, json};
 
@@ -42,6 +42,8 @@ pub(super) struct FakeQemu {
     pub(super) is_silent: bool,
     pub(super) process: u32,
     pub(super) opened: Vec<File>,
+    /// What it opens by whatever path.
+    pub(super) opens_instead: Option<PathBuf>,
     pub(super) target_size: Option<u64>,
     /// Nobody serves the export any more.
     pub(super) is_export_gone: bool,
@@ -67,6 +69,7 @@ impl FakeQemu {
             is_silent: false,
             process: std::process::id(),
             opened: Vec::new(),
+            opens_instead: None,
             target_size: None,
             is_export_gone: false,
             yanked: Vec::new(),
@@ -176,7 +179,8 @@ impl FakeQemu {
                 read_only: false,
             }
         } else {
-            let file = File::open(text("filename")).map_err(|error| error.to_string())?;
+            let path = self.opens_instead.clone().unwrap_or_else(|| text("filename").into());
+            let file = File::open(path).map_err(|error| error.to_string())?;
             let size = self.target_size.unwrap_or(file.metadata().unwrap().len());
             self.opened.push(file);
             FakeNode { driver: "file", file: text("filename"), child: None, size, read_only: false }

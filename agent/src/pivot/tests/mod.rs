@@ -2,7 +2,7 @@
 
 mod fake_qemu;
 
-use std::fs::File;
+use std::fs::{File, Metadata};
 use std::path::PathBuf;
 
 use nbd_server::ListenAddress;
@@ -39,8 +39,9 @@ impl Notes for Noted {
 
 /// A target, and an export that leads to it.
 struct Place {
-    _dir: tempfile::TempDir,
+    dir: tempfile::TempDir,
     target: PathBuf,
+    file: Metadata,
     addresses: [ListenAddress; 1],
 }
 
@@ -49,14 +50,16 @@ impl Place {
         let dir = tempfile::tempdir().unwrap();
         let target = dir.path().join("t.raw");
         File::create(&target).unwrap().set_len(SIZE).unwrap();
+        let file = std::fs::metadata(&target).unwrap();
         let addresses = [ListenAddress::Unix(dir.path().join("s"))];
-        Self { _dir: dir, target, addresses }
+        Self { dir, target, file, addresses }
     }
 
     fn home(&self) -> Home<'_> {
         Home {
             target: &self.target,
-            is_device: false,
+            file: self.file.clone(),
+            held: None,
             size: SIZE,
             addresses: &self.addresses,
             export: "disk0",
@@ -101,7 +104,7 @@ impl Place {
         assert!(qemu.nodes.keys().all(|name| !name.starts_with("lifeboot-")), "{:?}", qemu.nodes);
         match moved.unwrap_err() {
             Trouble::OnExport(error) => format!("{error:#}"),
-            Trouble::Unknown(error) => panic!("{error}"),
+            error => panic!("{error:?}"),
         }
     }
 }
@@ -150,6 +153,7 @@ fn whatever_goes_wrong_at_any_command_the_drive_is_where_it_is_said_to_be_and_co
                     Ok(_) => assert_eq!(qemu.bottom(), "file", "{context}"),
                     Err(Trouble::OnExport(_)) => assert_eq!(qemu.bottom(), "nbd", "{context}"),
                     Err(Trouble::Unknown(_)) => assert!(is_marked, "{context}"),
+                    Err(Trouble::Elsewhere(error)) => panic!("{context}: {error:#}"),
                 }
                 if qemu.bottom() == "file" || qemu.job {
                     assert!(is_marked, "QEMU writes to the target, and the session is not marked: {context}");
@@ -190,7 +194,7 @@ fn what_an_agent_that_ended_left_behind_goes_while_nobody_serves_the_export() {
             (qemu.is_silent, qemu.mishap, qemu.is_export_gone) = (false, None, true);
             if whereabouts(&mut qemu, &place.home(), None).unwrap() == Whereabouts::Target {
                 let context = format!("{raw:?} {nbd} at {at}");
-                at_home(&mut qemu, &place.home()).unwrap_or_else(|error| panic!("{context}: {error}"));
+                at_home(&mut qemu, &place.home()).unwrap_or_else(|error| panic!("{context}: {error:?}"));
                 assert!(qemu.nodes.values().all(|node| node.driver != "nbd"), "{context}: {:?}", qemu.nodes);
             }
             if moved.is_ok() {
@@ -213,7 +217,7 @@ fn a_qemu_that_waits_for_its_export_is_said_to_be_silent() {
     (qemu.is_export_gone, qemu.mishap) = (true, Some((qemu.commands.len() + 3, Mishap::Refused)));
     let error = at_home(&mut qemu, &place.home()).unwrap_err();
     assert_eq!(qemu.commands.last().unwrap(), "blockdev-del");
-    assert!(matches!(error, QmpError::Silent(_)), "{error}");
+    assert!(matches!(error, Trouble::Unknown(QmpError::Silent(_))), "{error:?}");
 }
 
 #[test]
@@ -273,5 +277,62 @@ fn what_is_not_the_whole_export_or_not_the_same_file_is_left_alone() {
     let mut gone = place.qemu(Some("raw0"), "nbd0");
     std::fs::remove_file(&place.target).unwrap();
     let said = place.refused(&mut gone, None);
-    assert!(said.contains("cannot open the target"), "{said}");
+    assert!(said.contains("nothing stands there now"), "{said}");
+}
+
+/// Gives the target's path to a copy of it; returns what the target is called then.
+fn swap(place: &Place) -> PathBuf {
+    let (renamed, copy) = (place.dir.path().join("renamed"), place.dir.path().join("copy"));
+    std::fs::copy(&place.target, &copy).unwrap();
+    std::fs::rename(&place.target, &renamed).unwrap();
+    std::fs::rename(&copy, &place.target).unwrap();
+    renamed
+}
+
+#[test]
+fn a_file_that_took_the_targets_path_is_not_opened() {
+    let place = Place::new();
+    let renamed = swap(&place);
+    let mut qemu = place.qemu(Some("raw0"), "nbd0");
+    let said = place.refused(&mut qemu, None);
+    assert!(said.contains("another file stands there now"), "{said}");
+    assert!(!qemu.commands.iter().any(|command| command == "blockdev-add"), "{:?}", qemu.commands);
+
+    // Whoever serves it knows what it is called.
+    let held = File::open(&renamed).unwrap();
+    let by = format!("/proc/self/fd/{}", std::os::fd::AsRawFd::as_raw_fd(&held)).into();
+    let home = Home { held: Some(by), ..place.home() };
+    let said = || format!("{:?}", super::opened::check_stands_at_its_path(&home).unwrap_err());
+    assert!(said().contains("renamed"), "{}", said());
+    std::fs::remove_file(&renamed).unwrap();
+    assert!(said().contains("was removed from"), "{}", said());
+}
+
+#[test]
+fn a_file_that_takes_the_targets_path_while_qemu_opens_it_is_closed_again() {
+    let place = Place::new();
+    let mut qemu = place.qemu(Some("raw0"), "nbd0");
+    qemu.opens_instead = Some(place.dir.path().join("copy"));
+    std::fs::copy(&place.target, place.dir.path().join("copy")).unwrap();
+    let said = place.refused(&mut qemu, None);
+    assert!(said.contains("is another file than the one that is restored here"), "{said}");
+}
+
+#[test]
+fn a_machine_runs_from_the_target_only_while_qemu_has_that_very_file_open() {
+    let place = Place::new();
+    let mut qemu = place.qemu(Some("raw0"), "nbd0");
+    place.carry(&mut qemu, None).0.unwrap();
+    let renamed = swap(&place);
+    at_home(&mut qemu, &place.home()).unwrap();
+    for copy in [&place.target, &renamed] {
+        let home = Home { file: std::fs::metadata(copy).unwrap(), ..place.home() };
+        let is_it = copy == &renamed;
+        assert_eq!(at_home(&mut qemu, &home).is_ok(), is_it, "{}", copy.display());
+        let mut noted = Noted::default();
+        let drive = Drive { qmp: "/qmp".into(), device: None, aio: None };
+        let carried = carry_home(&mut qemu, &home, &drive, &mut noted);
+        assert_eq!(matches!(carried, Err(Trouble::Elsewhere(_))), !is_it, "{carried:?}");
+        assert_eq!(noted.is_marked, is_it);
+    }
 }
