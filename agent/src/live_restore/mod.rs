@@ -50,6 +50,7 @@ mod stamp;
 mod state_dir;
 mod stopped;
 mod story;
+mod stray;
 mod take_over;
 mod target;
 mod target_lock;

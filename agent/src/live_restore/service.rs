@@ -16,6 +16,7 @@ use super::record::SessionRecord;
 use super::report;
 use super::room::{self, Room};
 use super::state_dir::StateDir;
+use super::stray;
 use super::take_over::Heir;
 use super::turns::{Busy, Saving, Turns};
 use crate::cli::{Failure, Interrupt};
@@ -151,6 +152,10 @@ impl Service {
         self.look_at_room(disk);
         if status.waiting.is_none() && disk.room.is_lacking(&disk.record.target, Instant::now()) {
             status.waiting = Some(room::advice(&disk.record.target));
+        }
+        // What a machine was moved onto is its own to look after.
+        if !disk.is_marked() {
+            status.loss = stray::found(&disk.target, &disk.record.target);
         }
         status.seconds_left = status.expected_seconds(disk.share.load(Ordering::Relaxed));
         status

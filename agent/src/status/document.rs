@@ -117,7 +117,8 @@ pub struct Status {
     /// Why it does not go on just now: the source is away, the target is full; of a session that no agent serves, what keeps the same
     /// command from going on; of one that was handed over, why what stands at the target's path is not the machine's disk.
     pub waiting: Option<String>,
-    /// Of a session that no agent serves: what a guest that lives may have lost and believes to be written, and what to do.
+    /// Of a session that no agent serves: what a guest that lives may have lost and believes to be written, and what to do. Of one
+    /// that is served: that its target does not stand at its path any more, and where it is.
     #[serde(default)]
     pub loss: Option<String>,
 }

@@ -116,6 +116,8 @@ fn next(status: &Status) -> String {
         format!(
             "the machine was moved onto {target}, or was about to be: the same live-restore command with --qmp asks its QEMU, and goes on"
         )
+    } else if let Some(loss) = &status.loss {
+        loss.clone()
     } else if status.home_bytes >= status.size {
         format!("{target} holds the whole disk: the machine can be started from it, without lifeboot")
     } else if status.is_settled() {

@@ -1,6 +1,7 @@
 //! Sessions in trouble: copied, renamed, cut off, lost, or on a file system that became read-only. What is said of them is true, and what
 //! is advised works.
 
+use std::io::{BufRead as _, BufReader};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 
@@ -354,4 +355,28 @@ fn a_target_that_its_machine_does_not_run_from_is_not_called_its_disk() {
     let status = scratch.json(&["status", "copy.raw"]);
     let its = format!("that machine's disk is {}", scratch.path("t.raw").display());
     assert!(status["waiting"].as_str().is_some_and(|why| why.ends_with(&its)), "{status}");
+}
+
+#[test]
+fn a_target_that_does_not_stand_at_its_path_while_it_is_served_is_told_of() {
+    let scratch = with_snapshot();
+    let args = ["live-restore", "web01@latest", "t.raw", "--listen", "unix:s"];
+    let mut live = scratch.command(&args).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    let mut lines = BufReader::new(live.stdout.take().unwrap()).lines().map(Result::unwrap);
+    assert!(lines.any(|line| line.starts_with("complete: ")));
+    let lost = || scratch.json(&["status", "t.raw", "--state", "t.raw.lifeboot"])["loss"].clone();
+    assert_eq!(lost(), serde_json::Value::Null);
+    std::fs::rename(scratch.path("t.raw"), scratch.path("away.raw")).unwrap();
+    scratch.copy("away.raw", "t.raw");
+    let loss = lost();
+    assert!(loss.as_str().is_some_and(|loss| loss.starts_with("another file stands at ")), "{loss}");
+    std::fs::remove_file(scratch.path("away.raw")).unwrap();
+    std::fs::remove_file(scratch.path("t.raw")).unwrap();
+    let shown = scratch.run(&["status", "t.raw", "--state", "t.raw.lifeboot"]).ends_with(0).stdout;
+    assert!(shown.contains("may be lost") && shown.contains("the target was removed"), "{shown}");
+    kill_process(Pid::from_child(&live), Signal::TERM).unwrap();
+    let report = lines.collect::<Vec<_>>().join("\n");
+    assert!(live.wait().unwrap().success());
+    assert!(report.contains("next: nothing stands at "), "{report}");
+    assert!(!report.contains("can be started"), "{report}");
 }

@@ -1,0 +1,80 @@
+//! A target that does not stand at its path any more while it is served: the agent goes on with the file that it has open, and
+//! whoever looks by the path sees another one, or none.
+//!
+//! Nothing of it is wrong as long as the agent runs. After that a file that was removed is gone, and the path leads to what is not
+//! the guest's disk.
+
+use std::fs::{self, File};
+use std::io;
+use std::os::fd::{AsFd, AsRawFd};
+use std::os::unix::fs::{FileTypeExt as _, MetadataExt as _};
+use std::path::Path;
+
+use crate::in_use;
+
+/// What is to be known of a target that is open, where it does not stand at `path`, and what to do. `None` where it does, or where
+/// nobody can tell.
+pub(super) fn found(target: impl AsFd, path: &Path) -> Option<String> {
+    let target = target.as_fd();
+    let ours = File::from(target.try_clone_to_owned().ok()?).metadata().ok()?;
+    let there = match fs::metadata(path) {
+        Ok(there) if in_use::is_same(&there, &ours) => return None,
+        Ok(_) => "another file stands",
+        Err(error) if error.kind() == io::ErrorKind::NotFound => "nothing stands",
+        Err(_) => return None,
+    };
+    let (shown, process) = (path.display(), std::process::id());
+    let stands = format!("{there} at {shown}, which is not what this agent (process {process}) serves");
+    if ours.file_type().is_block_device() {
+        return Some(format!("{stands}: have {shown} lead to the device again"));
+    }
+    let held = format!("/proc/{process}/fd/{}", target.as_raw_fd());
+    if ours.nlink() == 0 {
+        return Some(format!(
+            "{stands}: the target was removed, and is gone once the agent ends; until then `lifeboot save {shown}` keeps what the guest \
+             wrote, and `cp {held} FILE` the disk as far as it is home"
+        ));
+    }
+    let called = fs::read_link(&held)
+        .ok()
+        .filter(|called| fs::metadata(called).is_ok_and(|there| in_use::is_same(&there, &ours)));
+    Some(match called {
+        Some(called) => format!("{stands}: that is {} now", called.display()),
+        None => format!("{stands}: that has another name now, which `ls -l {held}` may show"),
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_target_that_stands_at_its_path_is_nothing_to_tell_of() {
+        let dir = tempfile::tempdir().unwrap();
+        let (path, link) = (dir.path().join("t"), dir.path().join("link"));
+        let file = File::create(&path).unwrap();
+        assert_eq!(found(&file, &path), None);
+        std::os::unix::fs::symlink(&path, &link).unwrap();
+        assert_eq!(found(&file, &link), None);
+        fs::hard_link(&path, dir.path().join("hard")).unwrap();
+        assert_eq!(found(&file, &dir.path().join("hard")), None);
+    }
+
+    #[test]
+    fn one_that_was_renamed_replaced_or_removed_is_told_of() {
+        let dir = tempfile::tempdir().unwrap();
+        let (path, other) = (dir.path().join("t"), dir.path().join("o"));
+        let file = File::create(&path).unwrap();
+        fs::rename(&path, &other).unwrap();
+        let renamed = found(&file, &path).unwrap();
+        assert!(renamed.starts_with("nothing stands at "), "{renamed}");
+        assert!(renamed.ends_with(&format!("that is {} now", other.display())), "{renamed}");
+        File::create(&path).unwrap();
+        let replaced = found(&file, &path).unwrap();
+        assert!(replaced.starts_with("another file stands at "), "{replaced}");
+        fs::remove_file(&other).unwrap();
+        let removed = found(&file, &path).unwrap();
+        let held = format!("cp /proc/{}/fd/{} FILE", std::process::id(), file.as_raw_fd());
+        assert!(removed.contains("was removed") && removed.contains(&held), "{removed}");
+    }
+}
