@@ -356,6 +356,31 @@ impl TwoDisks {
     fn target(&self, disk: &str) -> PathBuf {
         target_of(&self.work, disk)
     }
+
+    /// Has the command of both disks bring the machine home; returns what it said.
+    fn moved_home(&self, further: &[&str]) -> String {
+        let output = run_any(&mut live_restore_of_two(&self.work, &self.repository, further)).unwrap();
+        let said = String::from_utf8_lossy(&output.stdout) + String::from_utf8_lossy(&output.stderr);
+        assert!(output.status.success() && said.contains("handed over"), "{said}");
+        said.into_owned()
+    }
+
+    /// The guest has all that it wrote, and writes to its targets alone.
+    fn run_from_their_targets(mut self) {
+        let guest = &mut self.guest;
+        for (disk, old, new) in [(0, "0x51 1M", "0x52 4M"), (1, "0x61 2M", "0x62 4M")] {
+            guest.io_of(disk, &format!("read -P {old} 1M"));
+            guest.io_of(disk, &format!("write -P {new} 1M"));
+        }
+        assert!(!guest.has_nbd_nodes());
+        guest.execute("quit", &json!({}));
+        self.qemu.wait_success().unwrap();
+        for (disk, byte) in [("a", 0x52), ("b", 0x62)] {
+            let target = self.target(disk);
+            assert!(std::fs::read(&target).unwrap()[4 << 20..5 << 20] == vec![byte; 1 << 20]);
+            assert_eq!(status(&target).unwrap()["moved"], true);
+        }
+    }
 }
 
 fn target_of(work: &WorkDir, disk: &str) -> PathBuf {
@@ -386,20 +411,17 @@ fn a_machine_that_waits_for_its_second_disk_is_served_that_by_the_command_of_bot
     ends(&mut pivot(&second, &disks.socket), 1, &["may wait on its export", "--qmp"]);
 
     let qmp = ["--qmp", disks.socket.to_str().unwrap()];
-    let output = run_any(&mut live_restore_of_two(&disks.work, &disks.repository, &qmp)).unwrap();
-    let said = String::from_utf8_lossy(&output.stdout) + String::from_utf8_lossy(&output.stderr);
-    assert!(output.status.success(), "{said}");
-    assert!(said.contains("was moved onto") && said.contains("handed over"), "{said}");
-    let guest = &mut disks.guest;
-    for (disk, old, new) in [(0, "0x51 1M", "0x52 4M"), (1, "0x61 2M", "0x62 4M")] {
-        guest.io_of(disk, &format!("read -P {old} 1M"));
-        guest.io_of(disk, &format!("write -P {new} 1M"));
-    }
-    assert!(!guest.has_nbd_nodes());
-    guest.execute("quit", &json!({}));
-    disks.qemu.wait_success().unwrap();
-    for (target, byte) in [(&first, 0x52), (&second, 0x62)] {
-        assert!(std::fs::read(target).unwrap()[4 << 20..5 << 20] == vec![byte; 1 << 20]);
-        assert_eq!(status(target).unwrap()["moved"], true);
-    }
+    let said = disks.moved_home(&qmp);
+    assert!(said.contains("was moved onto"), "{said}");
+    disks.run_from_their_targets();
+}
+
+#[test]
+fn an_agent_is_taken_over_by_the_command_of_both_disks_although_one_was_moved() {
+    let mut disks = TwoDisks::start("over-second");
+    says_that_it_was_moved(&mut pivot(&disks.target("a"), &disks.socket));
+    let qmp = ["--take-over", "--qmp", disks.socket.to_str().unwrap()];
+    disks.moved_home(&qmp);
+    disks.agent.wait().unwrap();
+    disks.run_from_their_targets();
 }

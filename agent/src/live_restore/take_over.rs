@@ -195,7 +195,8 @@ fn converse(stream: UnixStream, service: &Arc<Service>, sessions: &[String]) -> 
         }
     };
     // One that is being saved is not, and the machine of one that is being moved goes elsewhere.
-    let saving = service.disks().iter().map(super::service::ServedDisk::begin_saving);
+    let open = service.disks().iter().filter(|disk| disk.handed_over().is_none());
+    let saving = open.map(super::service::ServedDisk::begin_saving);
     let saving = match saving.collect::<anyhow::Result<Vec<_>>>() {
         Ok(saving) => saving,
         Err(error) => {
@@ -217,12 +218,17 @@ fn converse(stream: UnixStream, service: &Arc<Service>, sessions: &[String]) -> 
 
 /// Whether this agent's place may be taken for these sessions; then the sockets that its clients come to.
 fn look(service: &Service, sessions: &[String]) -> anyhow::Result<Vec<Arc<Listener>>> {
-    let mut ours: Vec<&str> = service.disks().iter().map(|disk| disk.record.session.as_str()).collect();
-    let mut theirs: Vec<&str> = sessions.iter().map(String::as_str).collect();
+    // What a machine was moved onto needs nobody any more, and may be named or not.
+    let (over, open): (Vec<_>, Vec<_>) =
+        service.disks().iter().partition(|disk| disk.handed_over().is_some());
+    let is_over = |session: &str| over.iter().any(|disk| disk.record.session == session);
+    let mut ours: Vec<&str> = open.iter().map(|disk| disk.record.session.as_str()).collect();
+    let mut theirs: Vec<&str> =
+        sessions.iter().map(String::as_str).filter(|session| !is_over(session)).collect();
     ours.sort_unstable();
     theirs.sort_unstable();
     if ours != theirs {
-        let targets = service.disks().iter().map(|disk| disk.record.target.display().to_string());
+        let targets = open.iter().map(|disk| disk.record.target.display().to_string());
         return Err(Failure::new(
             format!(
                 "the agent with the process id {} serves other disks than are to be taken over",
