@@ -98,6 +98,9 @@ impl Command {
     }
 }
 
+/// So many files a verb that serves nothing has open at most, beside those of an event loop: event loops of other threads, sources, packs.
+const OTHER_FILES: usize = 48;
+
 /// Reads the arguments, runs the verb, and says how it went.
 #[must_use]
 pub fn main() -> ExitCode {
@@ -108,7 +111,9 @@ pub fn main() -> ExitCode {
     };
     let context = Context::new(cli.global);
     context.output().say_panics();
-    let result = cli.command.run(&context);
+    // Before anything is begun that would fail in the middle.
+    let enough_files = block::Engine::check_open_files(1, OTHER_FILES);
+    let result = enough_files.map_err(Into::into).and_then(|()| cli.command.run(&context));
     let code = failure::conclude(context.output(), result);
     context.output().settle_stderr();
     code

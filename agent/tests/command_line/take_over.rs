@@ -95,10 +95,19 @@ fn who_may_have_too_few_files_open_says_so_and_nobody_is_told_to_end() {
     }
     park(&mut live);
     let few = "no more than 12 files open";
-    for args in
-        ["live-restore web01@latest o.raw --listen unix:o", "restore web01@latest o.raw", "capture x d.raw"]
-    {
+    let verbs = [
+        "live-restore web01@latest o.raw --listen unix:o",
+        "restore web01@latest o.raw",
+        "capture x d.raw",
+        "status t.raw",
+        "save t.raw",
+        "discard t.raw --yes",
+    ];
+    for args in verbs {
         with_files(&scratch, 12, args).fails(&[few, "ulimit -n"]);
+    }
+    for args in ["capture x d.raw", "restore web01@latest p.raw", "status t.raw", "save t.raw"] {
+        with_files(&scratch, 64, args).ends_with(0);
     }
     assert!(!scratch.path("o.raw").exists());
 }
