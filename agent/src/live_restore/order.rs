@@ -3,6 +3,7 @@
 //! All disks of an order are of one snapshot. Where some of its targets have a session already, that is the snapshot those
 //! were begun with: the newest when they began need not be the newest when a start that was cut short is done again.
 
+use std::cell::Cell;
 use std::path::{Path, PathBuf};
 
 use anyhow::Context as _;
@@ -110,6 +111,7 @@ impl Order {
             moved: self.moved,
             may_be_waited_for: known.contains(&false),
             interrupt,
+            is_silent: Cell::new(false),
         };
         let mut handed_over = Vec::new();
         for (place, wanted) in wanted.into_iter().enumerate() {

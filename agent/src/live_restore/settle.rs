@@ -1,10 +1,11 @@
 //! Where the machine of a session is that is marked as handed over: QEMU is asked before the session is served again, or instead of
 //! an agent.
 
-use block::Engine;
-use nbd_server::ListenAddress;
+use std::cell::Cell;
 
 use anyhow::Context as _;
+use block::Engine;
+use nbd_server::ListenAddress;
 
 use super::handover::{HandedOver, mark};
 use super::moved;
@@ -30,6 +31,8 @@ pub(super) struct Inquiry<'a> {
     /// Some disk of the command is not known to be moved: a QEMU that says nothing may wait for that.
     pub(super) may_be_waited_for: bool,
     pub(super) interrupt: &'a Interrupt,
+    /// It was asked of one disk, and said nothing: a guest that waits is not made to wait for it once more.
+    pub(super) is_silent: Cell<bool>,
 }
 
 /// What QEMU said of a session, or what is known of it.
@@ -70,7 +73,12 @@ impl Inquiry<'_> {
 
     fn look(&self, state: &StateDir, record: &SessionRecord, home: &Home<'_>) -> anyhow::Result<Settled> {
         let target = home.target.display();
-        let asked = ask(self.drive, home, &|| self.interrupt.is_raised());
+        let asked = if self.is_silent.get() {
+            Err(QmpError::Silent(self.drive.qmp.clone()))
+        } else {
+            ask(self.drive, home, &|| self.interrupt.is_raised())
+        };
+        self.is_silent.set(matches!(asked, Err(QmpError::Silent(_))));
         // Who was not waited for is not silent.
         self.interrupt.check()?;
         let is_moved = state.is_moved(record);
