@@ -3,17 +3,20 @@
 //! wrong disk is lost.
 
 use std::io;
+use std::os::unix::fs::MetadataExt as _;
 use std::path::PathBuf;
 
 use super::Home;
 use crate::cli::Failure;
 use crate::in_use;
+use crate::live_restore::shell_line;
 
 /// Fails unless the target's path leads to the file that is served: QEMU is about to open it by that.
 pub(super) fn check_stands_at_its_path(home: &Home<'_>) -> anyhow::Result<()> {
     let target = home.target.display();
     let another = match std::fs::metadata(home.target) {
         Ok(there) if in_use::is_same(&there, &home.file) => return Ok(()),
+        Ok(there) if there.is_dir() => "a directory stands there now",
         Ok(_) => "another file stands there now",
         Err(error) if error.kind() == io::ErrorKind::NotFound => "nothing stands there now",
         Err(error) => {
@@ -25,11 +28,25 @@ pub(super) fn check_stands_at_its_path(home: &Home<'_>) -> anyhow::Result<()> {
             .into());
         }
     };
+    // It may be another disk's, and a new name is given over it, or inside it.
+    let clear = match std::fs::symlink_metadata(home.target) {
+        Ok(_) => format!("move what stands at {target} away first, then "),
+        Err(_) => String::new(),
+    };
     Err(match Held::of(home) {
+        Some(Held::Device) => Failure::new(
+            format!("{target}, by which QEMU would open the target, is not that device any more: {another}"),
+            format!(
+                "the machine goes on through the agent, which has the device open: {clear}make it again (`{}`, as root), then run \
+                 `lifeboot pivot`",
+                making_node(home)
+            ),
+        ),
         Some(Held::Called(now)) => Failure::new(
             format!("the target is not at {target} any more, by which QEMU would open it: {another}; it is called {} now", now.display()),
             format!(
-                "the machine goes on through the agent, which has it open: rename {} back to {target}, then run `lifeboot pivot`",
+                "the machine goes on through the agent, which has it open: {clear}rename {} back to {target}, and run \
+                 `lifeboot pivot`",
                 now.display()
             ),
         ),
@@ -43,14 +60,24 @@ pub(super) fn check_stands_at_its_path(home: &Home<'_>) -> anyhow::Result<()> {
         ),
         None => Failure::new(
             format!("the target is not at {target} any more, by which QEMU would open it: {another}"),
-            format!("the machine goes on where it was: put the target back at {target}, then run `lifeboot pivot`"),
+            format!("the machine goes on where it was: {clear}put the target back at {target}, and run `lifeboot pivot`"),
         ),
     }
     .into())
 }
 
-/// What is known of a file that an agent has open.
+/// The command that makes a device's node anew.
+fn making_node(home: &Home<'_>) -> String {
+    let number = home.file.rdev();
+    let [major, minor] = [rustix::fs::major(number), rustix::fs::minor(number)].map(|part| part.to_string());
+    let words = ["mknod".to_owned(), home.target.display().to_string(), "b".to_owned(), major, minor];
+    shell_line(&words)
+}
+
+/// What is known of a target that an agent has open.
 enum Held {
+    /// It is a device, which is there by whatever node.
+    Device,
     /// It has this name.
     Called(PathBuf),
     /// It has none any more; this leads to it.
@@ -60,6 +87,9 @@ enum Held {
 impl Held {
     fn of(home: &Home<'_>) -> Option<Self> {
         let held = home.held.as_ref()?;
+        if home.is_device() {
+            return Some(Self::Device);
+        }
         let called = std::fs::read_link(held).ok()?;
         let is_there = std::fs::metadata(&called).is_ok_and(|there| in_use::is_same(&there, &home.file));
         Some(if is_there { Self::Called(called) } else { Self::Removed(held.clone()) })

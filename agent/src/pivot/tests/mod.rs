@@ -3,6 +3,7 @@
 mod fake_qemu;
 
 use std::fs::{File, Metadata};
+use std::os::unix::fs::{FileTypeExt as _, MetadataExt as _};
 use std::path::PathBuf;
 
 use nbd_server::ListenAddress;
@@ -289,6 +290,12 @@ fn swap(place: &Place) -> PathBuf {
     renamed
 }
 
+/// What is said and advised where the target's path does not lead to it.
+fn does_not_stand(home: &Home<'_>) -> String {
+    let (what, advice) = crate::cli::told(&super::opened::check_stands_at_its_path(home).unwrap_err());
+    format!("{what}\n{}", advice.unwrap())
+}
+
 #[test]
 fn a_file_that_took_the_targets_path_is_not_opened() {
     let place = Place::new();
@@ -302,10 +309,34 @@ fn a_file_that_took_the_targets_path_is_not_opened() {
     let held = File::open(&renamed).unwrap();
     let by = format!("/proc/self/fd/{}", std::os::fd::AsRawFd::as_raw_fd(&held)).into();
     let home = Home { held: Some(by), ..place.home() };
-    let said = || format!("{:?}", super::opened::check_stands_at_its_path(&home).unwrap_err());
-    assert!(said().contains("renamed"), "{}", said());
+    let said = || does_not_stand(&home);
+    let clear = format!("move what stands at {} away first", place.target.display());
+    assert!(said().contains("renamed") && said().contains(&clear), "{}", said());
+    std::fs::remove_file(&place.target).unwrap();
+    assert!(said().contains("renamed") && !said().contains(&clear), "{}", said());
+    std::fs::create_dir(&place.target).unwrap();
+    assert!(said().contains("a directory stands there") && said().contains(&clear), "{}", said());
     std::fs::remove_file(&renamed).unwrap();
     assert!(said().contains("was removed from"), "{}", said());
+}
+
+#[test]
+fn of_a_device_only_the_node_is_made_again() {
+    let is_device =
+        |path: &PathBuf| std::fs::metadata(path).is_ok_and(|there| there.file_type().is_block_device());
+    let mut nodes = std::fs::read_dir("/dev").unwrap().flatten().map(|entry| entry.path());
+    // A host may have none.
+    let Some(node) = nodes.find(is_device) else { return };
+    let place = Place::new();
+    let file = std::fs::metadata(node).unwrap();
+    let (major, minor) = (rustix::fs::major(file.rdev()), rustix::fs::minor(file.rdev()));
+    let home = Home { held: Some("/proc/self/exe".into()), file, ..place.home() };
+    let said = || does_not_stand(&home);
+    let make = format!("make it again (`mknod {} b {major} {minor}`", place.target.display());
+    assert!(said().contains("has the device open: move what stands") && said().contains(&make), "{}", said());
+    std::fs::remove_file(&place.target).unwrap();
+    assert!(said().contains("nothing stands there now") && said().contains(&make), "{}", said());
+    assert!(!said().contains("was removed"), "{}", said());
 }
 
 #[test]
