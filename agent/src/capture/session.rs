@@ -8,13 +8,17 @@
 //! |---|---|
 //! | none, or the source is an NBD export | the whole source; refused where somebody holds a lock on it like an agent's |
 //! | served by an agent | the chunks of `G`, by the agent, of a frozen view |
-//! | any whose target is not the file that stands at the path now, and that is wholly home | the whole source, and why is said |
+//! | any whose target is not what stands at the path now, and that is wholly home | as without a session, and why is said |
+//! | any other whose target is not what stands at the path now | refused: it may be a copy of that target, of which not all is home |
 //! | parked, and nobody has written to the target since (`parked.json`) | the chunks of `G`; of those that are not wholly home, the rest comes from the repository |
 //! | any other that is wholly home: its agent was killed, the target was written to, its snapshot is in another repository | the whole source, and why is said |
 //! | any other that is not | refused: its target is no disk; `save` takes what the guest wrote on its own responsibility |
 //! | handed over to QEMU | the whole source |
 //!
 //! `--full` reads the whole source where all of it is home, and is refused where it is not.
+//!
+//! Nothing tells a copy of a target, made by `cp` or moved as a whole with its session, from a file that has nothing to do with it and took
+//! its path, wherever the target itself is now. So whoever knows that it is a whole disk says so by a path at which no session is found.
 
 use std::fs::TryLockError;
 use std::ops::Range;
@@ -70,7 +74,8 @@ pub(super) fn scan(source: &Source, wish: &Wish<'_>) -> anyhow::Result<Scan> {
         check_unlocked(path)?;
         return Ok(Scan::Whole { why: None });
     };
-    if record.handed_over {
+    let is_its = record.identity.is_at(path) != Some(false);
+    if record.handed_over && is_its {
         let why = if state.is_moved(&record) {
             "a running machine was moved onto it, and writes to it itself"
         } else {
@@ -78,13 +83,22 @@ pub(super) fn scan(source: &Source, wish: &Wish<'_>) -> anyhow::Result<Scan> {
         };
         return Ok(Scan::Whole { why: Some(why.into()) });
     }
+    if record.handed_over {
+        return another(&state, &record, path);
+    }
     let asked = live_restore::ask_status(state.path()).with_context(unknown)?;
     let is_served = asked.is_some();
     let status = match asked {
         Some(status) => status,
         None => live_restore::stopped_status(&state, &record).with_context(unknown)?,
     };
+    if !is_its && status.phase == Phase::Complete {
+        return another(&state, &record, path);
+    }
     let session = Session { source, path, state: &state, record: &record, status: &status };
+    if !is_its {
+        return Err(session.may_be_a_copy(wish, is_served)?.into());
+    }
     if wish.full {
         return session.whole(None);
     }
@@ -122,6 +136,18 @@ fn check_unlocked(path: &Path) -> anyhow::Result<()> {
     }
 }
 
+/// What is read of a source that is not the target of the session at its path, all of which is home: so it is no copy of a part.
+fn another(state: &StateDir, record: &SessionRecord, path: &Path) -> anyhow::Result<Scan> {
+    check_unlocked(path)?;
+    let dir = state.path().display();
+    let its = if record.target == live_restore::absolute(path)? {
+        "which stood at its path before".to_owned()
+    } else {
+        format!("which is, or was, {}", record.target.display())
+    };
+    Ok(Scan::Whole { why: Some(format!("it is not the target of the session in {dir}, {its}")) })
+}
+
 struct Session<'a> {
     source: &'a Source,
     path: &'a Path,
@@ -133,13 +159,6 @@ struct Session<'a> {
 impl Session<'_> {
     /// Why its disk cannot be the base of what is wanted.
     fn unfit(&self, wish: &Wish<'_>) -> Option<String> {
-        // What the agent would freeze is its own target.
-        if self.record.identity.is_at(self.path) == Some(false) {
-            return Some(format!(
-                "it is not the target of the session in {}, which stood at its path before",
-                self.state.path().display()
-            ));
-        }
         if wish.chunk_size.is_some_and(|chunk_size| chunk_size != self.record.chunk_size) {
             return Some(format!(
                 "the disk that was restored has chunks of {} bytes",
@@ -176,6 +195,47 @@ impl Session<'_> {
             Some(why) => Err(why),
             None => Ok(rest),
         })
+    }
+
+    /// Why a source that is not the session's target is not read while that is not wholly home.
+    fn may_be_a_copy(&self, wish: &Wish<'_>, is_served: bool) -> anyhow::Result<Failure> {
+        let Self { state, record, status, .. } = self;
+        let path = live_restore::absolute(self.path)?;
+        let is_file = path.is_file();
+        let (path, dir) = (path.display(), state.path().display());
+        let what = format!(
+            "the source {path} is not the target that the session in {dir} restores to ({}), of which {:.1} % of {}/{} is home: it may \
+             be a copy of that, and no whole disk",
+            record.identity,
+            status.percent(),
+            status.snapshot,
+            status.disk,
+        );
+        let apart = match (is_file, wish.state) {
+            (true, None) => "move it to another name, and capture it by that",
+            (true, Some(_)) => "move it to another name, and capture it by that, without --state",
+            (false, _) => "name an empty directory with --state, where no session is found",
+        };
+        let its_own = if record.identity.is_at(&record.target) == Some(true) {
+            format!("name {}", record.target.display())
+        } else {
+            format!("put that back at {path}, and run the same command again")
+        };
+        let as_copy = if is_served {
+            String::new()
+        } else {
+            format!(
+                "; only if it is that target, copied or moved as a whole together with its session, run its live-restore with --moved \
+                 until all is home, or take what its guest wrote: `{}`",
+                state.saving(record)
+            )
+        };
+        Ok(Failure::new(
+            what,
+            format!(
+                "if it is a disk of its own, all of it, {apart}; if the session's target is meant, {its_own}{as_copy}"
+            ),
+        ))
     }
 
     /// Reads all of it, which takes that all is home.

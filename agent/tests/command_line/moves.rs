@@ -192,6 +192,22 @@ fn a_machine_that_may_wait_for_its_agent_keeps_its_session_until_qemu_says_that_
 }
 
 #[test]
+fn of_a_file_that_took_the_path_of_a_moved_machines_disk_nobody_says_that_the_machine_writes_to_it() {
+    let (scratch, _qemu) = killed_in_the_move();
+    let capture = || scratch.run(&["capture", "after", "t.raw"]).ends_with(0).stdout;
+    let said = capture();
+    assert!(said.contains("full scan") && said.contains("was moved onto it"), "{said}");
+    std::fs::rename(scratch.path("t.raw"), scratch.path("o.raw")).unwrap();
+    std::fs::copy(scratch.path("d.raw"), scratch.path("t.raw")).unwrap();
+    let said = capture();
+    assert!(
+        said.contains("is not the target of the session") && said.contains("stood at its path before"),
+        "{said}"
+    );
+    assert!(!said.contains("was moved onto it"), "{said}");
+}
+
+#[test]
 fn a_machine_that_ended_while_it_was_moved_keeps_nobody_from_giving_its_session_up() {
     let (scratch, qemu) = killed_in_the_move();
     qemu.ends();

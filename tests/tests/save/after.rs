@@ -83,6 +83,59 @@ fn a_file_that_took_the_targets_path_is_captured_as_it_is() {
     ensure_restores(&captured, name(&capture(&captured, &[])), &captured.target);
 }
 
+#[test]
+fn a_file_at_the_path_of_an_unfinished_restore_may_be_a_copy_of_its_target_and_is_captured_by_another_name() {
+    let captured = Captured::new("another-unfinished", DISK_BYTES, 19).unwrap();
+    let live = captured.start(&["--limit", "100KiB"]).unwrap();
+    guest_work(&live);
+    let view = worked(&captured);
+    let aside = captured.target.with_extension("aside");
+    fs::rename(&captured.target, &aside).unwrap();
+    fs::copy(&captured.disk, &captured.target).unwrap();
+    write_past(&captured, 7 * CHUNK, 0x5d);
+    let refused = |further: &[&str], words: &[&str]| {
+        let mut command = captured.repository.verb("capture", &[&["after"], further].concat()).unwrap();
+        let words = [&["is not the target that", "may be a copy", "to another name"], words].concat();
+        ends(command.arg(&captured.target), 1, &words)
+    };
+    for further in [&[][..], &["--full"]] {
+        refused(further, &["put that back"]);
+    }
+    // Its agent has the session.
+    let mut command = captured.repository.verb("capture", &["after"]).unwrap();
+    let said = command.arg(&captured.target).output().unwrap().stderr;
+    assert!(!String::from_utf8_lossy(&said).contains("--moved"));
+    // What the agent serves is found by what it is.
+    let mut command = captured.repository.verb("capture", &["--json", "after"]).unwrap();
+    ensure_restores(&captured, name(&run_json(command.arg(&aside)).unwrap()), &view);
+    live.park().unwrap();
+    for further in [&[][..], &["--full"]] {
+        refused(
+            further,
+            &["put that back", "only if it is that target, copied or moved as a whole", "--moved`"],
+        );
+    }
+
+    // A copy of both, while the target is where it was, or not.
+    let copy = captured.work.file("copy.raw");
+    run(Command::new("cp").arg(&aside).arg(&copy)).unwrap();
+    run(Command::new("cp").arg("-a").arg(state_of(&captured.target)).arg(state_of(&copy))).unwrap();
+    let mut command = captured.repository.verb("capture", &["after", "--full"]).unwrap();
+    ends(command.arg(&copy), 1, &["may be a copy", "put that back", "--moved`"]);
+    let mut command = captured.repository.verb("save", &["--json", "--moved"]).unwrap();
+    ensure_restores(&captured, name(&run_json(command.arg(&copy)).unwrap()), &view);
+
+    let other = captured.work.file("other.raw");
+    fs::rename(&captured.target, &other).unwrap();
+    let mut command = captured.repository.verb("capture", &["--json", "after"]).unwrap();
+    ensure_restores(&captured, name(&run_json(command.arg(&other)).unwrap()), &other);
+    fs::rename(&aside, &captured.target).unwrap();
+    ensure_restores(&captured, name(&save(&captured, &[])), &view);
+    let its_own = format!("name {}", captured.target.display());
+    let mut command = captured.repository.verb("capture", &["after", "--full"]).unwrap();
+    ends(command.arg(&copy), 1, &["may be a copy", &its_own, "--moved`"]);
+}
+
 /// Writes to the target as a machine does that was started from it.
 fn write_past(captured: &Captured, at: u64, byte: u8) {
     write_to(&captured.target, at, byte);
