@@ -219,7 +219,9 @@ impl Session<'_> {
         let its_own = if record.identity.is_at(&record.target) == Some(true) {
             format!("name {}", record.target.display())
         } else {
-            format!("put that back at {path}, and run the same command again")
+            format!(
+                "move what stands at {path} away first, put that back there, and run the same command again"
+            )
         };
         let as_copy = if is_served {
             String::new()

@@ -99,7 +99,7 @@ fn a_file_at_the_path_of_an_unfinished_restore_may_be_a_copy_of_its_target_and_i
         ends(command.arg(&captured.target), 1, &words)
     };
     for further in [&[][..], &["--full"]] {
-        refused(further, &["put that back"]);
+        refused(further, &["away first, put that back"]);
     }
     // Its agent has the session.
     let mut command = captured.repository.verb("capture", &["after"]).unwrap();
@@ -112,7 +112,11 @@ fn a_file_at_the_path_of_an_unfinished_restore_may_be_a_copy_of_its_target_and_i
     for further in [&[][..], &["--full"]] {
         refused(
             further,
-            &["put that back", "only if it is that target, copied or moved as a whole", "--moved`"],
+            &[
+                "away first, put that back",
+                "only if it is that target, copied or moved as a whole",
+                "--moved`",
+            ],
         );
     }
 
@@ -121,7 +125,7 @@ fn a_file_at_the_path_of_an_unfinished_restore_may_be_a_copy_of_its_target_and_i
     run(Command::new("cp").arg(&aside).arg(&copy)).unwrap();
     run(Command::new("cp").arg("-a").arg(state_of(&captured.target)).arg(state_of(&copy))).unwrap();
     let mut command = captured.repository.verb("capture", &["after", "--full"]).unwrap();
-    ends(command.arg(&copy), 1, &["may be a copy", "put that back", "--moved`"]);
+    ends(command.arg(&copy), 1, &["may be a copy", "away first, put that back", "--moved`"]);
     let mut command = captured.repository.verb("save", &["--json", "--moved"]).unwrap();
     ensure_restores(&captured, name(&run_json(command.arg(&copy)).unwrap()), &view);
 
