@@ -89,24 +89,44 @@ impl Found<'_> {
         }
     }
 
+    /// What is lost where the target is, or may be, a machine's own disk, which needs no session.
+    fn of_a_machine(&self, record: &SessionRecord, path: &Path) -> String {
+        let its = &record.identity;
+        let stands = match path.exists() {
+            true if self.is_another.is_none() => return self.of_a_machine_on_the_target().to_owned(),
+            true => format!("{} is another one", path.display()),
+            false => format!("nothing stands at {} any more", path.display()),
+        };
+        if self.is_moved {
+            format!(
+                "nothing is lost with the session: a running machine was moved onto the session's own target ({its}), which is a disk of \
+                 its own, whatever it is called now; {stands}"
+            )
+        } else {
+            format!(
+                "nothing is lost with the session: all of the disk is home, on the session's own target ({its}), whatever it is called \
+                 now, and a machine was moved onto that, or was about to be when the agent ended; {stands}"
+            )
+        }
+    }
+
+    const fn of_a_machine_on_the_target(&self) -> &'static str {
+        if self.is_moved {
+            "nothing is lost: a running machine was moved onto the target, which is a disk of its own"
+        } else {
+            "nothing is lost: all of the disk is home; a machine was moved onto the target, or was about to be when the agent ended, and \
+             no program is seen to have the target open"
+        }
+    }
+
     /// What would be lost, where that can be told.
     fn lost(&self, path: &Path, remove_target: bool) -> Option<String> {
         let is_there = path.exists();
         if self.original.is_some() {
             return Some("nothing is lost but what only the copy knows of".to_owned());
         }
-        if self.is_moved && is_there {
-            let whose = if self.is_another.is_some() { "the session's own target" } else { "the target" };
-            return Some(format!(
-                "nothing is lost: a running machine was moved onto {whose}, which is a disk of its own"
-            ));
-        }
-        if self.record.is_some_and(|record| record.handed_over) && is_there {
-            return Some(
-                "nothing is lost: all of the disk is home; a machine was moved onto the target, or was about to be when the agent \
-                 ended, and no program is seen to have the target open"
-                    .to_owned(),
-            );
+        if let Some(record) = self.record.filter(|record| record.handed_over) {
+            return Some(self.of_a_machine(record, path));
         }
         let status = self.status?;
         let written = human_size(status.guest_bytes);

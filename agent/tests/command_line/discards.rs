@@ -5,7 +5,7 @@ use std::process::Command;
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
 
-use crate::support::{MIB, Ran, Scratch, live_restore, park};
+use crate::support::{MIB, Ran, Scratch, live_restore, park, write};
 
 /// A session of `t.raw` whose guest has written, parked.
 fn parked(further: &[&str]) -> Scratch {
@@ -90,6 +90,34 @@ fn nobody_is_told_to_save_what_cannot_be_saved() {
     let said = asked(&scratch, &[]);
     assert!(!said.stderr.contains("save"), "{said:?}");
     scratch.run(&["save", "t.raw", "--dry-run"]).ends_with(1);
+}
+
+#[test]
+fn what_a_machine_runs_from_is_not_called_lost_where_it_has_another_name() {
+    let scratch = parked(&[]);
+    change_record(&scratch, "handed_over", true.into());
+    let session = scratch.json(&["status", "t.raw"])["session"].clone();
+    let moved = serde_json::json!({
+        "version": 2, "session": session, "starts": 1, "qmp": "/q", "moved": true
+    });
+    for (is_known, says) in [(false, "or was about to be"), (true, "a running machine was moved")] {
+        if is_known {
+            write(&scratch.path("t.raw.lifeboot/move.json"), moved.to_string().as_bytes());
+        }
+        let said = |what: &str| {
+            let said = asked(&scratch, &[]);
+            assert!(said.stdout.contains(says) && said.stdout.contains(what), "{said:?}");
+            assert!(!said.stdout.contains("lost with it"), "{said:?}");
+        };
+        said("onto the target, ");
+        std::fs::rename(scratch.path("t.raw"), scratch.path("away.raw")).unwrap();
+        said("whatever it is called now");
+        said(&format!("nothing stands at {} any more", scratch.path("t.raw").display()));
+        scratch.copy("away.raw", "t.raw");
+        said("whatever it is called now");
+        said(&format!("{} is another one", scratch.path("t.raw").display()));
+        std::fs::rename(scratch.path("away.raw"), scratch.path("t.raw")).unwrap();
+    }
 }
 
 #[test]
