@@ -146,8 +146,13 @@ pub(crate) fn check_no_machine_of(target: &Path, session: Option<&str>, dir: &Pa
     check_none_has(&Sought::at(target)?.with_session(session, dir))
 }
 
+/// Forgets where the sockets were of the machine of the session in `dir`, which is given up.
+pub(crate) fn forget_machine(dir: &Path) {
+    sockets::forget(dir);
+}
+
 fn check_none_has(sought: &Sought) -> anyhow::Result<()> {
-    sockets::of_machines_with(sought)?.iter().try_for_each(|sockets| sockets.check_unused(sought))
+    sockets::of_machines_with(sought).iter().try_for_each(|sockets| sockets.check_unused(sought))
 }
 
 /// Fails where another machine than one of `boot` may wait for an agent. Where there is an agent, it is refused by that.

@@ -60,7 +60,9 @@ pub(super) struct Sought {
     /// What stands there.
     identity: Option<TargetIdentity>,
     session: Option<String>,
-    /// What the session's directory is.
+    /// The session's directory.
+    pub(super) dir: Option<PathBuf>,
+    /// What that is.
     directory: Option<String>,
 }
 
@@ -69,12 +71,20 @@ impl Sought {
     pub(super) fn at(target: &Path) -> anyhow::Result<Self> {
         let target = absolute(target)?;
         let identity = TargetIdentity::at(&target).ok().flatten();
-        Ok(Self { target, identity, session: None, directory: None })
+        Ok(Self { target, identity, session: None, dir: None, directory: None })
     }
 
     /// Whatever stands there, with the session in `dir`.
     pub(super) fn with_session(self, session: Option<&str>, dir: &Path) -> Self {
-        Self { session: session.map(str::to_owned), directory: name_of_directory(dir), ..self }
+        let (session, directory) = (session.map(str::to_owned), name_of_directory(dir));
+        Self { session, dir: Some(dir.to_owned()), directory, ..self }
+    }
+
+    /// The target that the session's directory is beside, if that tells: it may have been renamed together with it.
+    fn beside(&self) -> Option<PathBuf> {
+        let dir =
+            self.dir.as_deref().filter(|dir| dir.extension().is_some_and(|suffix| suffix == "lifeboot"))?;
+        absolute(&dir.with_extension("")).ok()
     }
 }
 
@@ -118,6 +128,17 @@ impl Note {
         (disk.target != sought.target).then_some(&*disk.target)
     }
 
+    /// Where the sessions of its disks were when it was booted.
+    pub(super) fn sessions(&self) -> impl Iterator<Item = &Path> {
+        self.disks.iter().filter_map(|disk| Some(&*disk.session.as_ref()?.dir))
+    }
+
+    /// What that command leaves to be put in, as nobody knows it.
+    pub(super) fn to_be_put_in(&self, sought: &Sought) -> String {
+        let strayed = self.disks.iter().filter(|disk| disk.place(sought).is_none());
+        strayed.map(NotedDisk::strayed).collect()
+    }
+
     /// The command that goes on with the machine, one of whose disks is sought, at these sockets.
     pub(super) fn going_on(&self, sought: &Sought, nbd: &Path, qmp: &Path) -> String {
         let Self { snapshot, disks, origin, .. } = self;
@@ -151,9 +172,9 @@ fn text(path: &Path) -> String {
 /// The snapshot of these disks, and the target of each.
 fn named(snapshot: &str, disks: &[NotedDisk], sought: &Sought) -> Vec<String> {
     if let [one] = disks {
-        return vec![format!("{snapshot}/{}", one.name), one.place(sought)];
+        return vec![format!("{snapshot}/{}", one.name), one.place_or_none(sought)];
     }
-    let targets = disks.iter().map(|disk| format!("{}={}", disk.name, disk.place(sought)));
+    let targets = disks.iter().map(|disk| format!("{}={}", disk.name, disk.place_or_none(sought)));
     std::iter::once(snapshot.to_owned()).chain(targets).collect()
 }
 
@@ -173,20 +194,36 @@ impl NotedDisk {
     }
 
     fn is(&self, sought: &Sought) -> bool {
-        self.target == sought.target
-            || self.identity.as_ref().zip(sought.identity.as_ref()).is_some_and(|(ours, there)| {
-                // A size alone is that of many.
-                ours.name.is_some() && ours.is_same(there)
-            })
-            || self.session.as_ref().is_some_and(|session| session.is(sought))
+        let identities = self.identity.as_ref().zip(sought.identity.as_ref());
+        // A size alone is that of many.
+        let named = identities.filter(|(ours, there)| ours.name.is_some() && there.name.is_some());
+        let is_target = match named {
+            Some((ours, there)) => ours.is_same(there),
+            None => self.target == sought.target,
+        };
+        is_target || self.session.as_ref().is_some_and(|session| session.is(sought))
     }
 
     /// Where it is now, as far as that can be told.
-    fn place(&self, sought: &Sought) -> String {
-        let Some(identity) = &self.identity else { return text(&self.target) };
-        let place =
-            [&self.target, &sought.target].into_iter().find(|path| identity.is_at(path) == Some(true));
-        place.map_or_else(|| "TARGET".to_owned(), |path| text(path))
+    fn place(&self, sought: &Sought) -> Option<String> {
+        let Some(identity) = &self.identity else { return Some(text(&self.target)) };
+        let beside = sought.beside();
+        let mut places = [&self.target, &sought.target].into_iter().chain(&beside);
+        places.find(|path| identity.is_at(path) == Some(true)).map(|path| text(path))
+    }
+
+    fn place_or_none(&self, sought: &Sought) -> String {
+        self.place(sought).unwrap_or_else(|| "TARGET".to_owned())
+    }
+
+    /// Which disk is meant by a target that nobody knows the place of.
+    fn strayed(&self) -> String {
+        let what = self.identity.as_ref().map(|identity| format!(" ({identity})")).unwrap_or_default();
+        format!(
+            ", where TARGET is what the disk {} is called now that was {}{what} when the machine was booted",
+            self.name,
+            text(&self.target)
+        )
     }
 }
 
@@ -217,7 +254,8 @@ pub(super) mod tests {
     }
 
     fn going_on(note: &Note, target: &Path) -> String {
-        let sought = Sought { target: target.to_owned(), identity: None, session: None, directory: None };
+        let target = target.to_owned();
+        let sought = Sought { target, identity: None, session: None, dir: None, directory: None };
         note.going_on(&sought, Path::new("/run/n.sock"), Path::new("/run/q.sock"))
     }
 

@@ -141,7 +141,7 @@ fn whoever_may_not_remove_a_session_is_told_who_may() {
     ]);
 }
 
-fn as_nobody(scratch: &Scratch, args: &[&str]) -> Ran {
+pub(crate) fn as_nobody(scratch: &Scratch, args: &[&str]) -> Ran {
     if !scratch.path("lifeboot").exists() {
         std::fs::copy(env!("CARGO_BIN_EXE_lifeboot"), scratch.path("lifeboot")).unwrap();
     }
