@@ -34,6 +34,7 @@ use crate::live_restore::{SessionArgs, SessionRecord, StateDir, Until, ask_statu
 use crate::pivot::Aio;
 use machine::Machine;
 use note::{Origin, Sought};
+pub(crate) use sockets::NOTE as MACHINE_NOTE;
 use sockets::Sockets;
 use watch::BootWatcher;
 
@@ -144,11 +145,6 @@ pub(crate) fn check_no_machine(target: &Path) -> anyhow::Result<()> {
 /// As there.
 pub(crate) fn check_no_machine_of(target: &Path, session: Option<&str>, dir: &Path) -> anyhow::Result<()> {
     check_none_has(&Sought::at(target)?.with_session(session, dir))
-}
-
-/// Forgets where the sockets were of the machine of the session in `dir`, which is given up.
-pub(crate) fn forget_machine(dir: &Path) {
-    sockets::forget(dir);
 }
 
 fn check_none_has(sought: &Sought) -> anyhow::Result<()> {

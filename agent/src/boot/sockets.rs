@@ -19,7 +19,7 @@ use crate::live_restore::{Service, absolute, replace};
 use crate::private_dir;
 
 /// The file that says which disks the machine has.
-const NOTE: &str = "machine.json";
+pub(crate) const NOTE: &str = "machine.json";
 /// The file that the machine's QEMU holds a lock on for as long as it lives.
 const LOCK: &str = "machine.lock";
 

@@ -188,7 +188,6 @@ impl Verb for Args {
             check_still(&state, record, &path)?;
         }
         interrupt.check()?;
-        crate::boot::forget_machine(state.path());
         state.discard(record.as_ref())?;
         let removed = match target {
             Some(target) if self.remove_target => remove(target, &path)?,

@@ -9,6 +9,7 @@ use anyhow::Context as _;
 use super::record::SessionRecord;
 use super::state_dir::{JOURNAL, LIVE_FILE, RECORD, StateDir};
 use super::{control, copied, damage, distrust, lease, moved, pointer, stamp};
+use crate::boot::MACHINE_NOTE;
 
 impl StateDir {
     /// Removes the session that is kept here. `record` is what it is, where that can be told. The caller holds the target's
@@ -28,7 +29,7 @@ impl StateDir {
         }
         // While it is known where that is.
         lease::release(self.path());
-        let replaced = [damage::FILE, stamp::FILE, moved::FILE, copied::FILE, lease::FILE];
+        let replaced = [damage::FILE, stamp::FILE, moved::FILE, copied::FILE, lease::FILE, MACHINE_NOTE];
         let others = [JOURNAL, LIVE_FILE, control::SOCKET, "status.sock"];
         let names = others.into_iter().chain(replaced);
         let temporary = replaced.into_iter().chain([RECORD]).map(|name| self.temporary(name));
@@ -82,18 +83,19 @@ mod tests {
         let state = StateDir::of(&dir.join("t.raw"), None).unwrap();
         state.create().unwrap();
         state.keep(&record()).unwrap();
-        for name in [JOURNAL, LIVE_FILE, damage::FILE, stamp::FILE, moved::FILE, copied::FILE] {
+        for name in [JOURNAL, LIVE_FILE, damage::FILE, stamp::FILE, moved::FILE, copied::FILE, MACHINE_NOTE] {
             std::fs::write(state.file(name), "x").unwrap();
         }
+        // What a kill in the middle of its writing leaves.
+        std::fs::write(state.temporary(MACHINE_NOTE), "x").unwrap();
         state
     }
 
     #[test]
     fn a_discard_that_stops_anywhere_leaves_a_session_or_none_and_the_next_one_finishes() {
         // What is in the way stands for a kill: a directory cannot be removed as a file.
-        for name in
-            [JOURNAL, LIVE_FILE, damage::FILE, stamp::FILE, moved::FILE, copied::FILE, control::SOCKET]
-        {
+        let files = [JOURNAL, LIVE_FILE, damage::FILE, stamp::FILE, moved::FILE, copied::FILE, MACHINE_NOTE];
+        for name in files.into_iter().chain([control::SOCKET]) {
             let dir = tempfile::tempdir().unwrap();
             let state = session(dir.path());
             let _ = std::fs::remove_file(state.file(name));

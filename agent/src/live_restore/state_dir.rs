@@ -14,6 +14,7 @@
 //! | `place.json` | which directory this is, so that a copy is known | by each start that finds another |
 //! | `lease.json` | where the repository was told that the snapshot is needed | while it is needed |
 //! | `move.json` | whether the machine of a session that is marked as handed over was moved | by each move, before and after it; removed with the mark |
+//! | `machine.json` | where the sockets are of the machine that `boot` runs on it | by each `boot`, until its QEMU has ended |
 //! | `control.sock` | answers `lifeboot status` and other verbs while an agent runs | by each agent |
 
 use std::fs::File;
