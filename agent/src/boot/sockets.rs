@@ -6,6 +6,7 @@
 
 use std::fs::{File, TryLockError};
 use std::io::ErrorKind;
+use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -225,8 +226,21 @@ fn machines_with(places: &[PathBuf], sought: &Sought) -> Vec<Sockets> {
     let entries = places.iter().flat_map(|place| std::fs::read_dir(place).into_iter().flatten().flatten());
     let name = name_for(&sought.target);
     let has_it = |it: &Sockets| it.has(sought, || it.dir.file_name().is_some_and(|it| *it == *name));
-    let others = entries.map(|entry| Sockets { dir: entry.path() }).filter(has_it);
+    let believed = believed(sought);
+    let others = entries.map(|entry| Sockets { dir: entry.path() });
+    let others =
+        others.filter(|it| owner(&it.dir).is_some_and(|owner| believed.contains(&owner))).filter(has_it);
     of_session.into_iter().chain(others).collect()
+}
+
+/// Whose notes are believed of this disk: ours, root's, and those of whom it belongs to. Anybody else could say that he has a machine on it.
+fn believed(sought: &Sought) -> Vec<u32> {
+    let its = [Some(&*sought.target), sought.dir.as_deref()].into_iter().flatten().filter_map(owner);
+    [rustix::process::geteuid().as_raw(), 0].into_iter().chain(its).collect()
+}
+
+fn owner(path: &Path) -> Option<u32> {
+    std::fs::metadata(path).ok().map(|metadata| metadata.uid())
 }
 
 /// Where such directories may stand, whoever made them: where ours do, root's, and those of everybody's logins that we may look into.
@@ -313,6 +327,25 @@ mod tests {
         assert!(found_by(&sought()).is_empty(), "another machine's by now");
         forget(&session);
         assert!(!session.join(NOTE).exists());
+    }
+
+    #[test]
+    fn somebody_elses_note_is_believed_of_what_is_his_alone() {
+        if !rustix::process::geteuid().is_root() {
+            return;
+        }
+        let dir = tempfile::tempdir().unwrap();
+        let target = dir.path().join("a.raw");
+        std::fs::write(&target, "").unwrap();
+        let sockets = Sockets::below(dir.path(), &target).unwrap();
+        replace(&sockets.dir.join(NOTE), &note::tests::note(&[("a", &target)])).unwrap();
+        let is_found = || !machines_with(&[dir.path().to_owned()], &Sought::at(&target).unwrap()).is_empty();
+        let give = |path: &Path| std::os::unix::fs::chown(path, Some(12_345), None).unwrap();
+        assert!(is_found());
+        give(&sockets.dir);
+        assert!(!is_found());
+        give(&target);
+        assert!(is_found());
     }
 
     #[test]
