@@ -175,7 +175,14 @@ impl Verb for Args {
                 damage: damage.as_ref(),
                 is_another: is_another.as_ref(),
                 original: original.as_deref(),
-                can_be_saved: can_be_saved(&state, record, known, locked.as_ref(), is_another.is_some()),
+                can_be_saved: can_be_saved(
+                    &state,
+                    record,
+                    known,
+                    locked.as_ref(),
+                    is_another.is_some(),
+                    original.is_some(),
+                ),
             };
             let told = found.tell(output, &path, self.remove_target);
             told.map_err(|error| {
@@ -327,6 +334,7 @@ fn can_be_saved(
     status: Option<&Status>,
     locked: Option<&FileDisk>,
     is_another: bool,
+    is_copy: bool,
 ) -> CanBeSaved {
     let Some(record) = record.filter(|record| !record.handed_over) else { return CanBeSaved::Never };
     let has_live_file = || live_restore::has_believable_live_file(state, record).unwrap_or(false);
@@ -336,7 +344,7 @@ fn can_be_saved(
     match locked {
         Some(_) if is_another => CanBeSaved::WithItsTarget,
         Some(target) if target.size() < record.size => CanBeSaved::WithWholeTarget,
-        Some(target) if state.original_beside(record, target.path()).is_some() => CanBeSaved::Never,
+        Some(_) if is_copy => CanBeSaved::Never,
         Some(_) => CanBeSaved::Now,
         None => CanBeSaved::WithItsTarget,
     }

@@ -3,6 +3,7 @@
 //! A block device is opened exclusively, which fails while it is mounted, swap or part of a volume, and keeps it from
 //! becoming that. Of a file, locks tell: ours and QEMU's.
 
+mod held;
 mod locks;
 mod open_files;
 
@@ -14,6 +15,7 @@ use anyhow::Context as _;
 
 use crate::cli::Failure;
 
+pub(crate) use held::{Held, metadata_of};
 pub(crate) use open_files::{has_open, is_same};
 
 /// What keeps others from a target while it lives.

@@ -2,7 +2,6 @@
 //! the order and its reasons), and keeps in the session's record that it does.
 
 use std::fmt;
-use std::fs::File;
 use std::os::fd::{AsFd as _, AsRawFd as _};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -18,6 +17,7 @@ use super::service::{ServedDisk, Service};
 use super::settle::{Answer, ask};
 use super::state_dir::StateDir;
 use crate::cli::Failure;
+use crate::in_use;
 use crate::live::Phase;
 use crate::pivot::{self, Drive, Home, Moved, Qmp, Trouble, Whereabouts};
 
@@ -197,7 +197,7 @@ fn home_served(served: &ServedDisk, is_default: bool) -> anyhow::Result<Home<'_>
     let ServedDisk { record, target, addresses, .. } = served;
     let cannot = || format!("cannot tell what the target {} is", record.target.display());
     // Of what is open: another file may have taken its path.
-    let file = target.as_fd().try_clone_to_owned().and_then(|file| File::from(file).metadata());
+    let file = in_use::metadata_of(target);
     Ok(Home {
         target: &record.target,
         file: file.with_context(cannot)?,

@@ -4,19 +4,17 @@
 //! Nothing of it is wrong as long as the agent runs. After that a file that was removed is gone, and the path leads to what is not
 //! the guest's disk.
 
-use std::fs::{self, File};
+use std::fs;
 use std::io;
-use std::os::fd::{AsFd, AsRawFd};
-use std::os::unix::fs::{FileTypeExt as _, MetadataExt as _};
+use std::os::fd::{AsFd, AsRawFd as _};
 use std::path::Path;
 
-use crate::in_use;
+use crate::in_use::{self, Held};
 
 /// What is to be known of a target that is open, where it does not stand at `path`, and what to do. `None` where it does, or where
 /// nobody can tell.
 pub(super) fn found(target: impl AsFd, path: &Path) -> Option<String> {
-    let target = target.as_fd();
-    let ours = File::from(target.try_clone_to_owned().ok()?).metadata().ok()?;
+    let ours = in_use::metadata_of(&target).ok()?;
     let there = match fs::metadata(path) {
         Ok(there) if in_use::is_same(&there, &ours) => return None,
         Ok(_) => "another file stands",
@@ -25,27 +23,24 @@ pub(super) fn found(target: impl AsFd, path: &Path) -> Option<String> {
     };
     let (shown, process) = (path.display(), std::process::id());
     let stands = format!("{there} at {shown}, which is not what this agent (process {process}) serves");
-    if ours.file_type().is_block_device() {
-        return Some(format!("{stands}: have {shown} lead to the device again"));
-    }
-    let held = format!("/proc/{process}/fd/{}", target.as_raw_fd());
-    if ours.nlink() == 0 {
-        return Some(format!(
+    let held = format!("/proc/{process}/fd/{}", target.as_fd().as_raw_fd());
+    Some(match Held::of(Path::new(&held), &ours) {
+        Some(Held::Device) => format!("{stands}: have {shown} lead to the device again"),
+        Some(Held::Removed(_)) => format!(
             "{stands}: the target was removed, and is gone once the agent ends; until then `lifeboot save {shown}` keeps what the guest \
              wrote, and `cp {held} FILE` the disk as far as it is home"
-        ));
-    }
-    let called = fs::read_link(&held)
-        .ok()
-        .filter(|called| fs::metadata(called).is_ok_and(|there| in_use::is_same(&there, &ours)));
-    Some(match called {
-        Some(called) => format!("{stands}: that is {} now", called.display()),
-        None => format!("{stands}: that has another name now, which `ls -l {held}` may show"),
+        ),
+        Some(Held::Called(called)) => format!("{stands}: that is {} now", called.display()),
+        Some(Held::Unnamed(_)) | None => {
+            format!("{stands}: that has another name now, which `ls -l {held}` may show")
+        }
     })
 }
 
 #[cfg(test)]
 mod tests {
+    use std::fs::File;
+
     use super::*;
 
     #[test]

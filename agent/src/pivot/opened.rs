@@ -4,11 +4,10 @@
 
 use std::io;
 use std::os::unix::fs::MetadataExt as _;
-use std::path::PathBuf;
 
 use super::Home;
 use crate::cli::Failure;
-use crate::in_use;
+use crate::in_use::{self, Held};
 use crate::live_restore::shell_line;
 
 /// Fails unless the target's path leads to the file that is served: QEMU is about to open it by that.
@@ -33,7 +32,7 @@ pub(super) fn check_stands_at_its_path(home: &Home<'_>) -> anyhow::Result<()> {
         Ok(_) => format!("move what stands at {target} away first, then "),
         Err(_) => String::new(),
     };
-    Err(match Held::of(home) {
+    Err(match home.held.as_ref().and_then(|held| Held::of(held, &home.file)) {
         Some(Held::Device) => Failure::new(
             format!("{target}, by which QEMU would open the target, is not that device any more: {another}"),
             format!(
@@ -50,7 +49,7 @@ pub(super) fn check_stands_at_its_path(home: &Home<'_>) -> anyhow::Result<()> {
                 now.display()
             ),
         ),
-        Some(Held::Removed(held)) => Failure::new(
+        Some(Held::Removed(held) | Held::Unnamed(held)) => Failure::new(
             format!("the target was removed from {target}, by which QEMU would open it: {another}"),
             format!(
                 "the machine goes on through the agent, which alone still has it: do not end that before `lifeboot save {target}` has \
@@ -72,28 +71,6 @@ fn making_node(home: &Home<'_>) -> String {
     let [major, minor] = [rustix::fs::major(number), rustix::fs::minor(number)].map(|part| part.to_string());
     let words = ["mknod".to_owned(), home.target.display().to_string(), "b".to_owned(), major, minor];
     shell_line(&words)
-}
-
-/// What is known of a target that an agent has open.
-enum Held {
-    /// It is a device, which is there by whatever node.
-    Device,
-    /// It has this name.
-    Called(PathBuf),
-    /// It has none any more; this leads to it.
-    Removed(PathBuf),
-}
-
-impl Held {
-    fn of(home: &Home<'_>) -> Option<Self> {
-        let held = home.held.as_ref()?;
-        if home.is_device() {
-            return Some(Self::Device);
-        }
-        let called = std::fs::read_link(held).ok()?;
-        let is_there = std::fs::metadata(&called).is_ok_and(|there| in_use::is_same(&there, &home.file));
-        Some(if is_there { Self::Called(called) } else { Self::Removed(held.clone()) })
-    }
 }
 
 /// Fails unless the process, which was told to open the target, has opened that.
