@@ -74,6 +74,24 @@ impl Newcomer {
     }
 }
 
+impl Ticket {
+    /// Who else is on the shard, from now on.
+    pub(crate) fn neighbours(&self) -> Neighbours {
+        Neighbours(Arc::clone(&self.load))
+    }
+}
+
+/// The other connections of a shard.
+#[derive(Debug)]
+pub(crate) struct Neighbours(Arc<AtomicUsize>);
+
+impl Neighbours {
+    /// Whether there are any.
+    pub(crate) fn are_there(&self) -> bool {
+        self.0.load(Ordering::Relaxed) > 1
+    }
+}
+
 impl Drop for Ticket {
     fn drop(&mut self) {
         self.load.fetch_sub(1, Ordering::Relaxed);

@@ -17,6 +17,7 @@ mod stall;
 mod status;
 mod steps;
 mod transmit;
+mod turn;
 
 use std::rc::Rc;
 use std::sync::Arc;
@@ -78,7 +79,8 @@ pub(crate) async fn serve(socket: Socket, mut ticket: Ticket, shard: Rc<ShardSta
     }
     let export = negotiated.agreed.info.name.clone();
     let logs = Arc::clone(&shard.logs);
-    let end = transmit::transmit(negotiated, ticket.slot.transmitting(), shard, control).await;
+    let end =
+        transmit::transmit(negotiated, ticket.slot.transmitting(), ticket.neighbours(), shard, control).await;
     let export = Cut(&export);
     // To a guest that is a disk that is gone, so whoever looks for the reason finds it at any level.
     let (limit, what) = match end {

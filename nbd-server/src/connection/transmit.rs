@@ -22,9 +22,10 @@ use super::read::Reads;
 use super::request::Shared;
 use super::spin::{Spin, Waited};
 use super::stall::Stall;
+use super::turn::Turn;
 use crate::budget::Share;
 use crate::server::Phase;
-use crate::shard::ShardState;
+use crate::shard::{Neighbours, ShardState};
 use crate::slots::Transmitting;
 use crate::socket::Socket;
 use take::{State, Taken};
@@ -50,6 +51,7 @@ struct Transmission {
     control: Rc<Control>,
     receive_limit: usize,
     transmitting: Transmitting,
+    neighbours: Neighbours,
     spin: Spin,
     /// The phase in which this task is listed to be told of the next.
     listed_in: Option<Phase>,
@@ -77,6 +79,7 @@ fn give_way(cx: &mut Context<'_>) {
 pub(super) async fn transmit(
     negotiated: Negotiated,
     transmitting: Transmitting,
+    neighbours: Neighbours,
     shard: Rc<ShardState>,
     control: Rc<Control>,
 ) -> End {
@@ -115,6 +118,7 @@ pub(super) async fn transmit(
         control,
         receive_limit: usize::MAX,
         transmitting,
+        neighbours,
         spin,
         listed_in: None,
         end: None,
@@ -157,6 +161,7 @@ impl Transmission {
         if self.control.is_aborting() {
             self.cut(End::Stopping);
         }
+        let mut turn = Turn::default();
         loop {
             let taken = if self.end.is_some() { Taken::NeedsRoom } else { self.take_requests(cx) };
             let taken = match taken {
@@ -199,6 +204,10 @@ impl Transmission {
                     };
                     match received {
                         Ok(0) => self.finish(End::PeerClosed),
+                        Ok(len) if turn.is_over_after(len) && self.neighbours.are_there() => {
+                            give_way(cx);
+                            return Poll::Pending;
+                        }
                         Ok(_) => {}
                         Err(error) => self.cut(End::Socket(error)),
                     }
