@@ -88,7 +88,8 @@ pub(crate) fn feed(
         }
         // The reader needs no thread of its own: this one has nothing else to do.
         let read = spawned.context("cannot start a thread").and_then(|()| {
-            engine.run(read(Feed { buffers, pieces: piece_sender, freed: freed_receiver, free, stop: &stop }))
+            let feed = Feed { buffers, pieces: piece_sender, freed: freed_receiver, free, stop: &stop };
+            engine.try_run(read(feed))?
         });
         if let Err(error) = read {
             stop.keep(error);

@@ -210,7 +210,7 @@ impl Save<'_> {
             })
             .collect::<anyhow::Result<Vec<_>>>()?;
         let cannot = "the disk cannot be frozen";
-        self.engine.run(async {
+        let views = self.engine.try_run(async {
             let mut still = Vec::with_capacity(served.len());
             for disk in served {
                 still.push(disk.session().hold_still().await.context(cannot)?);
@@ -221,7 +221,8 @@ impl Save<'_> {
                 Ok(LiveView { frozen, disk: Arc::clone(&disk.disk), damaged })
             });
             views.collect()
-        })
+        });
+        views?
     }
 }
 

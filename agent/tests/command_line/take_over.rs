@@ -4,6 +4,8 @@ use std::fs::File;
 use std::os::unix::fs::FileExt as _;
 use std::process::{Child, Command};
 
+use rustix::process::{Pid, Resource, Rlimit, prlimit};
+
 use crate::support::{MIB, Ran, Scratch, live_restore, park};
 
 fn served() -> (Scratch, Child) {
@@ -110,4 +112,30 @@ fn who_may_have_too_few_files_open_says_so_and_nobody_is_told_to_end() {
         with_files(&scratch, 64, args).ends_with(0);
     }
     assert!(!scratch.path("o.raw").exists());
+}
+
+#[test]
+fn a_save_for_which_the_agent_may_open_too_few_files_says_so_and_the_guests_go_on() {
+    let (scratch, mut live) = served();
+    let opens = |limit| {
+        let limit = Rlimit { current: Some(limit), maximum: Some(1024) };
+        prlimit(Some(Pid::from_child(&live)), Resource::Nofile, limit).unwrap();
+    };
+    let has = std::fs::read_dir(format!("/proc/{}/fd", live.id())).unwrap().count() as u64;
+    let mut refused = 0;
+    // The first of them is the connection over which it is asked.
+    for more in 2..64 {
+        opens(has + more);
+        let ran = scratch.run(&["save", "t.raw"]);
+        opens(1024);
+        assert!(is_served(&scratch), "with {more} files more");
+        if ran.code == Some(0) {
+            break;
+        }
+        let why = ran.ends_with(1).tells(&[]).stderr;
+        assert!(why.contains("files open") || why.contains("Too many open files"), "with {more}: {why}");
+        refused += 1;
+    }
+    assert!((1..62).contains(&refused), "{refused}");
+    park(&mut live);
 }

@@ -130,18 +130,30 @@ impl Engine {
     /// kernel. Tasks that are then still running are dropped.
     ///
     /// # Panics
-    /// Inside another runtime, or where the system has no descriptors left for one.
+    /// Inside another runtime, or where the system has no descriptors left for one: [`Engine::try_run`] fails there.
     pub fn run<F: Future>(&self, future: F) -> F::Output {
+        self.try_run(future).expect("the system has descriptors for one more event loop")
+    }
+
+    /// [Runs](Self::run) `future` where many files are open already.
+    ///
+    /// # Errors
+    /// Where this process may not open the files that an event loop needs: nothing of `future` was run.
+    ///
+    /// # Panics
+    /// Inside another runtime.
+    pub fn try_run<F: Future>(&self, future: F) -> Result<F::Output> {
+        check_open_files(RUNTIME_FILES)?;
         if let Kind::Uring(setup) = self.0 {
             match setup.runtime() {
                 Ok(runtime) => {
                     // Declared after the runtime, so that it ends first, also when `future` panics.
                     let ring = local::RingScope::enter();
-                    return runtime.block_on(async {
+                    return Ok(runtime.block_on(async {
                         let output = future.await;
                         ring.drain().await;
                         output
-                    });
+                    }));
                 }
                 Err(error) => {
                     tracing::error!(%error, "no ring for this thread; a pool of threads does its I/O");
@@ -151,9 +163,9 @@ impl Engine {
         let runtime = tokio::runtime::Builder::new_current_thread()
             .enable_all()
             .build()
-            .expect("the system has descriptors for one more event loop");
+            .map_err(|error| Error::io("an event loop cannot be had", error))?;
         let _scope = local::PoolScope;
-        tokio::task::LocalSet::new().block_on(&runtime, future)
+        Ok(tokio::task::LocalSet::new().block_on(&runtime, future))
     }
 }
 
