@@ -14,6 +14,7 @@
 //! | parked | SIGTERM, Ctrl-C | nothing more is accepted; what is in flight ends; flush; checkpoint |
 
 mod advice;
+mod bound;
 mod carrier;
 mod control;
 mod copied;
@@ -56,6 +57,7 @@ mod target;
 mod target_lock;
 mod turns;
 mod wanted;
+mod workers;
 
 use std::num::NonZeroU64;
 use std::path::{Path, PathBuf};

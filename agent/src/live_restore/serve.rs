@@ -15,15 +15,14 @@
 //! guests' requests finish, what is not complete is parked, and `tell` returns. A `Running` that is dropped untold parks too.
 
 use std::sync::Arc;
-use std::time::{Duration, Instant};
 
-use block::{Engine, OpenDevice};
-use nbd_server::{Export, ExportNames, Server, ServerHandle, ShardContext, ShardTask};
+use block::Engine;
+use nbd_server::{Server, ServerHandle};
 use repository::Repository;
 
+use super::bound::{self, Bound};
 use super::damage;
 use super::fetching::SharedPool;
-use super::late::LateExport;
 use super::lease::LeaseKeeper;
 use super::open::{self, Found, Opened, Wish};
 use super::order::{Order, Wanted};
@@ -32,8 +31,8 @@ use super::scrape::Scraped;
 use super::service::{ServedDisk, Service, share};
 use super::stamp;
 use super::story::{End, Story};
-use super::take_over::{self, Heir};
-use super::target_lock;
+use super::take_over::Heir;
+use super::workers;
 use crate::cli::{Context, Failure, Interrupt};
 use crate::in_use::Claim;
 use crate::live::{LiveDisk, Session, SessionOptions};
@@ -42,14 +41,6 @@ use crate::status::Status;
 use crate::trace::TraceKeeper;
 
 pub(crate) use super::story::{Until, Watcher};
-
-/// Fills in flight on each shard at most, of all disks together: how many there are is up to what keeps the source busy.
-const FILLS_PER_SHARD: usize = 32;
-/// Each disk has at least so many of them.
-const LEAST_FILLS: usize = 8;
-
-/// How long after it has its addresses a start has locked its targets, in general.
-const OTHERS_START: Duration = Duration::from_millis(500);
 
 /// So many files each disk has open at most, and so many whatever serves them has beside the server.
 const FILES_PER_DISK: usize = 6;
@@ -97,7 +88,7 @@ pub(crate) fn start(
     // Before anything is made, or anybody told to end.
     Server::check_open_files(shards(), FILES_BESIDE + FILES_PER_DISK * wanted.len())?;
     // One that is taken over holds them.
-    let claims = if order.takes_over { Vec::new() } else { claim_all(order, &wanted)? };
+    let claims = if order.takes_over { Vec::new() } else { bound::claim_all(order, &wanted)? };
     let pool = SharedPool::new(order.pool, &fallbacks);
     let options = SessionOptions {
         // Until it is known which disks have anything to copy.
@@ -123,22 +114,7 @@ pub(crate) fn start(
         .collect();
     let found = wishes.iter().zip(&wanted).map(|(wish, wanted)| open::find(wish, &wanted.state));
     let found = found.collect::<anyhow::Result<Vec<_>>>()?;
-    let exports: Vec<_> = found.iter().map(|found| Arc::new(LateExport::of(&found.names().1))).collect();
-    let begun = Instant::now();
-    let mut bound = loop {
-        match bind(order, &wanted, (&found, &exports), context, interrupt) {
-            // Somebody else has the place, and is not done with taking it.
-            Err(error)
-                if order.takes_over
-                    && is_address_in_use(&error)
-                    && begun.elapsed() < take_over::PATIENCE_WITH_OTHERS =>
-            {
-                interrupt.check()?;
-                std::thread::sleep(take_over::LOOK_INTERVAL);
-            }
-            bound => break bound.map_err(|error| in_use_rather_than(error, &wanted, interrupt))?,
-        }
-    };
+    let mut bound = Bound::wait_for(order, &wanted, &found, context, interrupt)?;
     bound.claims.extend(claims);
     let opened = open_all(found, &wanted, order.engine, interrupt);
     let opened = opened.inspect_err(|_| {
@@ -154,88 +130,6 @@ pub(crate) fn start(
 
 fn shards() -> usize {
     std::thread::available_parallelism().map_or(1, std::num::NonZero::get)
-}
-
-/// Has the addresses: those of an agent whose place is taken, who has ended then, or its own.
-fn bind(
-    order: &Order,
-    wanted: &[Wanted],
-    (found, late): (&[Found<'_>], &[Arc<LateExport>]),
-    context: &Context,
-    interrupt: &Interrupt,
-) -> anyhow::Result<Bound> {
-    let place = if order.takes_over {
-        take_over::place(wanted, &order.listen, &order.server, order.engine, interrupt)?
-    } else {
-        None
-    };
-    let exports = nbd_exports(found, late);
-    let bind_metrics =
-        || order.metrics.as_ref().map(|address| Scraped::bind(address, &order.server.access)).transpose();
-    let Some((predecessor, listeners)) = place else {
-        let claims = if order.takes_over { claim_all(order, wanted)? } else { Vec::new() };
-        let server = Server::bind(&order.listen, exports, order.server.clone())?;
-        let metrics = bind_metrics()?;
-        return Ok(Bound { server, exports: late.to_vec(), metrics, claims, has_taken_over: false });
-    };
-    let server = Server::listening(listeners, exports, order.server.clone())?;
-    for found in found {
-        found.look_ahead().inspect_err(|_| {
-            context.output().warn(format_args!(
-                "the agent with the process id {} goes on: its place cannot be taken like this",
-                predecessor.pid()
-            ));
-        })?;
-    }
-    tracing::info!(pid = predecessor.pid(), "taking the place of the agent that serves");
-    predecessor.end()?;
-    server.own_listeners()?;
-    let claims = claim_all(order, wanted)?;
-    // Guests wait: they are not to wait for a scraper's address.
-    let metrics = bind_metrics().unwrap_or_else(|error| {
-        context.output().warn(format_args!("no metrics: {error:#}"));
-        None
-    });
-    Ok(Bound { server, exports: late.to_vec(), metrics, claims, has_taken_over: true })
-}
-
-/// That another lifeboot has one of the targets, where that is why an address is in use: the same command, given twice.
-fn in_use_rather_than(error: anyhow::Error, wanted: &[Wanted], interrupt: &Interrupt) -> anyhow::Error {
-    if !is_address_in_use(&error) {
-        return error;
-    }
-    let begun = Instant::now();
-    loop {
-        let used = |wanted: &Wanted| target_lock::in_use_by_another(&wanted.target, wanted.state.path());
-        if let Some(used) = wanted.iter().find_map(used) {
-            return used;
-        }
-        if begun.elapsed() >= OTHERS_START || interrupt.is_raised() {
-            return error;
-        }
-        std::thread::sleep(take_over::LOOK_INTERVAL);
-    }
-}
-
-fn is_address_in_use(error: &anyhow::Error) -> bool {
-    error
-        .downcast_ref::<nbd_server::Error>()
-        .is_some_and(|error| error.kind() == nbd_server::ErrorKind::AddressInUse)
-}
-
-/// Keeps others from all of these targets.
-fn claim_all(order: &Order, wanted: &[Wanted]) -> anyhow::Result<Vec<Claim>> {
-    let claims = wanted.iter().map(|wanted| claim(wanted, order.drive.is_some()));
-    claims.filter_map(Result::transpose).collect()
-}
-
-/// What was had before anything was made: who listens, where its disks are put in, and what keeps others away.
-struct Bound {
-    server: Server,
-    exports: Vec<Arc<LateExport>>,
-    metrics: Option<Scraped>,
-    claims: Vec<Claim>,
-    has_taken_over: bool,
 }
 
 /// The last step of [`start`].
@@ -255,7 +149,7 @@ fn serve(
         export.put(Arc::clone(disk), opened.record.epoch);
     }
     // Where it fails, sessions that are new are taken back.
-    let handle = match bound.server.on_shard_start(workers(&disks)).run(shards(), engine) {
+    let handle = match bound.server.on_shard_start(workers::of(&disks)).run(shards(), engine) {
         Ok(handle) => handle,
         Err(error) => {
             give_back(&opened, &wanted, engine);
@@ -375,24 +269,6 @@ fn trace_keeper(
     Some(TraceKeeper::new(repository.clone(), &snapshot, disk, record.layout(), data_chunks, is_resumed))
 }
 
-/// Keeps others from a target until the session ends. An agent that serves it already is named. A QEMU that is being moved
-/// onto it may have locked it; whether one is was looked at where `is_settled`.
-fn claim(wanted: &Wanted, is_settled: bool) -> anyhow::Result<Option<Claim>> {
-    let error = match crate::in_use::claim(&wanted.target) {
-        Ok(claim) => return Ok(Some(claim)),
-        Err(error) => error,
-    };
-    let dir = wanted.state.path();
-    if let Ok(Some(record)) = wanted.state.record() {
-        if is_settled && record.handed_over {
-            return Ok(None);
-        }
-        wanted.state.check_stands_alone(&record, &wanted.target)?;
-        record.check_not_handed_over(&wanted.state)?;
-    }
-    Err(target_lock::in_use_by_another(&wanted.target, dir).unwrap_or(error))
-}
-
 /// Opens the disks one after another: all of them, or none.
 fn open_all(
     found: Vec<Found<'_>>,
@@ -450,61 +326,10 @@ fn park(disk: &LiveDisk, engine: Engine) -> anyhow::Result<()> {
     engine.run(async { anyhow::Ok(disk.device()?.park().await?) })
 }
 
-/// Exports of sessions that are still to be opened: whoever connects waits.
-fn nbd_exports(found: &[Found<'_>], exports: &[Arc<LateExport>]) -> Vec<Export> {
-    let exports = found.iter().zip(exports).map(|(found, late)| {
-        let (snapshot, name) = found.names();
-        let mut export = Export::new(name.clone(), Arc::clone(late) as Arc<dyn OpenDevice>);
-        export.names = Some(Arc::clone(late) as Arc<dyn ExportNames>);
-        export.description = format!("live restore of {snapshot}/{name}");
-        export.dirty_bitmap = Some(super::DIRTY_BITMAP.to_owned());
-        export
-    });
-    exports.collect()
-}
-
 fn poisoned(record: &SessionRecord, error: anyhow::Error) -> Failure {
     Failure::new(
         format!("the target {} could not be brought onto stable storage", record.target.display()),
         "look after its storage, then run the same command: it goes on from what is known to be stable",
     )
     .because(error)
-}
-
-/// What each shard runs beside its connections: fills, and on one shard for each disk the commits.
-fn workers(disks: &[Arc<LiveDisk>]) -> ShardTask {
-    let disks = disks.to_vec();
-    Arc::new(move |shard| {
-        let disks = disks.clone();
-        Box::pin(run_workers(shard, disks))
-    })
-}
-
-async fn run_workers(shard: ShardContext, disks: Vec<Arc<LiveDisk>>) {
-    let fills = (FILLS_PER_SHARD / disks.len().max(1)).max(LEAST_FILLS);
-    let mut tasks = tokio::task::JoinSet::new();
-    for disk in &disks {
-        let device = match disk.device() {
-            Ok(device) => device,
-            Err(error) => {
-                tracing::error!(%error, "a shard cannot open a target: it copies nothing home");
-                continue;
-            }
-        };
-        for _ in 0..fills {
-            tasks.spawn_local(device.clone().fill_worker());
-        }
-        if shard.index() == 0 {
-            tasks.spawn_local(device.clone().commit_worker());
-        }
-    }
-    shard.stopping().await;
-    for disk in &disks {
-        disk.session().stop_workers();
-    }
-    while let Some(ended) = tasks.join_next().await {
-        if let Err(error) = ended {
-            tracing::error!(%error, "a worker of a session failed");
-        }
-    }
 }

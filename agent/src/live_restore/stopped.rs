@@ -90,7 +90,7 @@ pub fn stopped_status(state: &StateDir, record: &SessionRecord) -> anyhow::Resul
 /// What is in the way of the session, or what is not as it says.
 fn trouble(state: &StateDir, record: &SessionRecord, is_whole: bool) -> Option<Failure> {
     if record.handed_over {
-        return target::elsewhere(state, record);
+        return state.check_its_target(record).err();
     }
     let trouble = target::trouble(state, record);
     let trouble = trouble.or_else(|| state.stands_beside_another(record, state.target(record)));

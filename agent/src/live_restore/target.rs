@@ -77,26 +77,6 @@ pub(super) fn trouble(state: &StateDir, record: &SessionRecord) -> Option<Failur
     }
 }
 
-/// Why the machine of a session that was handed over does not run from what stands at the target's path.
-pub(super) fn elsewhere(state: &StateDir, record: &SessionRecord) -> Option<Failure> {
-    let path = state.target(record);
-    let there = match std::fs::metadata(path) {
-        Ok(_) if record.identity.is_at(path) == Some(false) => {
-            format!("{} is another target than the one that the machine was to be moved onto", path.display())
-        }
-        Err(error) if error.kind() == io::ErrorKind::NotFound => {
-            format!("the target {} is gone", path.display())
-        }
-        _ => return None,
-    };
-    let its = if record.identity.is_at(&record.target) == Some(true) {
-        record.target.display().to_string()
-    } else {
-        format!("{}, wherever that is now", record.identity)
-    };
-    Some(Failure::new(there, format!("that machine's disk is {its}")))
-}
-
 /// Why neither the target nor the session's files can be written by anybody, where they cannot: which the rest of the disk needs.
 pub(super) fn unwritable(state: &StateDir, record: &SessionRecord) -> Option<Failure> {
     let path = state.target(record);
