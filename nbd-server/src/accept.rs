@@ -7,16 +7,17 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use socket2::{Domain, SockAddr, Socket, TcpKeepalive};
+use tokio::runtime::Runtime;
 use tokio::sync::{mpsc, watch};
 use tokio::task::JoinSet;
 
-use crate::ServerOptions;
 use crate::listen::{Accepting, Listener};
 use crate::log_limit::LogLimits;
 use crate::server::Phase;
 use crate::shard::Newcomer;
 use crate::slots::Slots;
 use crate::socket::Accepted;
+use crate::{Error, Result, ServerOptions};
 
 /// How long accepting pauses when the system has no descriptor left.
 const PAUSE_AFTER_FAILURE: Duration = Duration::from_millis(100);
@@ -53,17 +54,21 @@ pub(crate) struct Acceptor {
     pub(crate) logs: Arc<LogLimits>,
 }
 
+/// The event loop of the accepting thread.
+///
+/// # Errors
+/// Where the system refuses it.
+pub(crate) fn event_loop() -> Result<Runtime> {
+    tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .map_err(|error| Error::io("there is no event loop for accepting connections", error))
+}
+
 /// Accepts until the shutdown, then leads it to its end.
-pub(crate) fn run(acceptor: Acceptor) {
+pub(crate) fn run(acceptor: Acceptor, runtime: &Runtime) {
     // Whatever happens here, the shards must not wait for ever.
     let end = EndGuard(acceptor.phase.clone());
-    let runtime = match tokio::runtime::Builder::new_current_thread().enable_all().build() {
-        Ok(runtime) => runtime,
-        Err(error) => {
-            tracing::error!(%error, "no event loop for accepting connections");
-            return;
-        }
-    };
     runtime.block_on(accept_until_drained(acceptor));
     drop(end);
 }

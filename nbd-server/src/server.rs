@@ -144,6 +144,8 @@ impl Server {
     /// Where threads cannot be had, or files for them.
     pub fn run(self, shards: usize, engine: Engine) -> Result<ServerHandle> {
         Self::check_open_files(shards, self.listeners.len())?;
+        // Whoever is told that it serves can connect.
+        let accepting = accept::event_loop()?;
         let (phase, phases) = watch::channel(Phase::Running);
         let slots = Slots::default();
         let budget = Budget::new(&self.options.limits);
@@ -194,7 +196,7 @@ impl Server {
             options: self.options,
             logs,
         };
-        handle.spawn("nbd-accept".to_owned(), move || accept::run(acceptor))?;
+        handle.spawn("nbd-accept".to_owned(), move || accept::run(acceptor, &accepting))?;
         Ok(handle)
     }
 }

@@ -117,6 +117,8 @@ fn who_may_have_too_few_files_open_says_so_and_nobody_is_told_to_end() {
 #[test]
 fn a_save_for_which_the_agent_may_open_too_few_files_says_so_and_the_guests_go_on() {
     let (scratch, mut live) = served();
+    // By then all of its threads have what they need.
+    assert!(is_served(&scratch));
     let opens = |limit| {
         let limit = Rlimit { current: Some(limit), maximum: Some(1024) };
         prlimit(Some(Pid::from_child(&live)), Resource::Nofile, limit).unwrap();
