@@ -27,6 +27,7 @@ mod handover;
 mod identity;
 mod late;
 mod lease;
+mod look_ahead;
 mod made;
 mod metrics;
 mod moved;

@@ -28,7 +28,7 @@ use super::fetching::{Fetching, SharedPool};
 use super::identity::TargetIdentity;
 use super::made::Made;
 use super::original::check_not_anothers;
-use super::parts::{Parts, id_text, journal_identity, make_journal, new_id, open_journal, parse_id};
+use super::parts::{Parts, id_text, make_journal, new_id, open_journal, parse_id};
 use super::pointer;
 use super::record::SessionRecord;
 use super::rest::locked_record;
@@ -40,7 +40,7 @@ use super::target::{self, Candidate, Contents};
 use super::target_lock;
 use super::wanted;
 use crate::cli::{Failure, Interrupt};
-use crate::live::{ErrorKind, Phase, Resumed, Session, SessionId, SessionOptions, WrittenPast, check_header};
+use crate::live::{ErrorKind, Phase, Resumed, Session, SessionId, SessionOptions, WrittenPast};
 use crate::source::Fallbacks;
 use crate::status;
 
@@ -89,15 +89,15 @@ impl Wish<'_> {
 
 /// What there is to be opened: nothing was touched yet.
 pub(super) struct Found<'a> {
-    wish: &'a Wish<'a>,
-    state: &'a StateDir,
+    pub(super) wish: &'a Wish<'a>,
+    pub(super) state: &'a StateDir,
     /// The target's absolute path.
-    path: PathBuf,
-    restored: Restored,
+    pub(super) path: PathBuf,
+    pub(super) restored: Restored,
 }
 
 /// What is restored.
-enum Restored {
+pub(super) enum Restored {
     /// This disk, by a session that is new.
     New(Snapshot, DiskEntry),
     /// What the session that is there was begun with. Without its disk in the repository where that cannot be had and
@@ -281,34 +281,8 @@ impl Found<'_> {
         Ok(Opened { session, target, journal, record, fetching, resumed: Some(resumed), made: None })
     }
 
-    /// Looks at what [`Self::resume`] is going to look at, and changes nothing: asked while another agent serves the session, which
-    /// ends for us only where it can be gone on with.
-    ///
-    /// # Errors
-    /// Where opening the session would fail, as far as that can be known now.
-    pub(super) fn look_ahead(&self) -> anyhow::Result<()> {
-        let Self { wish, state, path, .. } = self;
-        let Restored::Begun(found, disk) = &self.restored else { return Ok(()) };
-        self.check_there(found)?;
-        let target = target::open_to_look(path, wish.engine)?;
-        let record = locked_record(state, found)?;
-        self.check_is_its_target(&target, &record, disk.is_some())?;
-        let dir = state.path();
-        rustix::fs::access(dir, rustix::fs::Access::WRITE_OK)
-            .map_err(io::Error::from)
-            .with_context(|| format!("cannot write to the session's directory {}", dir.display()))?;
-        distrust::look_at_live(state, &record)?;
-        let journal = self.open_its_journal()?;
-        let id = SessionId(parse_id(&record.session)?);
-        let looked = wish.engine.run(async {
-            let journal = journal.open()?;
-            anyhow::Ok(check_header(&*journal, id, &journal_identity(&record), record.layout()).await)
-        })?;
-        looked.map_err(|error| cannot_resume(state, error))
-    }
-
     /// Fails where nothing stands at the target's path.
-    fn check_there(&self, record: &SessionRecord) -> anyhow::Result<()> {
+    pub(super) fn check_there(&self, record: &SessionRecord) -> anyhow::Result<()> {
         let Self { state, path, .. } = self;
         if path.exists() {
             return Ok(());
@@ -323,7 +297,7 @@ impl Found<'_> {
     }
 
     /// What the target is, where it is the session's. `has_check` says that its contents will be compared, too.
-    fn check_is_its_target(
+    pub(super) fn check_is_its_target(
         &self,
         target: &FileDisk,
         record: &SessionRecord,
@@ -350,7 +324,7 @@ impl Found<'_> {
         Ok(identity)
     }
 
-    fn open_its_journal(&self) -> anyhow::Result<FileDisk> {
+    pub(super) fn open_its_journal(&self) -> anyhow::Result<FileDisk> {
         let (state, path) = (self.state, self.state.file(JOURNAL));
         if !path.exists() {
             let what = format!("the journal {} is missing", path.display());
@@ -441,7 +415,7 @@ pub(super) fn forget_pointer(record: &SessionRecord) {
     }
 }
 
-fn identity_of(target: &FileDisk) -> anyhow::Result<TargetIdentity> {
+pub(super) fn identity_of(target: &FileDisk) -> anyhow::Result<TargetIdentity> {
     TargetIdentity::of(target)
         .with_context(|| format!("cannot tell what the target {} is", target.path().display()))
 }

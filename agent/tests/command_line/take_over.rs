@@ -2,7 +2,7 @@
 
 use std::fs::File;
 use std::os::unix::fs::FileExt as _;
-use std::process::{Child, Command};
+use std::process::{Child, Command, Stdio};
 
 use rustix::process::{Pid, Resource, Rlimit, prlimit};
 
@@ -22,8 +22,14 @@ fn is_served(scratch: &Scratch) -> bool {
     ran.status.success()
 }
 
+const TAKE_OVER: [&str; 6] = ["live-restore", "web01@latest", "t.raw", "--listen", "unix:s", "--take-over"];
+
+fn take_over_with(scratch: &Scratch, further: &[&str]) -> Ran {
+    scratch.run(&[&TAKE_OVER, further].concat())
+}
+
 fn take_over(scratch: &Scratch) -> Ran {
-    scratch.run(&["live-restore", "web01@latest", "t.raw", "--listen", "unix:s", "--take-over"])
+    take_over_with(scratch, &[])
 }
 
 #[track_caller]
@@ -40,6 +46,8 @@ fn an_agent_whose_target_cannot_be_gone_on_with_is_not_told_to_end() {
     is_refused(&scratch, &["t.raw", "is gone"]);
     scratch.copy("aside.raw", "t.raw");
     is_refused(&scratch, &["is another target now"]);
+    take_over_with(&scratch, &["--moved"]).fails(&["t.raw is another target now", "end the agent first"]);
+    assert!(is_served(&scratch), "--moved is of what nobody serves");
     std::fs::rename(&aside, &target).unwrap();
     let mut successor = live_restore(&scratch, &["--take-over"]);
     assert!(live.wait().unwrap().success());
@@ -62,6 +70,49 @@ fn an_agent_whose_target_may_not_be_written_to_is_not_told_to_end() {
         let refused = std::panic::catch_unwind(|| is_refused(&scratch, &["t.raw", "not permitted"]));
         assert!(chattr("-i"));
         refused.unwrap();
+    }
+    park(&mut live);
+}
+
+#[test]
+fn an_agent_whose_session_cannot_be_written_to_is_not_told_to_end() {
+    let (scratch, mut live) = served();
+    for (name, attribute) in [("live", "i"), ("live", "a"), ("session.json", "i"), ("session.json", "a")] {
+        let chattr = |sign: &str| {
+            let mut command = Command::new("chattr");
+            command.arg(format!("{sign}{attribute}")).arg(scratch.path("t.raw.lifeboot").join(name));
+            command.output().is_ok_and(|ran| ran.status.success())
+        };
+        // Not every file system and user can.
+        if chattr("+") {
+            let ran = take_over(&scratch);
+            assert!(chattr("-") && is_served(&scratch), "{name} {attribute}: {ran:?}");
+            ran.fails(&[name, "not permitted"]);
+        }
+    }
+    park(&mut live);
+}
+
+#[test]
+fn who_found_no_session_does_not_take_the_place_of_an_agent_that_has_one() {
+    let (scratch, mut live) = served();
+    assert!(is_served(&scratch));
+    let [dir, away] = ["t.raw.lifeboot", "away"].map(|name| scratch.path(name));
+    for further in [&[][..], &["--force"]] {
+        std::fs::rename(&dir, &away).unwrap();
+        let mut command = scratch.command(&[&TAKE_OVER, further].concat());
+        let mut waits = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+        // It sleeps while somebody has the address: by then it has looked for the session.
+        let sleeps = format!("{} ", libc::SYS_clock_nanosleep);
+        let doing = format!("/proc/{}/syscall", waits.id());
+        while !std::fs::read_to_string(&doing).unwrap().starts_with(&sleeps) {
+            assert!(waits.try_wait().unwrap().is_none(), "{:?}", Ran::of(waits.wait_with_output().unwrap()));
+            std::thread::yield_now();
+        }
+        std::fs::rename(&away, &dir).unwrap();
+        let refused = Ran::of(waits.wait_with_output().unwrap());
+        refused.fails(&["no session was in ", "run the same command again", "goes on"]);
+        assert!(is_served(&scratch), "{further:?}");
     }
     park(&mut live);
 }
