@@ -91,8 +91,8 @@ pub(super) struct Narrator<'a> {
     /// By disk: how often its session was started before, as of this start.
     restarts: Vec<u64>,
     bar: Option<Progress>,
-    /// By disk: what it waits for, and what may be lost, as it was told.
-    troubles: Vec<[Option<String>; 2]>,
+    /// By disk: what it waits for, as it was told.
+    troubles: Vec<Option<String>>,
 }
 
 impl<'a> Narrator<'a> {
@@ -134,8 +134,10 @@ impl<'a> Narrator<'a> {
                         continue;
                     }
                     self.output.line(format_args!(
-                        "{which}parked at {:.1} % home; the same command goes on",
-                        status.percent()
+                        "{which}parked at {:.1} % home{}",
+                        status.percent(),
+                        // Else it is said below what became of the target.
+                        if status.loss.is_none() { "; the same command goes on" } else { "" }
                     ))?;
                 }
             }
@@ -265,7 +267,7 @@ impl<'a> Narrator<'a> {
 impl Watcher for Narrator<'_> {
     fn ready(&mut self, service: &Arc<Service>) -> anyhow::Result<()> {
         self.restarts = service.disks().iter().map(|disk| disk.record.starts.saturating_sub(1)).collect();
-        self.troubles = vec![[None, None]; service.disks().len()];
+        self.troubles = vec![None; service.disks().len()];
         Self::say(self.say_ready(service));
         // Without systemd there is nobody to tell.
         let _ = sd_notify::notify(&[sd_notify::NotifyState::Ready]);
@@ -291,12 +293,10 @@ impl Watcher for Narrator<'_> {
             self.bar.get_or_insert_with(begin).set(home);
         }
         for (told, status) in self.troubles.iter_mut().zip(statuses) {
-            for (told, now) in told.iter_mut().zip([&status.waiting, &status.loss]) {
-                if let (None, Some(why)) = (&told, now) {
-                    self.output.warn(format_args!("{}{why}", which(status, statuses)));
-                }
-                told.clone_from(now);
+            if let (None, Some(why)) = (&told, &status.waiting) {
+                self.output.warn(format_args!("{}{why}", which(status, statuses)));
             }
+            told.clone_from(&status.waiting);
         }
     }
 

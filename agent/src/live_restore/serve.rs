@@ -206,12 +206,7 @@ impl Running {
             disk.rates.home.store(0, std::sync::atomic::Ordering::Relaxed);
             disk.rates.fetched.store(0, std::sync::atomic::Ordering::Relaxed);
         }
-        let statuses: Vec<Status> = self
-            .service
-            .statuses()
-            .into_iter()
-            .map(|status| Status { uri: None, background: None, limit: None, connections: None, ..status })
-            .collect();
+        let statuses = self.service.last_statuses();
         story.keep_damage(&statuses);
         let end = told?;
         parked?;

@@ -1,5 +1,6 @@
 //! A running agent, as whoever is asked something through its sockets sees it: its disks, and what they share.
 
+use std::os::fd::{AsFd as _, BorrowedFd};
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock, Weak};
@@ -7,6 +8,7 @@ use std::time::Instant;
 
 use block::{Engine, FileDisk};
 use nbd_server::{ListenAddress, Listener, Monitor, TlsServer};
+use parking_lot::Mutex;
 
 use super::advice;
 use super::fetching::Fetching;
@@ -45,8 +47,8 @@ pub(crate) struct Service {
     /// Another process may take its place.
     pub(super) may_be_succeeded: bool,
     /// Whoever is asked for the agent's place holds this.
-    pub(super) succession: parking_lot::Mutex<()>,
-    heir: parking_lot::Mutex<Option<Heir>>,
+    pub(super) succession: Mutex<()>,
+    heir: Mutex<Option<Heir>>,
 }
 
 /// One of its disks.
@@ -72,6 +74,8 @@ pub(crate) struct ServedDisk {
     pub(super) rates: Rates,
     /// Whether guests' writes find room on its target.
     room: Room,
+    /// What was told of a target that does not stand at its path.
+    told_loss: Mutex<Option<String>>,
     /// Its share of the limit, as it was set last.
     share: AtomicU64,
     /// Nothing is left for its background to do.
@@ -83,7 +87,7 @@ pub(crate) struct ServedDisk {
 #[derive(Debug)]
 pub(super) struct Handover {
     /// Whoever moves it holds this.
-    pub(super) turn: parking_lot::Mutex<()>,
+    pub(super) turn: Mutex<()>,
     /// It and saving take turns.
     pub(super) saves: Arc<Turns>,
     /// QEMU may write to the target past us, as the session's record says.
@@ -118,8 +122,8 @@ impl Service {
             is_ending: AtomicBool::new(false),
             listeners: Vec::new(),
             may_be_succeeded: false,
-            succession: parking_lot::Mutex::default(),
-            heir: parking_lot::Mutex::default(),
+            succession: Mutex::default(),
+            heir: Mutex::default(),
         };
         service.share_limit();
         service
@@ -153,12 +157,31 @@ impl Service {
         if status.waiting.is_none() && disk.room.is_lacking(&disk.record.target, Instant::now()) {
             status.waiting = Some(room::advice(&disk.record.target));
         }
-        // What a machine was moved onto is its own to look after.
-        if !disk.is_marked() {
-            status.loss = stray::found(&disk.target, &disk.record.target);
-        }
+        status.loss = loss(disk, stray::found);
         status.seconds_left = status.expected_seconds(disk.share.load(Ordering::Relaxed));
         status
+    }
+
+    /// How far each disk is at the end, when nobody can be asked any more.
+    pub(super) fn last_statuses(&self) -> Vec<Status> {
+        let at_the_end = |disk: &ServedDisk| Status {
+            loss: loss(disk, stray::left),
+            uri: None,
+            background: None,
+            limit: None,
+            connections: None,
+            ..self.status(disk)
+        };
+        self.disks.iter().map(at_the_end).collect()
+    }
+
+    /// What to say where a disk's target does not stand at its path: whenever that is something else than before.
+    pub(super) fn news_of_loss(disk: &ServedDisk) -> Option<String> {
+        let loss = loss(disk, stray::found);
+        let mut told = disk.told_loss.lock();
+        let is_news = *told != loss;
+        told.clone_from(&loss);
+        loss.filter(|_| is_news)
     }
 
     fn look_at_room(&self, disk: &ServedDisk) {
@@ -253,6 +276,11 @@ pub(super) fn share(limit: u64, disks: u64) -> u64 {
     if limit == 0 { 0 } else { (limit / disks.max(1)).max(1) }
 }
 
+/// Where the target of a disk does not stand at its path: what a machine was moved onto is its own to look after.
+fn loss(disk: &ServedDisk, told: fn(BorrowedFd<'_>, &Path) -> Option<String>) -> Option<String> {
+    if disk.is_marked() { None } else { told(disk.target.as_fd(), &disk.record.target) }
+}
+
 impl ServedDisk {
     pub(super) fn new(
         record: SessionRecord,
@@ -265,7 +293,7 @@ impl ServedDisk {
     ) -> Self {
         let share = disk.session().stats().limit;
         let handover = Handover {
-            turn: parking_lot::Mutex::default(),
+            turn: Mutex::default(),
             saves: Arc::default(),
             is_marked: AtomicBool::new(record.handed_over),
             done: OnceLock::new(),
@@ -282,6 +310,7 @@ impl ServedDisk {
             trace: None,
             rates: Rates::default(),
             room: Room::default(),
+            told_loss: Mutex::default(),
             share: AtomicU64::new(share),
             is_idle: AtomicBool::new(false),
             handover,

@@ -153,6 +153,7 @@ impl<'a> Story<'a> {
         let mut ticks = tokio::time::interval(TICK);
         let mut is_complete = false;
         let mut looked_at = Instant::now();
+        let mut sought_at = looked_at;
         let mut looking: Option<tokio::task::JoinHandle<()>> = None;
         loop {
             tokio::select! {
@@ -188,6 +189,11 @@ impl<'a> Story<'a> {
                 }
             }
             let now = Instant::now();
+            if now.duration_since(sought_at) >= PROGRESS_INTERVAL {
+                sought_at = now;
+                let news = self.service.disks().iter().filter_map(Service::news_of_loss);
+                news.for_each(|why| tracing::warn!("{why}"));
+            }
             // One at a time, or they would queue up for a repository that does not answer.
             let is_looking = looking.as_ref().is_some_and(|looking| !looking.is_finished());
             if now.duration_since(looked_at) >= TRACE_INTERVAL && !is_looking {

@@ -364,19 +364,22 @@ fn a_target_that_does_not_stand_at_its_path_while_it_is_served_is_told_of() {
     let mut live = scratch.command(&args).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
     let mut lines = BufReader::new(live.stdout.take().unwrap()).lines().map(Result::unwrap);
     assert!(lines.any(|line| line.starts_with("complete: ")));
+    let mut said = BufReader::new(live.stderr.take().unwrap()).lines().map(Result::unwrap);
     let lost = || scratch.json(&["status", "t.raw", "--state", "t.raw.lifeboot"])["loss"].clone();
     assert_eq!(lost(), serde_json::Value::Null);
     std::fs::rename(scratch.path("t.raw"), scratch.path("away.raw")).unwrap();
     scratch.copy("away.raw", "t.raw");
     let loss = lost();
     assert!(loss.as_str().is_some_and(|loss| loss.starts_with("another file stands at ")), "{loss}");
+    assert!(said.any(|line| line.contains("WARN another file stands at ")));
     std::fs::remove_file(scratch.path("away.raw")).unwrap();
     std::fs::remove_file(scratch.path("t.raw")).unwrap();
+    assert!(said.any(|line| line.contains("the target was removed")), "it is told again, as it is worse");
     let shown = scratch.run(&["status", "t.raw", "--state", "t.raw.lifeboot"]).ends_with(0).stdout;
     assert!(shown.contains("may be lost") && shown.contains("the target was removed"), "{shown}");
     kill_process(Pid::from_child(&live), Signal::TERM).unwrap();
     let report = lines.collect::<Vec<_>>().join("\n");
     assert!(live.wait().unwrap().success());
-    assert!(report.contains("next: nothing stands at "), "{report}");
-    assert!(!report.contains("can be started"), "{report}");
+    assert!(report.contains("next: nothing stands at ") && report.contains("and is gone"), "{report}");
+    assert!(!report.contains("can be started") && !report.contains("lifeboot save"), "{report}");
 }
