@@ -222,7 +222,8 @@ impl Save<'_> {
             });
             views.collect()
         });
-        views?
+        // Whoever asked is another process.
+        views.with_context(|| format!("the agent (process {}) cannot save now", std::process::id()))?
     }
 }
 
