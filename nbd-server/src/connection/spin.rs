@@ -8,6 +8,10 @@
 //! - *Processors.* Where waiting awake was in vain, it is left out for a while, twice as long each time; and it is for those
 //!   who have the machine to themselves: a processor for each connection and one for its client. Packets of a network, each with a
 //!   little of a large write, are not worth it.
+//! - *The client's processor.* The kernel may well have woken the client where this thread waits awake, and then it would wait for a
+//!   client that waits for it. So it offers the processor to others each time it has looked (measured, on two processors: 4 KiB reads 45 to
+//!   49 thousand a second over a unix socket and 30 to 40 over TCP, 64 KiB ones over TCP 16 to 27). Somebody who computes takes a whole
+//!   turn then: a wait that such a turn ended was in vain, whatever had come meanwhile.
 //! - *Others on the thread.* Nothing else is in flight on it meanwhile, and every [`LONGEST_STREAK`] it gives way: the event loop looks for
 //!   whoever else has come. That hands nothing to the kernel: for that the thread goes to sleep in earnest, each time where others than
 //!   connections work on it, else every [`LONGEST_AWAKE`], so rarely that one request in a hundred does not meet it.
@@ -16,6 +20,8 @@ use std::time::{Duration, Instant};
 
 /// For how long a request is waited for awake.
 const LONGEST_WAIT: Duration = Duration::from_micros(30);
+/// Who has the processor for so long was no client that sends its next request.
+const LONG_TURN: Duration = Duration::from_micros(500);
 /// For how long a thread does nothing but this connection's work, as long as it finds requests.
 const LONGEST_STREAK: Duration = Duration::from_micros(500);
 /// For how long it does not sleep, where nobody but connections works on it.
@@ -73,20 +79,23 @@ impl Spin {
             self.streak_since = None;
             return Waited::GiveWay;
         }
+        let mut waited_long = false;
         loop {
             if let Some(found) = look() {
-                if enough(&found) {
+                if enough(&found) && !waited_long {
                     self.penalty = 0;
                 } else {
                     self.leave_out();
                 }
                 return Waited::Found(found);
             }
-            if begun.elapsed() >= LONGEST_WAIT {
+            let waited = begun.elapsed();
+            if waited >= LONGEST_WAIT {
                 self.leave_out();
                 return self.sleep();
             }
-            std::hint::spin_loop();
+            std::thread::yield_now();
+            waited_long |= begun.elapsed() >= waited + LONG_TURN;
         }
     }
 
