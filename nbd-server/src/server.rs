@@ -288,16 +288,16 @@ impl ServerHandle {
         self.listeners.lock().clone()
     }
 
-    /// Whether its end has come by itself: that of the one connection that it serves.
-    #[must_use]
-    pub fn is_ended(&self) -> bool {
-        self.threads.iter().all(JoinHandle::is_finished)
-    }
-
     /// Whether its end has begun, whoever began it: its owner, the end of the one connection that it serves, or a panic.
     #[must_use]
     pub fn is_ending(&self) -> bool {
         self.monitor.is_ending()
+    }
+
+    /// Waits until its end has begun, as [`ServerHandle::is_ending`] has it.
+    pub async fn ending(&self) {
+        let mut phase = self.phase.subscribe();
+        phase.wait_for(|phase| *phase != Phase::Running).await.expect("a sender is here");
     }
 
     /// What is going on right now.

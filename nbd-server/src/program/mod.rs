@@ -6,7 +6,6 @@ use std::io::{self, Write as _};
 use std::path::Path;
 use std::sync::Arc;
 use std::thread;
-use std::time::Duration;
 
 use anyhow::{Context, Result};
 use block::{Engine, FileDisk, FileOptions};
@@ -19,9 +18,6 @@ use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::oneshot;
 
 pub(crate) use arguments::Arguments;
-
-/// How often it is looked whether the one connection of `--stdio` has ended.
-const TICK: Duration = Duration::from_millis(20);
 
 /// So many files are open at most beside the server's: the disk, the signals' event loop, the log, a meeting point.
 const FILES: usize = 12;
@@ -132,7 +128,7 @@ fn run(
         tokio::select! {
             _ = terminate.recv() => {}
             _ = interrupt.recv() => {}
-            () = ended(&handle) => {}
+            () = handle.ending() => {}
             () = hung_up(tls.as_ref(), start, hangups) => {}
             Ok(successor) = departed => departure = Some(successor),
         }
@@ -168,12 +164,5 @@ async fn hung_up(tls: Option<&TlsServer>, start: Hangup, mut hangups: Signal) {
             (Asks::End, _) => return,
             (Asks::Reload | Asks::Nothing, _) => {}
         }
-    }
-}
-
-async fn ended(handle: &ServerHandle) {
-    let mut ticks = tokio::time::interval(TICK);
-    while !handle.is_ended() {
-        ticks.tick().await;
     }
 }
