@@ -2,12 +2,15 @@
 //!
 //! Half of it is *common*, and given out in the order of asking. The other half is divided among as many connections as there may be:
 //! each has its own share, which nobody else can take, so that requests of ordinary size go on though others hold all that is common
-//! and do nothing with it. A request that fits into what is left of its connection's share takes it from there.
+//! and do nothing with it. A request that fits into what is left of its connection's share takes it from there, and one that is longer
+//! goes on in parts that do where nothing else can be had.
 
-use std::cell::Cell;
+use std::cell::{Cell, RefCell};
+use std::future::poll_fn;
 use std::rc::Rc;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::task::{Poll, Waker};
 
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
@@ -15,6 +18,8 @@ use crate::Limits;
 
 /// The unit in which common memory is counted, in bytes.
 const UNIT: u64 = 4096;
+/// The longest part of a request in bytes: what one call of the device does well.
+const MOST_OF_PART: u64 = 1 << 20;
 /// What the longest BLOCK_STATUS reply takes: never more than this is asked for but for a request's own data.
 pub(crate) const MAX_REPLY_BYTES: u32 = 1 << 20;
 
@@ -23,6 +28,7 @@ pub(crate) const MAX_REPLY_BYTES: u32 = 1 << 20;
 pub(crate) struct Budget {
     units: Arc<Semaphore>,
     waiting: Arc<AtomicUsize>,
+    is_stuck: Arc<AtomicBool>,
     /// Units that are common.
     common: usize,
     /// Bytes of one connection's share.
@@ -40,23 +46,30 @@ pub(crate) struct Allowance {
 /// Where an allowance comes from.
 #[derive(Debug)]
 enum From {
-    Common { _permit: OwnedSemaphorePermit },
+    Common { _permit: OwnedSemaphorePermit, is_stuck: Arc<AtomicBool> },
     Share { _use: ShareUse },
 }
 
-/// What belongs to one connection.
-#[derive(Debug)]
+/// What belongs to one connection. Clones share it.
+#[derive(Clone, Debug)]
 pub(crate) struct Share {
     size: u64,
-    used: Rc<Cell<u64>>,
-    used_of_all: Arc<AtomicU64>,
+    given: Rc<Given>,
+}
+
+/// What is given out of a share.
+#[derive(Debug)]
+struct Given {
+    bytes: Cell<u64>,
+    bytes_of_all: Arc<AtomicU64>,
+    /// Who is told when some of it comes back.
+    waiting: RefCell<Option<Waker>>,
 }
 
 #[derive(Debug)]
 struct ShareUse {
     bytes: u64,
-    used: Rc<Cell<u64>>,
-    used_of_all: Arc<AtomicU64>,
+    given: Rc<Given>,
 }
 
 impl Budget {
@@ -72,6 +85,7 @@ impl Budget {
         Self {
             units: Arc::new(Semaphore::new(common)),
             waiting: Arc::default(),
+            is_stuck: Arc::default(),
             common,
             share,
             used_of_shares: Arc::default(),
@@ -80,28 +94,49 @@ impl Budget {
 
     /// What belongs to a new connection.
     pub(crate) fn share(&self) -> Share {
-        Share { size: self.share, used: Rc::default(), used_of_all: Arc::clone(&self.used_of_shares) }
+        let given = Given {
+            bytes: Cell::new(0),
+            bytes_of_all: Arc::clone(&self.used_of_shares),
+            waiting: RefCell::new(None),
+        };
+        Share { size: self.share, given: Rc::new(given) }
     }
 
     /// An allowance for `len` bytes of what is common, if nobody has to be waited for.
     pub(crate) fn try_take(&self, len: u32) -> Option<Allowance> {
         let permit = Arc::clone(&self.units).try_acquire_many_owned(units32(len)).ok()?;
-        Some(Allowance { _from: From::Common { _permit: permit } })
+        Some(Allowance { _from: From::Common { _permit: permit, is_stuck: Arc::clone(&self.is_stuck) } })
     }
 
     /// An allowance for `len` bytes of what is common, after those who asked before.
     pub(crate) fn take(&self, len: u32) -> impl Future<Output = Allowance> + use<> {
         let units = Arc::clone(&self.units);
-        let waiting = Waiting::begin(&self.waiting);
+        let waiting = self.want();
+        let is_stuck = Arc::clone(&self.is_stuck);
         async move {
             let permit = units.acquire_many_owned(units32(len)).await;
             drop(waiting);
             let permit = permit.expect("the semaphore is never closed");
-            Allowance { _from: From::Common { _permit: permit } }
+            Allowance { _from: From::Common { _permit: permit, is_stuck } }
         }
     }
 
-    /// Whether somebody waits for what is common.
+    /// Has it known, until this is dropped, that what is common is wanted.
+    pub(crate) fn want(&self) -> Wanting {
+        Wanting::begin(&self.waiting)
+    }
+
+    /// Somebody waited for what is common, and nothing came back for long.
+    pub(crate) fn get_stuck(&self) {
+        self.is_stuck.store(true, Ordering::Relaxed);
+    }
+
+    /// Whether nothing of what is common has come back since [`Budget::get_stuck`]: to wait for it is in vain.
+    pub(crate) fn is_stuck(&self) -> bool {
+        self.is_stuck.load(Ordering::Relaxed)
+    }
+
+    /// Whether somebody waits for what is common, or goes on with less.
     pub(crate) fn is_wanted(&self) -> bool {
         self.waiting.load(Ordering::Relaxed) > 0
     }
@@ -117,39 +152,73 @@ impl Share {
     /// An allowance for `len` bytes, if there is so much left.
     pub(crate) fn try_take(&self, len: u32) -> Option<Allowance> {
         let bytes = u64::from(len);
-        if bytes > self.size - self.used.get() {
+        let given = &self.given;
+        if bytes > self.size - given.bytes.get() {
             return None;
         }
-        self.used.set(self.used.get() + bytes);
-        self.used_of_all.fetch_add(bytes, Ordering::Relaxed);
-        let used =
-            ShareUse { bytes, used: Rc::clone(&self.used), used_of_all: Arc::clone(&self.used_of_all) };
-        Some(Allowance { _from: From::Share { _use: used } })
+        given.bytes.set(given.bytes.get() + bytes);
+        given.bytes_of_all.fetch_add(bytes, Ordering::Relaxed);
+        Some(Allowance { _from: From::Share { _use: ShareUse { bytes, given: Rc::clone(given) } } })
+    }
+
+    /// An allowance for `len` bytes, no more than all of it, once there is so much left. One at a time waits for it.
+    pub(crate) async fn take(&self, len: u32) -> Allowance {
+        poll_fn(|cx| match self.try_take(len) {
+            Some(allowance) => Poll::Ready(allowance),
+            None => {
+                self.given.waiting.replace(Some(cx.waker().clone()));
+                Poll::Pending
+            }
+        })
+        .await
+    }
+
+    /// The length in bytes of the parts of a request for which there is this share alone: two fit into it, so that one is made while
+    /// the other is sent. `None` where it holds nothing worth the name.
+    pub(crate) fn part_bytes(&self) -> Option<u32> {
+        let part = (self.size / 2).min(MOST_OF_PART) / UNIT * UNIT;
+        u32::try_from(part).ok().filter(|part| *part > 0)
     }
 
     /// How much of it is given out, in bytes.
     pub(crate) fn used_bytes(&self) -> u64 {
-        self.used.get()
+        self.given.bytes.get()
+    }
+}
+
+impl Drop for From {
+    fn drop(&mut self) {
+        if let Self::Common { is_stuck, .. } = self
+            && is_stuck.load(Ordering::Relaxed)
+        {
+            is_stuck.store(false, Ordering::Relaxed);
+        }
     }
 }
 
 impl Drop for ShareUse {
     fn drop(&mut self) {
-        self.used.set(self.used.get() - self.bytes);
-        self.used_of_all.fetch_sub(self.bytes, Ordering::Relaxed);
+        let given = &self.given;
+        given.bytes.set(given.bytes.get() - self.bytes);
+        given.bytes_of_all.fetch_sub(self.bytes, Ordering::Relaxed);
+        if let Some(waiting) = given.waiting.take() {
+            waiting.wake();
+        }
     }
 }
 
-struct Waiting(Arc<AtomicUsize>);
+/// Somebody wants what is common.
+#[derive(Debug)]
+pub(crate) struct Wanting(Arc<AtomicUsize>);
 
-impl Waiting {
+impl Wanting {
     fn begin(count: &Arc<AtomicUsize>) -> Self {
         count.fetch_add(1, Ordering::Relaxed);
         Self(Arc::clone(count))
     }
 }
 
-impl Drop for Waiting {
+impl Drop for Wanting {
     fn drop(&mut self) {
         self.0.fetch_sub(1, Ordering::Relaxed);
     }

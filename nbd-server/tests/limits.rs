@@ -122,9 +122,15 @@ fn who_takes_or_sends_nothing_for_long_is_closed_though_nobody_waits() {
     served.end();
 }
 
+/// 4 MiB for all requests, and nothing of it for each connection.
+fn without_shares() -> Limits {
+    // So many that their shares are less than a page.
+    Limits { memory_bytes: 4 << 20, request_bytes: 1 << 20, connections: 10_000, ..Limits::default() }
+}
+
 #[test]
 fn a_client_of_small_requests_is_served_beside_greedy_ones() {
-    let limits = Limits { memory_bytes: 4 << 20, request_bytes: 1 << 20, ..Limits::default() };
+    let limits = without_shares();
     let served =
         Served::new(MemoryDisk::new(8 << 20).slow(), ServerOptions { limits, ..ServerOptions::default() });
     let mut small = served.simple_client();
@@ -145,9 +151,8 @@ fn a_client_of_small_requests_is_served_beside_greedy_ones() {
                 }
             });
         }
-        served.wait_for(|stats| stats.memory_bytes == 2 << 20);
+        served.wait_for(|stats| stats.memory_bytes == 4 << 20);
         for _ in 0..200 {
-            // More than its own share of the memory.
             assert_eq!(small.read(0, 16 << 10).result, Ok(()));
         }
         over.store(true, Ordering::Relaxed);
@@ -233,7 +238,7 @@ fn a_connection_has_no_more_requests_in_flight_than_allowed() {
 
 #[test]
 fn memory_in_flight_never_exceeds_the_budget_and_everybody_is_served_in_turn() {
-    let limits = Limits { memory_bytes: 4 << 20, request_bytes: 1 << 20, ..Limits::default() };
+    let limits = without_shares();
     let served =
         Served::new(MemoryDisk::new(8 << 20).slow(), ServerOptions { limits, ..ServerOptions::default() });
     served.disk.close_gate();
@@ -243,10 +248,10 @@ fn memory_in_flight_never_exceeds_the_budget_and_everybody_is_served_in_turn() {
             client.send(CommandKind::Read, CommandFlags::NONE, number << 20, 1 << 20, &[]);
         }
     }
-    // Two connections have a quarter each, which is all that is common; four wait.
-    served.disk.wait_for_waiting(2);
-    assert_eq!(served.handle.stats().memory_bytes, 2 << 20);
-    assert_eq!(served.disk.waiting(), 2);
+    // Four connections have a quarter each; two wait.
+    served.disk.wait_for_waiting(4);
+    assert_eq!(served.handle.stats().memory_bytes, 4 << 20);
+    assert_eq!(served.disk.waiting(), 4);
     served.disk.open_gate();
     // All of them read at once: who takes no replies while others wait is cut off.
     let monitor = served.handle.monitor();

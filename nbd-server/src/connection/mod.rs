@@ -9,6 +9,7 @@ mod intake;
 mod negotiate;
 mod outbox;
 mod pages;
+mod parts;
 mod perform;
 mod read;
 mod request;

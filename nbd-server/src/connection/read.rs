@@ -148,10 +148,8 @@ impl Reads {
         }
     }
 
-    /// Asks the device where it has data, then reads that, and tells of holes as holes. Structured replies only.
-    pub(super) async fn find_holes(self: Rc<Self>, request: Request) {
-        let header = request.header;
-        let range = perform::range(&header);
+    /// Asks the device where `range` has data.
+    pub(super) async fn pieces(&self, range: ByteRange) -> Vec<Piece> {
         let size = self.device.geometry().size;
         let ahead = range.start().saturating_add(LOOKAHEAD_BYTES).max(range.end()).min(size);
         let asked = ByteRange::from_bounds(range.start(), ahead);
@@ -162,7 +160,14 @@ impl Reads {
             self.has_holes.set(true);
         }
         self.is_asking.set(false);
-        let pieces = pieces(range, &extents);
+        pieces(range, &extents)
+    }
+
+    /// Asks the device where it has data, then reads that, and tells of holes as holes. Structured replies only.
+    pub(super) async fn find_holes(self: Rc<Self>, request: Request) {
+        let header = request.header;
+        let range = perform::range(&header);
+        let pieces = self.pieces(range).await;
         if let [Piece { zero: false, .. }] = pieces[..] {
             if self.send_resident(&header, range, &request.shared, true) {
                 return request.answer(|_, _| {});
@@ -228,17 +233,18 @@ fn answer_in_pieces(request: Request, pieces: Vec<(Piece, Option<AlignedBuf>)>) 
 }
 
 /// The head before the data of `range`, which is the request's or a part of it.
-fn head(encoder: ReplyEncoder, header: &RequestHeader, range: ByteRange, last: bool) -> Head {
+pub(super) fn head(encoder: ReplyEncoder, header: &RequestHeader, range: ByteRange, last: bool) -> Head {
     match encoder.style() {
         ReplyStyle::Simple => encoder.data(header),
         _ => encoder.data_chunk(header, range.start(), range.len(), last),
     }
 }
 
+/// A part of what is read: data, or zeroes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct Piece {
-    range: ByteRange,
-    zero: bool,
+pub(super) struct Piece {
+    pub(super) range: ByteRange,
+    pub(super) zero: bool,
 }
 
 /// The whole of `range` in order, zeroes and data in turn. What the extents do not tell of is data.

@@ -11,6 +11,7 @@ use block::ByteRange;
 use proto::server::ReplyEncoder;
 use proto::wire::{Cut, Errno, RequestHeader};
 
+use super::end::End;
 use super::outbox::Outbox;
 use super::perform;
 use crate::LateRequests;
@@ -28,8 +29,8 @@ pub(super) struct Shared {
     tasks: Cell<usize>,
     held: Cell<usize>,
     held_bytes: Cell<u64>,
-    /// A reply was left out on purpose: the connection must end instead.
-    gave_up: Cell<bool>,
+    /// A reply was left out, or broken off: the connection must end instead.
+    gave_up: RefCell<Option<End>>,
     logs: Arc<LogLimits>,
     waker: RefCell<Option<Waker>>,
     operations: Rc<Operations>,
@@ -51,7 +52,7 @@ impl Shared {
             tasks: Cell::new(0),
             held: Cell::new(0),
             held_bytes: Cell::new(0),
-            gave_up: Cell::new(false),
+            gave_up: RefCell::new(None),
             logs,
             waker: RefCell::default(),
             operations,
@@ -78,8 +79,14 @@ impl Shared {
         self.outbox.borrow().is_closed()
     }
 
-    pub(super) fn gave_up(&self) -> bool {
-        self.gave_up.get()
+    /// How the connection must end, if it must.
+    pub(super) fn gave_up(&self) -> Option<End> {
+        self.gave_up.borrow_mut().take()
+    }
+
+    /// Has the connection end like this.
+    pub(super) fn give_up(&self, end: End) {
+        self.gave_up.borrow_mut().get_or_insert(end);
     }
 
     /// Has the connection's task be woken when something changed here.
@@ -90,7 +97,8 @@ impl Shared {
         }
     }
 
-    fn wake(&self) {
+    /// Has the connection's task look at what changed here.
+    pub(super) fn wake(&self) {
         if let Some(waker) = &*self.waker.borrow() {
             waker.wake_by_ref();
         }
@@ -120,7 +128,7 @@ impl Shared {
     pub(super) fn fail(&self, header: &RequestHeader, error: &block::Error) {
         let errno = errno(error);
         if errno == Errno::Shutdown && self.late_requests == LateRequests::Leave {
-            self.gave_up.set(true);
+            self.give_up(End::Stopping);
             return;
         }
         self.log_failure(header, error);
@@ -149,6 +157,18 @@ impl Drop for Held {
     }
 }
 
+impl Held {
+    fn new(shared: &Rc<Shared>, allowance: Option<(u32, Allowance)>) -> Rc<Self> {
+        let (bytes, allowance) = match allowance {
+            Some((bytes, allowance)) => (u64::from(bytes), Some(allowance)),
+            None => (0, None),
+        };
+        shared.held.set(shared.held.get() + 1);
+        shared.held_bytes.set(shared.held_bytes.get() + bytes);
+        Rc::new(Self { shared: Rc::clone(shared), bytes, _allowance: allowance })
+    }
+}
+
 /// A request under way in a task of its own.
 pub(super) struct Request {
     pub(super) header: RequestHeader,
@@ -164,21 +184,20 @@ impl Request {
         shared: &Rc<Shared>,
         allowance: Option<(u32, Allowance)>,
     ) -> Self {
-        let (bytes, allowance) = match allowance {
-            Some((bytes, allowance)) => (u64::from(bytes), Some(allowance)),
-            None => (0, None),
-        };
         shared.tasks.set(shared.tasks.get() + 1);
-        shared.held.set(shared.held.get() + 1);
-        shared.held_bytes.set(shared.held_bytes.get() + bytes);
         shared.operations.begin();
-        let held = Rc::new(Held { shared: Rc::clone(shared), bytes, _allowance: allowance });
+        let held = Held::new(shared, allowance);
         Self { header, shared: Rc::clone(shared), held, answered: false }
     }
 
     /// What keeps the request counted while its data is queued.
     pub(super) fn held(&self) -> Rc<Held> {
         Rc::clone(&self.held)
+    }
+
+    /// What counts the memory of a part of its data until that is sent.
+    pub(super) fn hold_part(&self, bytes: u32, allowance: Allowance) -> Rc<Held> {
+        Held::new(&self.shared, Some((bytes, allowance)))
     }
 
     /// Gives it up unanswered: the connection ends in the middle of it.

@@ -17,6 +17,7 @@ use super::control::Control;
 use super::end::End;
 use super::intake::Intake;
 use super::negotiate::Negotiated;
+use super::parts;
 use super::perform;
 use super::read::Reads;
 use super::request::Shared;
@@ -28,7 +29,7 @@ use crate::server::Phase;
 use crate::shard::{Neighbours, ShardState};
 use crate::slots::Transmitting;
 use crate::socket::Socket;
-use take::{State, Taken};
+use take::{Failure, State, Taken};
 
 /// Processors of this machine.
 static PROCESSORS: LazyLock<usize> = LazyLock::new(|| thread::available_parallelism().map_or(1, usize::from));
@@ -63,6 +64,7 @@ struct Transmission {
 fn room<'a>(state: &'a mut State, intake: &'a mut Intake, limit: usize) -> &'a mut [u8] {
     match state {
         State::Payload { buf, filled, .. } => &mut buf[*filled..],
+        State::Part(write) => write.room(),
         _ => intake.room(limit),
     }
 }
@@ -139,7 +141,7 @@ impl Transmission {
             if let Poll::Ready(end) = self.advance(cx) {
                 return Poll::Ready(end);
             }
-            let is_waiting = matches!(self.state, State::Payload { .. }) || !self.is_sent();
+            let is_waiting = matches!(self.state, State::Payload { .. } | State::Part(_)) || !self.is_sent();
             if !is_waiting {
                 self.stall.end();
                 return Poll::Pending;
@@ -230,7 +232,7 @@ impl Transmission {
         let in_flight = match self.state {
             State::Header => 0,
             State::Payload { .. } => 1,
-            State::Memory { .. } | State::Skip { .. } => return Waited::Sleep,
+            _ => return Waited::Sleep,
         };
         let is_alone = self.shared.tasks() == in_flight && self.shard.operations.count() == in_flight;
         if !(is_alone && self.is_sent() && self.has_room()) {
@@ -250,8 +252,11 @@ impl Transmission {
     /// Takes no more requests. What is in flight ends, and its replies are sent.
     fn finish(&mut self, end: End) {
         self.end.get_or_insert(end);
-        if let State::Payload { request, .. } = std::mem::replace(&mut self.state, State::Header) {
-            request.abandon();
+        match std::mem::replace(&mut self.state, State::Header) {
+            State::Payload { request, .. }
+            | State::Part(parts::Write { request, .. })
+            | State::Skip { then: Failure::Failed(request, _), .. } => request.abandon(),
+            _ => {}
         }
     }
 
@@ -297,12 +302,12 @@ impl Transmission {
 
     /// Notes that so many bytes came to where the next ones go.
     fn received(&mut self, len: usize) {
-        if let State::Payload { filled, .. } = &mut self.state {
-            *filled += len;
-            self.stall.moved(len);
-        } else {
-            self.intake.received(len);
+        match &mut self.state {
+            State::Payload { filled, .. } => *filled += len,
+            State::Part(write) => write.received(len),
+            _ => return self.intake.received(len),
         }
+        self.stall.moved(len);
     }
 
     /// Sends what is queued; whether anything was.

@@ -29,6 +29,8 @@ struct State {
     gate: Semaphore,
     gate_closed: AtomicBool,
     failure: Mutex<Option<ErrorKind>>,
+    /// How many operations that wait still succeed before that.
+    succeed: AtomicUsize,
     handles: AtomicUsize,
     waiting: AtomicUsize,
     stable_writes: AtomicUsize,
@@ -49,6 +51,7 @@ impl MemoryDisk {
             gate: Semaphore::new(0),
             gate_closed: AtomicBool::new(false),
             failure: Mutex::new(None),
+            succeed: AtomicUsize::new(0),
             handles: AtomicUsize::new(0),
             waiting: AtomicUsize::new(0),
             stable_writes: AtomicUsize::new(0),
@@ -95,6 +98,17 @@ impl MemoryDisk {
     /// Every operation fails like this from now on.
     pub(crate) fn fail(&self, kind: ErrorKind) {
         *self.state.failure.lock().expect("nobody panics with it") = Some(kind);
+    }
+
+    /// Every operation that waits fails like this, after so many of them.
+    pub(crate) fn fail_after(&self, count: usize, kind: ErrorKind) {
+        self.state.succeed.store(count, Ordering::SeqCst);
+        self.fail(kind);
+    }
+
+    /// Nothing fails any more.
+    pub(crate) fn mend(&self) {
+        *self.state.failure.lock().expect("nobody panics with it") = None;
     }
 
     /// Says of everything that it can be sent from `file`.
@@ -159,7 +173,11 @@ impl Handle {
             tokio::task::yield_now().await;
         }
         self.0.waiting.fetch_sub(1, Ordering::SeqCst);
-        self.failure()
+        let one_less = |left: usize| left.checked_sub(1);
+        match self.0.succeed.fetch_update(Ordering::SeqCst, Ordering::SeqCst, one_less) {
+            Ok(_) => Ok(()),
+            Err(_) => self.failure(),
+        }
     }
 
     fn is_fast(&self) -> bool {

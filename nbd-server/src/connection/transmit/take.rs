@@ -4,10 +4,13 @@ use std::future::Future;
 use std::pin::Pin;
 use std::rc::Rc;
 use std::task::{Context, Poll};
+use std::time::Duration;
 
 use block::{AlignedBuf, Attempt};
 use proto::server::{Command, Verdict};
 use proto::wire::{Errno, NotARequest, RequestHeader, SelectedContext};
+use tokio::sync::oneshot;
+use tokio::time::{Sleep, sleep};
 
 use super::Transmission;
 use crate::LateRequests;
@@ -15,12 +18,16 @@ use crate::budget::Allowance;
 use crate::connection::ahead::Written;
 use crate::connection::end::End;
 use crate::connection::intake::Intake;
+use crate::connection::parts::{self, InParts};
 use crate::connection::read::Plan;
 use crate::connection::request::Request;
 use crate::connection::{perform, status};
 
 /// How much is received after a long payload, which goes straight into its buffer: the next header, and little of what follows.
 const SHORT_RECEIVE_BYTES: usize = 4 << 10;
+/// For how long common memory is waited for: where others make use of it, some comes back in less.
+const WAIT_FOR_COMMON: Duration = Duration::from_millis(10);
+
 /// What the bytes that come next are.
 pub(super) enum State {
     /// A request's header.
@@ -31,16 +38,33 @@ pub(super) enum State {
         then: Then,
         bytes: u32,
         allowance: Pin<Box<dyn Future<Output = Allowance>>>,
+        /// When it has waited so long that it goes on in parts.
+        patience: Pin<Box<Sleep>>,
     },
     /// The payload of a WRITE.
     Payload { request: Request, fua: bool, buf: AlignedBuf, filled: usize, written: Written },
-    /// The payload of a request that was refused.
-    Skip { header: RequestHeader, left: usize, errno: Errno },
+    /// The payload of a WRITE in parts: of one of them.
+    Part(parts::Write),
+    /// A part is written.
+    Writing(oneshot::Receiver<parts::Written>),
+    /// A READ is answered in parts, and nothing is taken before it has ended.
+    Reading,
+    /// The payload of a request that failed.
+    Skip { left: usize, then: Failure },
+}
+
+/// How a request is answered whose payload is skipped.
+pub(super) enum Failure {
+    Refused(RequestHeader, Errno),
+    Failed(Request, block::Error),
 }
 
 /// What a request with memory does.
 pub(super) enum Then {
-    Fetch,
+    /// `whole` where the client wants one chunk.
+    Fetch {
+        whole: bool,
+    },
     FindHoles,
     Receive {
         fua: bool,
@@ -74,8 +98,8 @@ impl Transmission {
     /// Takes requests from what was received until something is missing.
     pub(super) fn take_requests(&mut self, cx: &mut Context<'_>) -> Taken {
         loop {
-            if self.shared.gave_up() {
-                return Taken::Ended(End::Stopping);
+            if let Some(end) = self.shared.gave_up() {
+                return Taken::Ended(end);
             }
             match std::mem::replace(&mut self.state, State::Header) {
                 State::Header => {
@@ -95,7 +119,7 @@ impl Transmission {
                         Err(NotARequest) => return Taken::Ended(End::NotARequest),
                     }
                 }
-                State::Memory { header, then, bytes, mut allowance } => {
+                State::Memory { header, then, bytes, mut allowance, mut patience } => {
                     let of_common =
                         if self.may_hold(bytes) { allowance.as_mut().poll(cx) } else { Poll::Pending };
                     let granted = match of_common {
@@ -106,8 +130,15 @@ impl Transmission {
                     match granted {
                         Some(allowance) => self.begin(header, then, Some((bytes, allowance))),
                         None => {
-                            self.state = State::Memory { header, then, bytes, allowance };
-                            return Taken::NeedsRoom;
+                            if patience.as_mut().poll(cx).is_ready() {
+                                self.shard.budget.get_stuck();
+                                patience.set(sleep(WAIT_FOR_COMMON));
+                            }
+                            // Where it cannot yet, whatever lets it wakes this task.
+                            if let Err(then) = self.begin_in_parts(header, then, bytes) {
+                                self.state = State::Memory { header, then, bytes, allowance, patience };
+                                return Taken::NeedsRoom;
+                            }
                         }
                     }
                 }
@@ -125,14 +156,49 @@ impl Transmission {
                     let device = Rc::clone(&self.reads.device);
                     tokio::task::spawn_local(perform::write(device, request, buf, fua));
                 }
-                State::Skip { header, left, errno } => {
+                State::Part(mut write) => {
+                    let taken = self.intake.move_into(write.room());
+                    write.received(taken);
+                    if !write.room().is_empty() {
+                        self.state = State::Part(write);
+                        return Taken::NeedsBytes;
+                    }
+                    self.state = State::Writing(write.write(Rc::clone(&self.reads.device)));
+                }
+                State::Writing(mut written) => {
+                    let Poll::Ready(result) = Pin::new(&mut written).poll(cx) else {
+                        self.state = State::Writing(written);
+                        return Taken::NeedsRoom;
+                    };
+                    let (write, result) = result.expect("the task that writes does not panic");
+                    match result {
+                        Ok(()) if write.left() == 0 => write.request.finish(Ok(())),
+                        Ok(()) => self.state = State::Part(write.next()),
+                        Err(error) => {
+                            let left = write.left();
+                            self.state = State::Skip { left, then: Failure::Failed(write.request, error) };
+                        }
+                    }
+                }
+                State::Reading => {
+                    if self.shared.tasks() > 0 {
+                        self.state = State::Reading;
+                        return Taken::NeedsRoom;
+                    }
+                }
+                State::Skip { left, then } => {
                     let skipped = left.min(self.intake.bytes().len());
                     self.intake.consume(skipped);
                     if skipped < left {
-                        self.state = State::Skip { header, left: left - skipped, errno };
+                        self.state = State::Skip { left: left - skipped, then };
                         return Taken::NeedsBytes;
                     }
-                    self.shared.reply(&self.shared.encoder.refused(&header, errno));
+                    match then {
+                        Failure::Refused(header, errno) => {
+                            self.shared.reply(&self.shared.encoder.refused(&header, errno));
+                        }
+                        Failure::Failed(request, error) => request.fail(&error),
+                    }
                 }
             }
         }
@@ -161,7 +227,8 @@ impl Transmission {
             }
             Verdict::Refuse(errno) => {
                 self.intake.consume(style.request_bytes());
-                self.state = State::Skip { header, left: header.payload_len(style) as usize, errno };
+                let left = header.payload_len(style) as usize;
+                self.state = State::Skip { left, then: Failure::Refused(header, errno) };
             }
             Verdict::Disconnect => return Some(Taken::Ended(End::Disconnected)),
             Verdict::TooLong => return Some(Taken::Ended(End::PayloadTooLong)),
@@ -213,7 +280,7 @@ impl Transmission {
         match command {
             Command::Read { whole } => match self.reads.at_once(&header, whole, &self.shared) {
                 Plan::Answered => {}
-                Plan::Fetch => self.with_memory(header, data_bytes(&header), Then::Fetch),
+                Plan::Fetch => self.with_memory(header, data_bytes(&header), Then::Fetch { whole }),
                 Plan::FindHoles => self.with_memory(header, data_bytes(&header), Then::FindHoles),
             },
             Command::Write { fua } => {
@@ -243,16 +310,44 @@ impl Transmission {
             Some(allowance) => self.begin(header, then, Some((bytes, allowance))),
             None => {
                 let allowance = Box::pin(self.shard.budget.take(bytes));
-                self.state = State::Memory { header, then, bytes, allowance };
+                let patience = Box::pin(sleep(WAIT_FOR_COMMON));
+                self.state = State::Memory { header, then, bytes, allowance, patience };
             }
         }
+    }
+
+    /// Goes on with a request in parts, where nothing of the common memory comes back; what it does is given back where that cannot be,
+    /// or not now.
+    fn begin_in_parts(&mut self, header: RequestHeader, then: Then, bytes: u32) -> Result<(), Then> {
+        let Some(part_bytes) = self.share.part_bytes() else { return Err(then) };
+        if !self.shard.budget.is_stuck() || self.shared.tasks() > 0 || !self.may_hold(bytes) {
+            return Err(then);
+        }
+        let in_parts =
+            || InParts { share: self.share.clone(), part_bytes, _wanting: self.shard.budget.want() };
+        let (find_holes, whole) = match then {
+            Then::Fetch { whole } => (false, whole),
+            Then::FindHoles => (true, false),
+            Then::Receive { fua } => {
+                let Some(allowance) = self.share.try_take(part_bytes) else { return Err(then) };
+                let request = Request::begin(header, &self.shared, Some((part_bytes, allowance)));
+                self.state = State::Part(parts::Write::new(request, fua, in_parts()));
+                return Ok(());
+            }
+            Then::Control { .. } | Then::Status { .. } => return Err(then),
+        };
+        let request = Request::begin(header, &self.shared, None);
+        let reads = Rc::clone(&self.reads);
+        tokio::task::spawn_local(parts::read(reads, request, in_parts(), find_holes, whole));
+        self.state = State::Reading;
+        Ok(())
     }
 
     fn begin(&mut self, header: RequestHeader, then: Then, allowance: Option<(u32, Allowance)>) {
         let request = Request::begin(header, &self.shared, allowance);
         let reads = Rc::clone(&self.reads);
         match then {
-            Then::Fetch => {
+            Then::Fetch { .. } => {
                 tokio::task::spawn_local(reads.fetch(request));
             }
             Then::FindHoles => {
