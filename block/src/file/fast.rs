@@ -65,10 +65,7 @@ pub(super) fn try_write(inner: &Inner, pace: &Pace, offset: u64, data: &[u8]) ->
     if !range.is_aligned(PAGE) && !edges_are_resident(inner, range) {
         return Ok(Attempt::WouldWait);
     }
-    let writing = inner.writers.wait();
-    let written = pace.timed(|| rustix::io::pwrite(&inner.fd, data, offset));
-    drop(writing);
-    match written {
+    match pace.timed(|| rustix::io::pwrite(&inner.fd, data, offset)) {
         Ok(count) if count == data.len() => Ok(Attempt::Done),
         // In part, or not at all: the waiting form does all of it, or reports why not.
         Ok(_) | Err(_) => Ok(Attempt::WouldWait),

@@ -11,7 +11,6 @@ mod open;
 mod pace;
 mod range_lock;
 mod unaligned;
-mod writers;
 mod zero;
 
 use std::fs::File;
@@ -35,7 +34,6 @@ use fast::Missing;
 use handle::Handle;
 use open::Support;
 use range_lock::RangeLock;
-use writers::Writers;
 
 /// Whether transfers go around the page cache. For one open disk it is all or nothing.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Default)]
@@ -120,8 +118,6 @@ struct Inner {
     /// A sync failed: what was written before may be lost although a later sync would succeed.
     sync_failed: AtomicBool,
     missing: Missing,
-    /// Who writes to the page cache.
-    writers: Writers,
 }
 
 impl FileDisk {

@@ -132,7 +132,6 @@ pub(super) fn inspect(file: File, path: &Path, options: FileOptions) -> Result<I
         locks: super::RangeLock::default(),
         sync_failed: AtomicBool::new(false),
         missing: super::Missing::default(),
-        writers: super::Writers::default(),
     })
 }
 

@@ -7,7 +7,7 @@
 //!
 //! - *Processors.* Where waiting awake was in vain, it is left out for a while, twice as long each time; and it is for those
 //!   who have the machine to themselves: a processor for each connection and one for its client. Packets of a network, each with a
-//!   little of a large write, are not worth it. A few connections more wait awake together ([`Spin::wait_among_others`]).
+//!   little of a large write, are not worth it.
 //! - *The client's processor.* The kernel may well have woken the client where this thread waits awake, and then it would wait for a
 //!   client that waits for it. So it offers the processor to others each time it has looked (measured, on two processors: 4 KiB reads 45 to
 //!   49 thousand a second over a unix socket and 30 to 40 over TCP, 64 KiB ones over TCP 16 to 27). Somebody who computes takes a whole
@@ -49,8 +49,6 @@ pub(super) struct Spin {
     awake_since: Option<Instant>,
     /// Since when it has not given way.
     streak_since: Option<Instant>,
-    /// Since when it waits among others.
-    waiting_since: Option<Instant>,
     /// How often it is still left out.
     left_out: u32,
     /// How often it is left out after the next failure.
@@ -59,14 +57,7 @@ pub(super) struct Spin {
 
 impl Spin {
     pub(super) const fn new(has_company: bool) -> Self {
-        Self {
-            has_company,
-            awake_since: None,
-            streak_since: None,
-            waiting_since: None,
-            left_out: 0,
-            penalty: 0,
-        }
+        Self { has_company, awake_since: None, streak_since: None, left_out: 0, penalty: 0 }
     }
 
     /// Calls `look` until it finds something, for a moment. What is not `enough` was waited for in vain.
@@ -108,43 +99,6 @@ impl Spin {
         }
     }
 
-    /// Waits where others of the same thread may be next, for a moment in all: each time the event loop looks for all of them, and whoever
-    /// else wants the processor has it.
-    ///
-    /// Four clients on two processors, measured alternately over a unix socket: reads of 64 KiB 71 and 93 thousand a second with a 99th
-    /// percentile of 124 and 69 µs, random writes of 4 KiB 61 and 70 thousand, reads of 4 KiB the same with 59 and 49 µs.
-    pub(super) fn wait_among_others<T>(&mut self) -> Waited<T> {
-        // With several that wait, the thread would not sleep when one of them has it sleep.
-        if self.has_company {
-            return self.sleep();
-        }
-        let begun = Instant::now();
-        if self.left_out > 0 {
-            self.left_out -= 1;
-            return self.sleep();
-        }
-        if begun.duration_since(*self.awake_since.get_or_insert(begun)) >= LONGEST_AWAKE {
-            return self.sleep();
-        }
-        if begun.duration_since(*self.waiting_since.get_or_insert(begun)) >= LONGEST_WAIT {
-            self.leave_out();
-            return self.sleep();
-        }
-        std::thread::yield_now();
-        if begun.elapsed() >= LONG_TURN {
-            self.leave_out();
-            self.waiting_since = None;
-        }
-        Waited::GiveWay
-    }
-
-    /// Something came, maybe while it waited among others.
-    pub(super) fn found(&mut self) {
-        if self.waiting_since.take().is_some() {
-            self.penalty = 0;
-        }
-    }
-
     /// After it was in vain.
     fn leave_out(&mut self) {
         self.penalty = (self.penalty * 2).clamp(1, MOST_LEFT_OUT);
@@ -152,7 +106,7 @@ impl Spin {
     }
 
     const fn sleep<T>(&mut self) -> Waited<T> {
-        (self.awake_since, self.streak_since, self.waiting_since) = (None, None, None);
+        (self.awake_since, self.streak_since) = (None, None);
         Waited::Sleep
     }
 }
@@ -219,46 +173,6 @@ mod tests {
         while end_of_streak(&mut spin).0 == Waited::GiveWay {}
         assert!(begun.elapsed() >= LONGEST_AWAKE);
         assert_eq!(spin.wait(|| Some(()), |()| true), Waited::Found(()), "and then it goes on");
-    }
-
-    /// How often of `times` somebody waited among others and found something, or did not.
-    fn waited_among_others(spin: &mut Spin, times: u32, finds: bool) -> u32 {
-        let mut waited = 0;
-        for _ in 0..times {
-            let mut here = 0;
-            while spin.wait_among_others::<()>() == Waited::GiveWay {
-                here = 1;
-                if finds {
-                    break;
-                }
-            }
-            if finds {
-                spin.found();
-            }
-            waited += here;
-        }
-        waited
-    }
-
-    #[test]
-    fn among_others_too_it_is_done_less_and_less_and_one_success_brings_it_back() {
-        let mut spin = Spin::new(false);
-        let few = waited_among_others(&mut spin, 2000, false);
-        assert!((2..=12).contains(&few), "{few}");
-        while waited_among_others(&mut spin, 1, true) == 0 {}
-        // A thread that another one kept from running for long may have given up instead.
-        assert!(spin.penalty == 0 || spin.left_out > 0);
-    }
-
-    #[test]
-    fn among_others_too_the_thread_sleeps_now_and_then() {
-        let mut spin = Spin::new(false);
-        let begun = Instant::now();
-        while spin.wait_among_others::<()>() == Waited::GiveWay {
-            spin.found();
-        }
-        assert!(spin.left_out > 0 || begun.elapsed() >= LONGEST_AWAKE);
-        assert_eq!(Spin::new(true).wait_among_others::<()>(), Waited::Sleep);
     }
 
     #[test]

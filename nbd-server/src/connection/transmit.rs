@@ -221,6 +221,11 @@ impl Transmission {
         }
     }
 
+    /// Whether there is a processor for each connection, and one for its client.
+    fn has_room(&self) -> bool {
+        2 * self.transmitting.count() <= *PROCESSORS
+    }
+
     /// Waits for the next request, or for more of the one that comes, for a moment without letting the thread sleep; how many bytes
     /// came.
     fn wait_awake(&mut self) -> Waited<io::Result<usize>> {
@@ -230,14 +235,8 @@ impl Transmission {
             _ => return Waited::Sleep,
         };
         let is_alone = self.shared.tasks() == in_flight && self.shard.operations.count() == in_flight;
-        if !(is_alone && self.is_sent()) {
+        if !(is_alone && self.is_sent() && self.has_room()) {
             return Waited::Sleep;
-        }
-        let connections = self.transmitting.count();
-        // A processor for each connection, and one for its client.
-        if 2 * connections > *PROCESSORS {
-            let are_few = connections <= 2 * *PROCESSORS;
-            return if are_few && in_flight == 0 { self.spin.wait_among_others() } else { Waited::Sleep };
         }
         let (socket, room) = (&mut self.socket, room(&mut self.state, &mut self.intake, self.receive_limit));
         let enough = if in_flight == 0 { 0 } else { room.len().min(LEAST_AWAKE_BYTES) };
@@ -296,7 +295,6 @@ impl Transmission {
         let room = room(&mut self.state, &mut self.intake, self.receive_limit);
         let received = self.socket.poll_read(cx, room);
         if let Poll::Ready(Ok(len)) = received {
-            self.spin.found();
             self.received(len);
         }
         received
