@@ -28,6 +28,7 @@ pub(crate) const MAX_REPLY_BYTES: u32 = 1 << 20;
 pub(crate) struct Budget {
     units: Arc<Semaphore>,
     waiting: Arc<AtomicUsize>,
+    in_parts: Arc<AtomicUsize>,
     is_stuck: Arc<AtomicBool>,
     /// Units that are common.
     common: usize,
@@ -85,6 +86,7 @@ impl Budget {
         Self {
             units: Arc::new(Semaphore::new(common)),
             waiting: Arc::default(),
+            in_parts: Arc::default(),
             is_stuck: Arc::default(),
             common,
             share,
@@ -111,7 +113,7 @@ impl Budget {
     /// An allowance for `len` bytes of what is common, after those who asked before.
     pub(crate) fn take(&self, len: u32) -> impl Future<Output = Allowance> + use<> {
         let units = Arc::clone(&self.units);
-        let waiting = self.want();
+        let waiting = Wanting::begin(&self.waiting);
         let is_stuck = Arc::clone(&self.is_stuck);
         async move {
             let permit = units.acquire_many_owned(units32(len)).await;
@@ -121,9 +123,9 @@ impl Budget {
         }
     }
 
-    /// Has it known, until this is dropped, that what is common is wanted.
-    pub(crate) fn want(&self) -> Wanting {
-        Wanting::begin(&self.waiting)
+    /// Has it known, until this is dropped, that somebody goes on with less than what is common.
+    pub(crate) fn go_without(&self) -> Wanting {
+        Wanting::begin(&self.in_parts)
     }
 
     /// Somebody waited for what is common, and nothing came back for long.
@@ -136,9 +138,10 @@ impl Budget {
         self.is_stuck.load(Ordering::Relaxed)
     }
 
-    /// Whether somebody waits for what is common, or goes on with less.
+    /// Whether somebody waits for what is common, or goes on without while nothing of it comes back.
     pub(crate) fn is_wanted(&self) -> bool {
-        self.waiting.load(Ordering::Relaxed) > 0
+        let any = |count: &AtomicUsize| count.load(Ordering::Relaxed) > 0;
+        any(&self.waiting) || (any(&self.in_parts) && self.is_stuck())
     }
 
     /// How much is given out, in bytes.
@@ -283,5 +286,21 @@ mod tests {
         drop(waiting);
         assert!(!budget.is_wanted());
         drop(held);
+    }
+
+    #[test]
+    fn who_goes_without_wants_what_is_common_until_some_of_it_comes_back() {
+        let budget = Budget::new(&limits(MAX_REPLY_BYTES.into(), 4096, 4));
+        let (first, second) = (budget.try_take(4096), budget.try_take(4096));
+        let without = budget.go_without();
+        assert!(!budget.is_wanted());
+        budget.get_stuck();
+        assert!(budget.is_stuck() && budget.is_wanted());
+        drop(first);
+        assert!(!budget.is_stuck() && !budget.is_wanted());
+        budget.get_stuck();
+        drop(without);
+        assert!(!budget.is_wanted());
+        drop(second);
     }
 }

@@ -24,14 +24,18 @@ use crate::budget::{Allowance, Share, Wanting};
 
 /// What a request in parts has.
 pub(super) struct InParts {
-    pub(super) share: Share,
+    share: Share,
     /// The length of a part.
-    pub(super) part_bytes: u32,
+    part_bytes: u32,
     /// It would be quicker with what is common.
-    pub(super) _wanting: Wanting,
+    _wanting: Wanting,
 }
 
 impl InParts {
+    pub(super) const fn new(share: Share, part_bytes: u32, wanting: Wanting) -> Self {
+        Self { share, part_bytes, _wanting: wanting }
+    }
+
     fn of(&self, range: ByteRange) -> impl Iterator<Item = ByteRange> + use<> {
         range.split(self.part_bytes.into()).map(|(_, part)| part)
     }
@@ -42,6 +46,8 @@ impl InParts {
         device: &dyn BlockDevice,
         part: ByteRange,
     ) -> (block::Result<()>, AlignedBuf, Allowance) {
+        // A device that never waits must not keep the shard from everybody else.
+        tokio::task::yield_now().await;
         let allowance = self.share.take(part.len() as u32).await;
         let (result, buf) = device.read(part.start(), perform::buffer(part.len() as usize)).await;
         (result.map_err(|error| error.at(part)), buf, allowance)

@@ -323,8 +323,7 @@ impl Transmission {
         if !self.shard.budget.is_stuck() || self.shared.tasks() > 0 || !self.may_hold(bytes) {
             return Err(then);
         }
-        let in_parts =
-            || InParts { share: self.share.clone(), part_bytes, _wanting: self.shard.budget.want() };
+        let in_parts = || InParts::new(self.share.clone(), part_bytes, self.shard.budget.go_without());
         let (find_holes, whole) = match then {
             Then::Fetch { whole } => (false, whole),
             Then::FindHoles => (true, false),
