@@ -28,8 +28,9 @@ pub(crate) const MAX_REPLY_BYTES: u32 = 1 << 20;
 pub(crate) struct Budget {
     units: Arc<Semaphore>,
     waiting: Arc<AtomicUsize>,
-    in_parts: Arc<AtomicUsize>,
-    is_stuck: Arc<AtomicBool>,
+    /// How often somebody went on without what is common.
+    gone_without: Arc<AtomicU64>,
+    given_back: Arc<GivenBack>,
     /// Units that are common.
     common: usize,
     /// Bytes of one connection's share.
@@ -44,11 +45,23 @@ pub(crate) struct Allowance {
     _from: From,
 }
 
+/// A moment in the life of a budget.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Mark(u64);
+
 /// Where an allowance comes from.
 #[derive(Debug)]
 enum From {
-    Common { _permit: OwnedSemaphorePermit, is_stuck: Arc<AtomicBool> },
+    Common { permit: OwnedSemaphorePermit, given_back: Arc<GivenBack> },
     Share { _use: ShareUse },
+}
+
+/// What came back of what is common.
+#[derive(Debug, Default)]
+struct GivenBack {
+    bytes: AtomicU64,
+    /// Nothing has, since somebody waited for it in vain.
+    is_stuck: AtomicBool,
 }
 
 /// What belongs to one connection. Clones share it.
@@ -86,8 +99,8 @@ impl Budget {
         Self {
             units: Arc::new(Semaphore::new(common)),
             waiting: Arc::default(),
-            in_parts: Arc::default(),
-            is_stuck: Arc::default(),
+            gone_without: Arc::default(),
+            given_back: Arc::default(),
             common,
             share,
             used_of_shares: Arc::default(),
@@ -107,41 +120,51 @@ impl Budget {
     /// An allowance for `len` bytes of what is common, if nobody has to be waited for.
     pub(crate) fn try_take(&self, len: u32) -> Option<Allowance> {
         let permit = Arc::clone(&self.units).try_acquire_many_owned(units32(len)).ok()?;
-        Some(Allowance { _from: From::Common { _permit: permit, is_stuck: Arc::clone(&self.is_stuck) } })
+        Some(Allowance { _from: From::Common { permit, given_back: Arc::clone(&self.given_back) } })
     }
 
-    /// An allowance for `len` bytes of what is common, after those who asked before.
+    /// An allowance for `len` bytes of what is common, after those who asked before: from when it is first looked at.
     pub(crate) fn take(&self, len: u32) -> impl Future<Output = Allowance> + use<> {
         let units = Arc::clone(&self.units);
-        let waiting = Wanting::begin(&self.waiting);
-        let is_stuck = Arc::clone(&self.is_stuck);
+        let waiting = Arc::clone(&self.waiting);
+        let given_back = Arc::clone(&self.given_back);
         async move {
+            let waiting = Waiting::begin(&waiting);
             let permit = units.acquire_many_owned(units32(len)).await;
             drop(waiting);
             let permit = permit.expect("the semaphore is never closed");
-            Allowance { _from: From::Common { _permit: permit, is_stuck } }
+            Allowance { _from: From::Common { permit, given_back } }
         }
     }
 
-    /// Has it known, until this is dropped, that somebody goes on with less than what is common.
-    pub(crate) fn go_without(&self) -> Wanting {
-        Wanting::begin(&self.in_parts)
+    /// How many bytes of what is common were ever given back.
+    pub(crate) fn given_back(&self) -> u64 {
+        self.given_back.bytes.load(Ordering::Relaxed)
     }
 
-    /// Somebody waited for what is common, and nothing came back for long.
+    /// Somebody waited for what is common in vain.
     pub(crate) fn get_stuck(&self) {
-        self.is_stuck.store(true, Ordering::Relaxed);
+        self.given_back.is_stuck.store(true, Ordering::Relaxed);
     }
 
     /// Whether nothing of what is common has come back since [`Budget::get_stuck`]: to wait for it is in vain.
     pub(crate) fn is_stuck(&self) -> bool {
-        self.is_stuck.load(Ordering::Relaxed)
+        self.given_back.is_stuck.load(Ordering::Relaxed)
     }
 
-    /// Whether somebody waits for what is common, or goes on without while nothing of it comes back.
-    pub(crate) fn is_wanted(&self) -> bool {
-        let any = |count: &AtomicUsize| count.load(Ordering::Relaxed) > 0;
-        any(&self.waiting) || (any(&self.in_parts) && self.is_stuck())
+    /// Somebody goes on without what is common.
+    pub(crate) fn go_without(&self) {
+        self.gone_without.fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// From here on it may be asked whether what is common is wanted.
+    pub(crate) fn mark(&self) -> Mark {
+        Mark(self.gone_without.load(Ordering::Relaxed))
+    }
+
+    /// Whether somebody waits for what is common, or went on without it since `mark`, and nothing of it has come back.
+    pub(crate) fn is_wanted_since(&self, mark: Mark) -> bool {
+        self.waiting.load(Ordering::Relaxed) > 0 || (self.is_stuck() && self.mark() != mark)
     }
 
     /// How much is given out, in bytes.
@@ -191,10 +214,11 @@ impl Share {
 
 impl Drop for From {
     fn drop(&mut self) {
-        if let Self::Common { is_stuck, .. } = self
-            && is_stuck.load(Ordering::Relaxed)
-        {
-            is_stuck.store(false, Ordering::Relaxed);
+        if let Self::Common { permit, given_back } = self {
+            given_back.bytes.fetch_add(permit.num_permits() as u64 * UNIT, Ordering::Relaxed);
+            if given_back.is_stuck.load(Ordering::Relaxed) {
+                given_back.is_stuck.store(false, Ordering::Relaxed);
+            }
         }
     }
 }
@@ -210,18 +234,18 @@ impl Drop for ShareUse {
     }
 }
 
-/// Somebody wants what is common.
+/// Somebody waits for what is common.
 #[derive(Debug)]
-pub(crate) struct Wanting(Arc<AtomicUsize>);
+struct Waiting(Arc<AtomicUsize>);
 
-impl Wanting {
+impl Waiting {
     fn begin(count: &Arc<AtomicUsize>) -> Self {
         count.fetch_add(1, Ordering::Relaxed);
         Self(Arc::clone(count))
     }
 }
 
-impl Drop for Wanting {
+impl Drop for Waiting {
     fn drop(&mut self) {
         self.0.fetch_sub(1, Ordering::Relaxed);
     }
@@ -277,30 +301,33 @@ mod tests {
         assert!(shares[0].try_take(1 << 20).is_some());
     }
 
-    #[test]
-    fn who_waits_is_seen_until_it_stops_waiting() {
+    #[tokio::test]
+    async fn who_waits_is_seen_until_it_stops_waiting() {
         let budget = Budget::new(&limits(MAX_REPLY_BYTES.into(), 4096, 4));
         let held = budget.try_take(MAX_REPLY_BYTES);
-        let waiting = budget.take(4096);
-        assert!(budget.is_wanted());
+        let mark = budget.mark();
+        let mut waiting = Box::pin(budget.take(4096));
+        assert!(!budget.is_wanted_since(mark), "nobody has looked for it yet");
+        let looked = poll_fn(|cx| Poll::Ready(waiting.as_mut().poll(cx).is_pending()));
+        assert!(looked.await && budget.is_wanted_since(mark));
         drop(waiting);
-        assert!(!budget.is_wanted());
+        assert!(!budget.is_wanted_since(mark));
         drop(held);
     }
 
     #[test]
     fn who_goes_without_wants_what_is_common_until_some_of_it_comes_back() {
         let budget = Budget::new(&limits(MAX_REPLY_BYTES.into(), 4096, 4));
-        let (first, second) = (budget.try_take(4096), budget.try_take(4096));
-        let without = budget.go_without();
-        assert!(!budget.is_wanted());
+        let (first, second) = (budget.try_take(4096), budget.try_take(8192));
+        let mark = budget.mark();
+        budget.go_without();
+        assert!(!budget.is_wanted_since(mark));
         budget.get_stuck();
-        assert!(budget.is_stuck() && budget.is_wanted());
+        assert!(budget.is_stuck() && budget.is_wanted_since(mark));
+        assert!(!budget.is_wanted_since(budget.mark()), "that was before");
         drop(first);
-        assert!(!budget.is_stuck() && !budget.is_wanted());
-        budget.get_stuck();
-        drop(without);
-        assert!(!budget.is_wanted());
+        assert!(!budget.is_stuck() && !budget.is_wanted_since(mark));
         drop(second);
+        assert_eq!(budget.given_back(), 4096 + 8192);
     }
 }

@@ -207,6 +207,7 @@ fn a_write_that_fails_in_some_part_is_an_error_and_the_rest_of_its_payload_no_re
         served.disk.fail_after(8, ErrorKind::Io);
         let reply = client.call(CommandKind::Write, CommandFlags::FUA, 0, DISK_BYTES as u64, &data);
         assert_eq!(reply.result, Err(Errno::Io));
+        assert!(reply.failure.is_none_or(|(offset, _)| offset.is_none()), "no part of it is stable");
         served.disk.mend();
         client.disconnect();
     }
@@ -245,6 +246,19 @@ fn who_holds_what_is_common_and_does_nothing_is_closed_though_others_go_on_in_pa
     while served.handle.stats().connections > greedy.len() {
         assert_eq!(client.write(0, &pattern(DISK_BYTES)).result, Ok(()));
     }
+    assert_eq!(client.flush().result, Ok(()), "it was one of the others");
+    drop((client, greedy));
+    served.check_health();
+    served.end();
+}
+
+#[test]
+fn one_request_that_had_to_do_without_is_enough_for_that() {
+    let served = served(Duration::from_millis(200));
+    let greedy = greedy(&served);
+    let mut client = served.client();
+    assert_eq!(client.read(0, DISK_BYTES as u64).result, Ok(()));
+    served.wait_for(|stats| stats.connections <= greedy.len());
     assert_eq!(client.flush().result, Ok(()), "it was one of the others");
     drop((client, greedy));
     served.check_health();

@@ -1,7 +1,7 @@
 //! Requests in parts: what is longer than its connection's own share of the memory, where nothing of the common half is to be had.
 //!
 //! Whoever asks for much, takes nothing of it, and comes again when it is cut off, can hold all that is common for ever. Nobody must wait
-//! for it: where nothing of it comes back for a moment, such a request goes on with the share alone, part after part, and its connection
+//! for it: where too little of it comes back for a moment, such a request goes on with the share alone, part after part, and its connection
 //! does nothing else meanwhile.
 //!
 //! - A READ begins once nothing else of the connection is in flight, so that no other reply comes between its parts. In replies
@@ -20,20 +20,18 @@ use super::end::End;
 use super::perform;
 use super::read::{Piece, Reads, head};
 use super::request::Request;
-use crate::budget::{Allowance, Share, Wanting};
+use crate::budget::{Allowance, Share};
 
 /// What a request in parts has.
 pub(super) struct InParts {
     share: Share,
     /// The length of a part.
     part_bytes: u32,
-    /// It would be quicker with what is common.
-    _wanting: Wanting,
 }
 
 impl InParts {
-    pub(super) const fn new(share: Share, part_bytes: u32, wanting: Wanting) -> Self {
-        Self { share, part_bytes, _wanting: wanting }
+    pub(super) const fn new(share: Share, part_bytes: u32) -> Self {
+        Self { share, part_bytes }
     }
 
     fn of(&self, range: ByteRange) -> impl Iterator<Item = ByteRange> + use<> {
@@ -98,14 +96,18 @@ async fn chunks(device: &dyn BlockDevice, request: Request, in_parts: &InParts, 
 }
 
 /// One head, and all the data behind it.
-async fn one_run(device: &dyn BlockDevice, request: Request, in_parts: &InParts) {
+async fn one_run(device: &dyn BlockDevice, mut request: Request, in_parts: &InParts) {
     let range = perform::range(&request.header);
     for part in in_parts.of(range) {
         let (result, ..) = in_parts.read(device, part).await;
         if let Err(error) = result {
             return request.fail(&error);
         }
+        if request.shared.is_closed() {
+            return request.abandon();
+        }
     }
+    request.promise();
     for part in in_parts.of(range) {
         let (result, buf, allowance) = in_parts.read(device, part).await;
         if let Err(error) = result {
@@ -172,13 +174,14 @@ impl Write {
         let (sender, receiver) = oneshot::channel();
         tokio::task::spawn_local(async move {
             let Self { request, fua, in_parts, part, buf, filled } = self;
-            let (mut result, buf) = device.write(part.start(), buf, Durability::Volatile).await;
+            let (result, buf) = device.write(part.start(), buf, Durability::Volatile).await;
+            let mut result = result.map_err(|error| error.at(part));
             let is_last = part.end() == perform::range(&request.header).end();
             if result.is_ok() && is_last && fua {
                 result = device.flush().await;
             }
             let write = Self { request, fua, in_parts, part, buf, filled };
-            if let Err((write, _)) = sender.send((write, result.map_err(|error| error.at(part)))) {
+            if let Err((write, _)) = sender.send((write, result)) {
                 // The connection ends, and has not got all of it.
                 write.request.abandon();
             }

@@ -2,6 +2,7 @@
 //! answered whatever happens to its task.
 
 use std::cell::{Cell, RefCell};
+use std::io;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::task::{Context, Waker};
@@ -175,6 +176,8 @@ pub(super) struct Request {
     pub(super) shared: Rc<Shared>,
     held: Rc<Held>,
     answered: bool,
+    /// A part of its reply is queued, and can be followed by the rest alone.
+    promised: bool,
 }
 
 impl Request {
@@ -187,7 +190,7 @@ impl Request {
         shared.tasks.set(shared.tasks.get() + 1);
         shared.operations.begin();
         let held = Held::new(shared, allowance);
-        Self { header, shared: Rc::clone(shared), held, answered: false }
+        Self { header, shared: Rc::clone(shared), held, answered: false, promised: false }
     }
 
     /// What keeps the request counted while its data is queued.
@@ -198,6 +201,11 @@ impl Request {
     /// What counts the memory of a part of its data until that is sent.
     pub(super) fn hold_part(&self, bytes: u32, allowance: Allowance) -> Rc<Held> {
         Held::new(&self.shared, Some((bytes, allowance)))
+    }
+
+    /// From now on its reply goes on as it began, or the connection ends.
+    pub(super) const fn promise(&mut self) {
+        self.promised = true;
     }
 
     /// Gives it up unanswered: the connection ends in the middle of it.
@@ -232,7 +240,9 @@ impl Request {
 
 impl Drop for Request {
     fn drop(&mut self) {
-        if !self.answered {
+        if !self.answered && self.promised {
+            self.shared.give_up(End::File(io::Error::other("the task that read it panicked")));
+        } else if !self.answered {
             // Its task panicked. The client must not wait for ever.
             let failed = self.shared.encoder.refused(&self.header, Errno::Io);
             if let Ok(mut outbox) = self.shared.outbox.try_borrow_mut() {

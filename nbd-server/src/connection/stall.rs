@@ -11,6 +11,7 @@ use std::time::Duration;
 use tokio::time::{Instant, Sleep, sleep_until};
 
 use crate::Limits;
+use crate::budget::Mark;
 
 /// Less than this within the patience is nothing: a byte a second would hold memory for ever.
 const LEAST_BYTES: u64 = 64 << 10;
@@ -29,6 +30,8 @@ struct Wait {
     since: Instant,
     window: Instant,
     moved: u64,
+    /// The beginning of the window, for the budget.
+    mark: Mark,
 }
 
 /// A peer was waited for in vain.
@@ -70,10 +73,16 @@ impl Stall {
     }
 
     /// Waits, from the first call after [`Stall::end`] on. Ready where the connection is to be closed; has the task be
-    /// woken when that may be.
-    pub(super) fn poll(&mut self, cx: &mut Context<'_>, limits: &Limits, is_wanted: bool) -> Poll<Stalled> {
+    /// woken when that may be. `mark` is now, and `is_wanted` whether others wanted what the peer holds since such a moment.
+    pub(super) fn poll(
+        &mut self,
+        cx: &mut Context<'_>,
+        limits: &Limits,
+        mark: Mark,
+        is_wanted: impl Fn(Mark) -> bool,
+    ) -> Poll<Stalled> {
         let now = Instant::now();
-        let wait = self.wait.get_or_insert(Wait { since: now, window: now, moved: 0 });
+        let wait = self.wait.get_or_insert(Wait { since: now, window: now, moved: 0, mark });
         loop {
             let deadline = (wait.window + limits.patience_when_wanted).min(wait.since + limits.stall_timeout);
             let timer = self.timer.get_or_insert_with(|| Box::pin(sleep_until(deadline)));
@@ -86,10 +95,10 @@ impl Stall {
                 if now >= wait.since + limits.stall_timeout {
                     return Poll::Ready(Stalled::Timeout(now - wait.since));
                 }
-                if is_wanted && is_slow {
+                if is_slow && is_wanted(wait.mark) {
                     return Poll::Ready(Stalled::Wanted(now - wait.window));
                 }
-                (wait.window, wait.moved) = (now, 0);
+                (wait.window, wait.moved, wait.mark) = (now, 0, mark);
             } else {
                 // It was set for an earlier wait.
                 timer.as_mut().reset(deadline);
@@ -112,7 +121,7 @@ mod tests {
     }
 
     async fn stalled(stall: &mut Stall, is_wanted: bool) -> Option<Stalled> {
-        poll_fn(|cx| match stall.poll(cx, &limits(), is_wanted) {
+        poll_fn(|cx| match stall.poll(cx, &limits(), Mark::default(), |_| is_wanted) {
             Poll::Ready(stalled) => Poll::Ready(Some(stalled)),
             Poll::Pending => Poll::Ready(None),
         })

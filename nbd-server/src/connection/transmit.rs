@@ -29,7 +29,7 @@ use crate::server::Phase;
 use crate::shard::{Neighbours, ShardState};
 use crate::slots::Transmitting;
 use crate::socket::Socket;
-use take::{Failure, State, Taken};
+use take::{State, Taken};
 
 /// Processors of this machine.
 static PROCESSORS: LazyLock<usize> = LazyLock::new(|| thread::available_parallelism().map_or(1, usize::from));
@@ -146,8 +146,10 @@ impl Transmission {
                 self.stall.end();
                 return Poll::Pending;
             }
-            let is_wanted = self.end.is_some() || (self.holds_common() && self.shard.budget.is_wanted());
-            match self.stall.poll(cx, &self.shard.options.limits, is_wanted) {
+            let (is_ending, holds_common) = (self.end.is_some(), self.holds_common());
+            let ShardState { budget, options, .. } = &*self.shard;
+            let is_wanted = |mark| is_ending || (holds_common && budget.is_wanted_since(mark));
+            match self.stall.poll(cx, &options.limits, budget.mark(), is_wanted) {
                 Poll::Pending => return Poll::Pending,
                 Poll::Ready(waited) => self.cut(End::Stalled(waited)),
             }
@@ -253,9 +255,7 @@ impl Transmission {
     fn finish(&mut self, end: End) {
         self.end.get_or_insert(end);
         match std::mem::replace(&mut self.state, State::Header) {
-            State::Payload { request, .. }
-            | State::Part(parts::Write { request, .. })
-            | State::Skip { then: Failure::Failed(request, _), .. } => request.abandon(),
+            State::Payload { request, .. } | State::Part(parts::Write { request, .. }) => request.abandon(),
             _ => {}
         }
     }

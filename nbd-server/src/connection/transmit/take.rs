@@ -14,7 +14,7 @@ use tokio::time::{Sleep, sleep};
 
 use super::Transmission;
 use crate::LateRequests;
-use crate::budget::Allowance;
+use crate::budget::{Allowance, Budget};
 use crate::connection::ahead::Written;
 use crate::connection::end::End;
 use crate::connection::intake::Intake;
@@ -25,8 +25,8 @@ use crate::connection::{perform, status};
 
 /// How much is received after a long payload, which goes straight into its buffer: the next header, and little of what follows.
 const SHORT_RECEIVE_BYTES: usize = 4 << 10;
-/// For how long common memory is waited for: where others make use of it, some comes back in less.
-const WAIT_FOR_COMMON: Duration = Duration::from_millis(10);
+/// For how long common memory is waited for: where others make use of it, as much comes back in less.
+const WAIT_FOR_COMMON: Duration = Duration::from_millis(30);
 
 /// What the bytes that come next are.
 pub(super) enum State {
@@ -38,15 +38,15 @@ pub(super) enum State {
         then: Then,
         bytes: u32,
         allowance: Pin<Box<dyn Future<Output = Allowance>>>,
-        /// When it has waited so long that it goes on in parts.
-        patience: Pin<Box<Sleep>>,
+        /// How long it still waits for others, where it does.
+        patience: Option<Patience>,
     },
     /// The payload of a WRITE.
     Payload { request: Request, fua: bool, buf: AlignedBuf, filled: usize, written: Written },
     /// The payload of a WRITE in parts: of one of them.
     Part(parts::Write),
-    /// A part is written.
-    Writing(oneshot::Receiver<parts::Written>),
+    /// A part is written, and so many bytes of the payload come after it.
+    Writing { written: oneshot::Receiver<parts::Written>, left: usize },
     /// A READ is answered in parts, and nothing is taken before it has ended.
     Reading,
     /// The payload of a request that failed.
@@ -56,7 +56,33 @@ pub(super) enum State {
 /// How a request is answered whose payload is skipped.
 pub(super) enum Failure {
     Refused(RequestHeader, Errno),
-    Failed(Request, block::Error),
+    Failed(RequestHeader, block::Error),
+    /// It was answered already.
+    Answered,
+}
+
+/// How long common memory is waited for.
+pub(super) struct Patience {
+    timer: Pin<Box<Sleep>>,
+    /// What had been given back of it when the waiting began.
+    given_back: u64,
+}
+
+impl Patience {
+    fn new(budget: &Budget) -> Self {
+        Self { timer: Box::pin(sleep(WAIT_FOR_COMMON)), given_back: budget.given_back() }
+    }
+
+    /// Whether it has come to its end, and less than `bytes` came back meanwhile.
+    fn is_in_vain(&mut self, cx: &mut Context<'_>, budget: &Budget, bytes: u32) -> bool {
+        while self.timer.as_mut().poll(cx).is_ready() {
+            if budget.given_back() - self.given_back < u64::from(bytes) {
+                return true;
+            }
+            *self = Self::new(budget);
+        }
+        false
+    }
 }
 
 /// What a request with memory does.
@@ -130,15 +156,20 @@ impl Transmission {
                     match granted {
                         Some(allowance) => self.begin(header, then, Some((bytes, allowance))),
                         None => {
-                            if patience.as_mut().poll(cx).is_ready() {
-                                self.shard.budget.get_stuck();
-                                patience.set(sleep(WAIT_FOR_COMMON));
-                            }
-                            // Where it cannot yet, whatever lets it wakes this task.
-                            if let Err(then) = self.begin_in_parts(header, then, bytes) {
-                                self.state = State::Memory { header, then, bytes, allowance, patience };
-                                return Taken::NeedsRoom;
-                            }
+                            let then = if !self.waits_for_others(bytes) {
+                                patience = None;
+                                then
+                            } else if self.waits_in_vain(cx, &mut patience, bytes) {
+                                match self.begin_in_parts(header, then) {
+                                    Ok(()) => continue,
+                                    // Its own memory is yet to be sent, which wakes this task.
+                                    Err(then) => then,
+                                }
+                            } else {
+                                then
+                            };
+                            self.state = State::Memory { header, then, bytes, allowance, patience };
+                            return Taken::NeedsRoom;
                         }
                     }
                 }
@@ -163,23 +194,24 @@ impl Transmission {
                         self.state = State::Part(write);
                         return Taken::NeedsBytes;
                     }
-                    self.state = State::Writing(write.write(Rc::clone(&self.reads.device)));
+                    let left = write.left();
+                    self.state = State::Writing { written: write.write(Rc::clone(&self.reads.device)), left };
                 }
-                State::Writing(mut written) => {
-                    let Poll::Ready(result) = Pin::new(&mut written).poll(cx) else {
-                        self.state = State::Writing(written);
+                State::Writing { mut written, left } => match Pin::new(&mut written).poll(cx) {
+                    Poll::Pending => {
+                        self.state = State::Writing { written, left };
                         return Taken::NeedsRoom;
-                    };
-                    let (write, result) = result.expect("the task that writes does not panic");
-                    match result {
-                        Ok(()) if write.left() == 0 => write.request.finish(Ok(())),
-                        Ok(()) => self.state = State::Part(write.next()),
-                        Err(error) => {
-                            let left = write.left();
-                            self.state = State::Skip { left, then: Failure::Failed(write.request, error) };
-                        }
                     }
-                }
+                    Poll::Ready(Ok((write, Ok(())))) if left == 0 => write.request.finish(Ok(())),
+                    Poll::Ready(Ok((write, Ok(())))) => self.state = State::Part(write.next()),
+                    Poll::Ready(Ok((write, Err(error)))) => {
+                        let then = Failure::Failed(write.request.header, error);
+                        write.request.abandon();
+                        self.state = State::Skip { left, then };
+                    }
+                    // Its task panicked.
+                    Poll::Ready(Err(_)) => self.state = State::Skip { left, then: Failure::Answered },
+                },
                 State::Reading => {
                     if self.shared.tasks() > 0 {
                         self.state = State::Reading;
@@ -197,7 +229,8 @@ impl Transmission {
                         Failure::Refused(header, errno) => {
                             self.shared.reply(&self.shared.encoder.refused(&header, errno));
                         }
-                        Failure::Failed(request, error) => request.fail(&error),
+                        Failure::Failed(header, error) => self.shared.fail(&header, &error),
+                        Failure::Answered => {}
                     }
                 }
             }
@@ -310,34 +343,49 @@ impl Transmission {
             Some(allowance) => self.begin(header, then, Some((bytes, allowance))),
             None => {
                 let allowance = Box::pin(self.shard.budget.take(bytes));
-                let patience = Box::pin(sleep(WAIT_FOR_COMMON));
-                self.state = State::Memory { header, then, bytes, allowance, patience };
+                self.state = State::Memory { header, then, bytes, allowance, patience: None };
             }
         }
     }
 
-    /// Goes on with a request in parts, where nothing of the common memory comes back; what it does is given back where that cannot be,
-    /// or not now.
-    fn begin_in_parts(&mut self, header: RequestHeader, then: Then, bytes: u32) -> Result<(), Then> {
-        let Some(part_bytes) = self.share.part_bytes() else { return Err(then) };
-        if !self.shard.budget.is_stuck() || self.shared.tasks() > 0 || !self.may_hold(bytes) {
-            return Err(then);
+    /// Whether a request that waits for memory waits for what others hold, and not for what its own connection does.
+    fn waits_for_others(&self, bytes: u32) -> bool {
+        self.shared.tasks() == 0 && self.may_hold(bytes)
+    }
+
+    /// Whether others have given back too little for a while, or nothing since somebody else found so.
+    fn waits_in_vain(&self, cx: &mut Context<'_>, patience: &mut Option<Patience>, bytes: u32) -> bool {
+        let budget = &self.shard.budget;
+        if budget.is_stuck() {
+            return true;
         }
-        let in_parts = || InParts::new(self.share.clone(), part_bytes, self.shard.budget.go_without());
+        let is_in_vain = patience.get_or_insert_with(|| Patience::new(budget)).is_in_vain(cx, budget, bytes);
+        if is_in_vain {
+            budget.get_stuck();
+        }
+        is_in_vain
+    }
+
+    /// Goes on with a request in parts; what it does is given back where that cannot be, or not now.
+    fn begin_in_parts(&mut self, header: RequestHeader, then: Then) -> Result<(), Then> {
+        let Some(part_bytes) = self.share.part_bytes() else { return Err(then) };
+        let in_parts = InParts::new(self.share.clone(), part_bytes);
         let (find_holes, whole) = match then {
             Then::Fetch { whole } => (false, whole),
             Then::FindHoles => (true, false),
             Then::Receive { fua } => {
                 let Some(allowance) = self.share.try_take(part_bytes) else { return Err(then) };
                 let request = Request::begin(header, &self.shared, Some((part_bytes, allowance)));
-                self.state = State::Part(parts::Write::new(request, fua, in_parts()));
+                self.shard.budget.go_without();
+                self.state = State::Part(parts::Write::new(request, fua, in_parts));
                 return Ok(());
             }
             Then::Control { .. } | Then::Status { .. } => return Err(then),
         };
         let request = Request::begin(header, &self.shared, None);
         let reads = Rc::clone(&self.reads);
-        tokio::task::spawn_local(parts::read(reads, request, in_parts(), find_holes, whole));
+        self.shard.budget.go_without();
+        tokio::task::spawn_local(parts::read(reads, request, in_parts, find_holes, whole));
         self.state = State::Reading;
         Ok(())
     }
