@@ -216,9 +216,7 @@ impl Drop for From {
     fn drop(&mut self) {
         if let Self::Common { permit, given_back } = self {
             given_back.bytes.fetch_add(permit.num_permits() as u64 * UNIT, Ordering::Relaxed);
-            if given_back.is_stuck.load(Ordering::Relaxed) {
-                given_back.is_stuck.store(false, Ordering::Relaxed);
-            }
+            given_back.is_stuck.store(false, Ordering::Relaxed);
         }
     }
 }

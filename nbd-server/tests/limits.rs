@@ -90,9 +90,7 @@ fn served_one_at_a_time() -> Served {
 fn who_sends_no_payload_loses_its_memory_to_those_who_wait() {
     let served = served_one_at_a_time();
     let mut stalled = served.simple_client();
-    let header = stalled.header(CommandKind::Write, CommandFlags::NONE, 0, 16 << 20);
-    stalled.socket.write_all(&stalled.encode(&header)).unwrap();
-    stalled.socket.write_all(&[7; 1000]).unwrap();
+    stalled.send(CommandKind::Write, CommandFlags::NONE, 0, 16 << 20, &[7; 1000]);
     served.wait_for(|stats| stats.memory_bytes == 16 << 20);
     let mut other = served.simple_client();
     assert_eq!(other.read(0, 16 << 20).result, Ok(()));
@@ -111,8 +109,7 @@ fn who_takes_or_sends_nothing_for_long_is_closed_though_nobody_waits() {
     let mut deaf = served.simple_client();
     deaf.send(CommandKind::Read, CommandFlags::NONE, 0, 32 << 20, &[]);
     let mut mute = served.simple_client();
-    let header = mute.header(CommandKind::Write, CommandFlags::NONE, 0, 1 << 20);
-    mute.socket.write_all(&mute.encode(&header)).unwrap();
+    mute.send(CommandKind::Write, CommandFlags::NONE, 0, 1 << 20, &[]);
     served.wait_for(|stats| stats.connections == 1);
     deaf.assert_closed();
     mute.assert_closed();
@@ -206,8 +203,7 @@ fn the_largest_requests_are_served() {
 fn a_payload_that_nobody_would_drain_ends_the_connection_at_once() {
     let served = served(Limits::default());
     let mut client = served.client();
-    let header = client.header(CommandKind::Write, CommandFlags::NONE, 0, u64::from(MAX_PAYLOAD_BYTES) + 1);
-    client.socket.write_all(&client.encode(&header)).unwrap();
+    client.send(CommandKind::Write, CommandFlags::NONE, 0, u64::from(MAX_PAYLOAD_BYTES) + 1, &[]);
     client.assert_closed();
     served.check_health();
     served.end();
@@ -285,8 +281,7 @@ fn served_with_shares(patience_when_wanted: Duration) -> Served {
 /// Announces a write of 8 MiB, and sends nothing of it.
 fn announcing(served: &Served) -> Client {
     let mut mute = served.simple_client();
-    let header = mute.header(CommandKind::Write, CommandFlags::NONE, 0, 8 << 20);
-    mute.socket.write_all(&mute.encode(&header)).expect("it is connected");
+    mute.send(CommandKind::Write, CommandFlags::NONE, 0, 8 << 20, &[]);
     mute
 }
 

@@ -2,7 +2,6 @@
 
 mod common;
 
-use std::io::Write;
 use std::time::Duration;
 
 use block::ErrorKind;
@@ -36,8 +35,7 @@ fn greedy(served: &Served) -> Vec<Client> {
     let clients = (0..COMMON_BYTES / DISK_BYTES as u64)
         .map(|_| {
             let mut client = served.simple_client();
-            let header = client.header(CommandKind::Write, CommandFlags::NONE, 0, DISK_BYTES as u64);
-            client.socket.write_all(&client.encode(&header)).expect("it is connected");
+            client.send(CommandKind::Write, CommandFlags::NONE, 0, DISK_BYTES as u64, &[]);
             client
         })
         .collect();
@@ -224,9 +222,13 @@ fn who_takes_or_sends_no_parts_holds_no_more_than_its_share() {
     let mut deaf = served.client();
     deaf.send(CommandKind::Read, CommandFlags::NONE, 0, DISK_BYTES as u64, &[]);
     let mut mute = served.client();
-    let header = mute.header(CommandKind::Write, CommandFlags::NONE, 0, DISK_BYTES as u64);
-    mute.socket.write_all(&mute.encode(&header)).unwrap();
-    mute.socket.write_all(&pattern(PART_BYTES as usize + 100)).unwrap();
+    mute.send(
+        CommandKind::Write,
+        CommandFlags::NONE,
+        0,
+        DISK_BYTES as u64,
+        &pattern(PART_BYTES as usize + 100),
+    );
     let mut other = served.client();
     for _ in 0..10 {
         assert_eq!(other.read(0, DISK_BYTES as u64).result, Ok(()));
@@ -273,9 +275,13 @@ fn what_is_in_parts_when_the_server_ends_ends_too() {
         served.disk.close_gate();
         let mut client = served.simple_client();
         if write {
-            let header = client.header(CommandKind::Write, CommandFlags::NONE, 0, DISK_BYTES as u64);
-            client.socket.write_all(&client.encode(&header)).unwrap();
-            client.socket.write_all(&pattern(PART_BYTES as usize + 100)).unwrap();
+            client.send(
+                CommandKind::Write,
+                CommandFlags::NONE,
+                0,
+                DISK_BYTES as u64,
+                &pattern(PART_BYTES as usize + 100),
+            );
         } else {
             client.send(CommandKind::Read, CommandFlags::NONE, 0, DISK_BYTES as u64, &[]);
         }
@@ -302,8 +308,7 @@ fn a_connection_that_dies_in_some_part_costs_nothing_but_itself() {
     let holders: Vec<Client> = (0..32)
         .map(|_| {
             let mut client = served.simple_client();
-            let header = client.header(CommandKind::Write, CommandFlags::FUA, 0, 64 << 10);
-            client.socket.write_all(&client.encode(&header)).unwrap();
+            client.send(CommandKind::Write, CommandFlags::FUA, 0, 64 << 10, &[]);
             client
         })
         .collect();
