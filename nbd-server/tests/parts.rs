@@ -298,22 +298,27 @@ fn what_is_in_parts_when_the_server_ends_ends_too() {
 
 #[test]
 fn a_connection_that_dies_in_some_part_costs_nothing_but_itself() {
-    // So little that what is read and written here is in parts.
+    // Shares of 40 KiB, so that what is read and written here is in parts, and 34 requests that hold the rest.
     let limits =
-        Limits { memory_bytes: 4 << 20, request_bytes: 64 << 10, connections: 57, ..Limits::default() };
+        Limits { memory_bytes: 4 << 20, request_bytes: 64 << 10, connections: 48, ..Limits::default() };
     let served =
         Served::new(MemoryDisk::new(1 << 20).slow(), ServerOptions { limits, ..ServerOptions::default() });
+    served.disk.bytes().fill(7);
     served.check_health();
     let before = descriptors();
-    let holders: Vec<Client> = (0..32)
+    let holders: Vec<Client> = (0..34)
         .map(|_| {
             let mut client = served.simple_client();
             client.send(CommandKind::Write, CommandFlags::FUA, 0, 64 << 10, &[]);
             client
         })
         .collect();
-    served.wait_for(|stats| stats.memory_bytes == 2 << 20);
+    served.wait_for(|stats| stats.memory_bytes == 34 << 16);
     let len = 60_000_u32;
+    let mut client = served.client();
+    assert_eq!(client.read(0, len.into()).chunks, 3, "it is in parts");
+    client.disconnect();
+    served.wait_for(|stats| stats.connections == holders.len());
     let write = RequestHeader {
         flags: CommandFlags::FUA,
         kind: CommandKind::Write,
