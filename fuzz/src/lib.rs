@@ -7,6 +7,7 @@
 //! - [`wire`]: the two halves of NBD, [`wire::server_handshake`] and so on;
 //! - [`repository`]: the files of a repository, and names;
 //! - `journal` (a feature, on by default): the journal of a live-restore;
+//! - `server` (a feature, on by default): the NBD server as a whole;
 //! - [`Target`]: all of them by name;
 //! - [`memory`]: how much memory a piece of code holds at most; [`input`]: bytes as choices.
 
@@ -15,6 +16,8 @@ pub mod input;
 pub mod journal;
 pub mod memory;
 pub mod repository;
+#[cfg(feature = "server")]
+pub mod server;
 mod target;
 pub mod wire;
 

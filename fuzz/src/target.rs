@@ -2,6 +2,8 @@
 
 #[cfg(feature = "journal")]
 use crate::journal;
+#[cfg(feature = "server")]
+use crate::server;
 use crate::{repository, wire};
 
 /// Something that must hold of any bytes.
@@ -47,6 +49,8 @@ pub const TARGETS: &[Target] = &[
     Target { name: "repository_map", run: repository::map, seeds: repository::map_seeds },
     Target { name: "repository_names", run: repository::names, seeds: repository::names_seeds },
     Target { name: "repository_pack", run: repository::pack, seeds: repository::pack_seeds },
+    #[cfg(feature = "server")]
+    Target { name: "server_memory", run: server::memory, seeds: server::memory_seeds },
 ];
 
 impl Target {

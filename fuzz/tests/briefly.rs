@@ -151,4 +151,5 @@ briefly! {
     repository_map
     repository_names
     repository_pack
+    #[cfg(feature = "server")] server_memory
 }
