@@ -1,6 +1,7 @@
 //! Transmission: one task reads requests, answers what it can at once, and sends every reply; what may
 //! wait for the device runs in tasks of its own, which this one outlives.
 
+mod memory;
 mod take;
 
 use std::future::{Future, poll_fn};
@@ -283,12 +284,6 @@ impl Transmission {
     /// Whether it holds memory that another connection could have.
     fn holds_common(&self) -> bool {
         self.shared.held_bytes() > self.share.used_bytes()
-    }
-
-    /// The most memory of one connection: a quarter, or one request.
-    fn may_hold(&self, len: u32) -> bool {
-        let held = self.shared.held_bytes();
-        held == 0 || held + u64::from(len) <= self.shard.options.limits.memory_bytes / 4
     }
 
     fn receive(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<usize>> {

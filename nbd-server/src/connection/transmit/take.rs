@@ -1,46 +1,36 @@
-//! Requests as they come: what the bytes of a connection are, and what each request waits for before it begins.
+//! Requests as they come: what the bytes of a connection are, and what becomes of them.
 
 use std::future::Future;
 use std::pin::Pin;
 use std::rc::Rc;
 use std::task::{Context, Poll};
-use std::time::Duration;
 
 use block::{AlignedBuf, Attempt};
 use proto::server::{Command, Verdict};
 use proto::wire::{Errno, NotARequest, RequestHeader, SelectedContext};
 use tokio::sync::oneshot;
-use tokio::time::{Sleep, sleep};
 
 use super::Transmission;
+use super::memory::Waiting;
 use crate::LateRequests;
-use crate::budget::{Allowance, Budget};
+use crate::budget::Allowance;
 use crate::connection::ahead::Written;
 use crate::connection::end::End;
 use crate::connection::intake::Intake;
-use crate::connection::parts::{self, InParts};
+use crate::connection::parts;
 use crate::connection::read::Plan;
 use crate::connection::request::Request;
 use crate::connection::{perform, status};
 
 /// How much is received after a long payload, which goes straight into its buffer: the next header, and little of what follows.
 const SHORT_RECEIVE_BYTES: usize = 4 << 10;
-/// For how long common memory is waited for: where others make use of it, as much comes back in less.
-const WAIT_FOR_COMMON: Duration = Duration::from_millis(30);
 
 /// What the bytes that come next are.
 pub(super) enum State {
     /// A request's header.
     Header,
-    /// Whatever they are, they are not looked at before there is memory for this request.
-    Memory {
-        header: RequestHeader,
-        then: Then,
-        bytes: u32,
-        allowance: Pin<Box<dyn Future<Output = Allowance>>>,
-        /// How long it still waits for others, where it does.
-        patience: Option<Patience>,
-    },
+    /// Whatever they are, they are not looked at before there is memory for a request.
+    Memory(Waiting),
     /// The payload of a WRITE.
     Payload { request: Request, fua: bool, buf: AlignedBuf, filled: usize, written: Written },
     /// The payload of a WRITE in parts: of one of them.
@@ -59,30 +49,6 @@ pub(super) enum Failure {
     Failed(RequestHeader, block::Error),
     /// It was answered already.
     Answered,
-}
-
-/// How long common memory is waited for.
-pub(super) struct Patience {
-    timer: Pin<Box<Sleep>>,
-    /// What had been given back of it when the waiting began.
-    given_back: u64,
-}
-
-impl Patience {
-    fn new(budget: &Budget) -> Self {
-        Self { timer: Box::pin(sleep(WAIT_FOR_COMMON)), given_back: budget.given_back() }
-    }
-
-    /// Whether it has come to its end, and less than `bytes` came back meanwhile.
-    fn is_in_vain(&mut self, cx: &mut Context<'_>, budget: &Budget, bytes: u32) -> bool {
-        while self.timer.as_mut().poll(cx).is_ready() {
-            if budget.given_back() - self.given_back < u64::from(bytes) {
-                return true;
-            }
-            *self = Self::new(budget);
-        }
-        false
-    }
 }
 
 /// What a request with memory does.
@@ -145,32 +111,10 @@ impl Transmission {
                         Err(NotARequest) => return Taken::Ended(End::NotARequest),
                     }
                 }
-                State::Memory { header, then, bytes, mut allowance, mut patience } => {
-                    let of_common =
-                        if self.may_hold(bytes) { allowance.as_mut().poll(cx) } else { Poll::Pending };
-                    let granted = match of_common {
-                        Poll::Ready(allowance) => Some(allowance),
-                        // What it waited for before may have been its own.
-                        Poll::Pending => self.share.try_take(bytes),
-                    };
-                    match granted {
-                        Some(allowance) => self.begin(header, then, Some((bytes, allowance))),
-                        None => {
-                            let then = if !self.waits_for_others(bytes) {
-                                patience = None;
-                                then
-                            } else if self.waits_in_vain(cx, &mut patience, bytes) {
-                                match self.begin_in_parts(header, then) {
-                                    Ok(()) => continue,
-                                    // Its own memory is yet to be sent, which wakes this task.
-                                    Err(then) => then,
-                                }
-                            } else {
-                                then
-                            };
-                            self.state = State::Memory { header, then, bytes, allowance, patience };
-                            return Taken::NeedsRoom;
-                        }
+                State::Memory(waiting) => {
+                    if let Some(waiting) = self.go_on_with_memory(cx, waiting) {
+                        self.state = State::Memory(waiting);
+                        return Taken::NeedsRoom;
                     }
                 }
                 State::Payload { request, fua, mut buf, mut filled, written } => {
@@ -342,61 +286,7 @@ impl Transmission {
         }
     }
 
-    /// Goes on with the request once there is memory for its data.
-    fn with_memory(&mut self, header: RequestHeader, bytes: u32, then: Then) {
-        let of_common = || if self.may_hold(bytes) { self.shard.budget.try_take(bytes) } else { None };
-        match self.share.try_take(bytes).or_else(of_common) {
-            Some(allowance) => self.begin(header, then, Some((bytes, allowance))),
-            None => {
-                let allowance = Box::pin(self.shard.budget.take(bytes));
-                self.state = State::Memory { header, then, bytes, allowance, patience: None };
-            }
-        }
-    }
-
-    /// Whether a request that waits for memory waits for what others hold, and not for what its own connection does.
-    fn waits_for_others(&self, bytes: u32) -> bool {
-        self.shared.tasks() == 0 && self.may_hold(bytes)
-    }
-
-    /// Whether others have given back too little for a while, or nothing since somebody else found so.
-    fn waits_in_vain(&self, cx: &mut Context<'_>, patience: &mut Option<Patience>, bytes: u32) -> bool {
-        let budget = &self.shard.budget;
-        if budget.is_stuck() {
-            return true;
-        }
-        let is_in_vain = patience.get_or_insert_with(|| Patience::new(budget)).is_in_vain(cx, budget, bytes);
-        if is_in_vain {
-            budget.get_stuck();
-        }
-        is_in_vain
-    }
-
-    /// Goes on with a request in parts; what it does is given back where that cannot be, or not now.
-    fn begin_in_parts(&mut self, header: RequestHeader, then: Then) -> Result<(), Then> {
-        let Some(part_bytes) = self.share.part_bytes() else { return Err(then) };
-        let in_parts = InParts::new(self.share.clone(), part_bytes);
-        let (find_holes, whole) = match then {
-            Then::Fetch { whole } => (false, whole),
-            Then::FindHoles => (true, false),
-            Then::Receive { fua } => {
-                let Some(allowance) = self.share.try_take(part_bytes) else { return Err(then) };
-                let request = Request::begin(header, &self.shared, Some((part_bytes, allowance)));
-                self.shard.budget.go_without();
-                self.state = State::Part(parts::Write::new(request, fua, in_parts));
-                return Ok(());
-            }
-            Then::Control { .. } | Then::Status { .. } => return Err(then),
-        };
-        let request = Request::begin(header, &self.shared, None);
-        let reads = Rc::clone(&self.reads);
-        self.shard.budget.go_without();
-        tokio::task::spawn_local(parts::read(reads, request, in_parts, find_holes, whole));
-        self.state = State::Reading;
-        Ok(())
-    }
-
-    fn begin(&mut self, header: RequestHeader, then: Then, allowance: Option<(u32, Allowance)>) {
+    pub(super) fn begin(&mut self, header: RequestHeader, then: Then, allowance: Option<(u32, Allowance)>) {
         let request = Request::begin(header, &self.shared, allowance);
         let reads = Rc::clone(&self.reads);
         match then {
