@@ -28,8 +28,7 @@ pub(crate) const MAX_REPLY_BYTES: u32 = 1 << 20;
 pub(crate) struct Budget {
     units: Arc<Semaphore>,
     waiting: Arc<AtomicUsize>,
-    /// How often somebody went on without what is common.
-    gone_without: Arc<AtomicU64>,
+    gone_without: Arc<GoneWithout>,
     given_back: Arc<GivenBack>,
     /// Units that are common.
     common: usize,
@@ -54,6 +53,14 @@ pub(crate) struct Mark(u64);
 enum From {
     Common { permit: OwnedSemaphorePermit, given_back: Arc<GivenBack> },
     Share { _use: ShareUse },
+}
+
+/// Requests that went on without what is common.
+#[derive(Debug, Default)]
+struct GoneWithout {
+    times: AtomicU64,
+    /// The most that any of them needed, in bytes.
+    most_bytes: AtomicU64,
 }
 
 /// What came back of what is common.
@@ -152,19 +159,23 @@ impl Budget {
         self.given_back.is_stuck.load(Ordering::Relaxed)
     }
 
-    /// Somebody goes on without what is common.
-    pub(crate) fn go_without(&self) {
-        self.gone_without.fetch_add(1, Ordering::Relaxed);
+    /// Somebody who needed `len` bytes of what is common goes on without.
+    pub(crate) fn go_without(&self, len: u32) {
+        self.gone_without.most_bytes.fetch_max(len.into(), Ordering::Relaxed);
+        self.gone_without.times.fetch_add(1, Ordering::Relaxed);
     }
 
     /// From here on it may be asked whether what is common is wanted.
     pub(crate) fn mark(&self) -> Mark {
-        Mark(self.gone_without.load(Ordering::Relaxed))
+        Mark(self.gone_without.times.load(Ordering::Relaxed))
     }
 
-    /// Whether somebody waits for what is common, or went on without it since `mark`, and nothing of it has come back.
+    /// Whether somebody waits for what is common, or went on without it since `mark` and could not have it now either. How much was given
+    /// back meanwhile means nothing: others may take little of it, and give that back, all the time.
     pub(crate) fn is_wanted_since(&self, mark: Mark) -> bool {
-        self.waiting.load(Ordering::Relaxed) > 0 || (self.is_stuck() && self.mark() != mark)
+        let free_bytes = self.units.available_permits() as u64 * UNIT;
+        let is_short = || free_bytes < self.gone_without.most_bytes.load(Ordering::Relaxed);
+        self.waiting.load(Ordering::Relaxed) > 0 || (self.mark() != mark && is_short())
     }
 
     /// How much is given out, in bytes.
@@ -314,18 +325,23 @@ mod tests {
     }
 
     #[test]
-    fn who_goes_without_wants_what_is_common_until_some_of_it_comes_back() {
+    fn who_goes_without_wants_what_is_common_until_so_much_of_it_is_free() {
         let budget = Budget::new(&limits(MAX_REPLY_BYTES.into(), 4096, 4));
-        let (first, second) = (budget.try_take(4096), budget.try_take(8192));
+        let all = MAX_REPLY_BYTES;
+        let (first, second) = (budget.try_take(4096).unwrap(), budget.try_take(all - 4096).unwrap());
         let mark = budget.mark();
-        budget.go_without();
-        assert!(!budget.is_wanted_since(mark));
         budget.get_stuck();
-        assert!(budget.is_stuck() && budget.is_wanted_since(mark));
+        assert!(budget.is_stuck() && !budget.is_wanted_since(mark));
+        budget.go_without(8192);
+        assert!(budget.is_wanted_since(mark));
         assert!(!budget.is_wanted_since(budget.mark()), "that was before");
         drop(first);
-        assert!(!budget.is_stuck() && !budget.is_wanted_since(mark));
+        assert!(!budget.is_stuck());
+        assert!(budget.is_wanted_since(mark), "what came back is less than it needed");
+        budget.go_without(4096);
+        assert!(budget.is_wanted_since(mark), "the other did not need less for that");
         drop(second);
-        assert_eq!(budget.given_back(), 4096 + 8192);
+        assert!(!budget.is_wanted_since(mark));
+        assert_eq!(budget.given_back(), u64::from(all));
     }
 }

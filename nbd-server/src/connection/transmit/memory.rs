@@ -86,7 +86,7 @@ impl Transmission {
         if !self.waits_for_others(bytes) {
             waiting.patience = None;
         } else if self.waits_in_vain(cx, &mut waiting.patience, bytes) {
-            match self.begin_in_parts(waiting.header, waiting.then) {
+            match self.begin_in_parts(waiting.header, bytes, waiting.then) {
                 Ok(()) => return None,
                 // Its own memory is yet to be sent, which wakes this task.
                 Err(then) => waiting.then = then,
@@ -120,7 +120,7 @@ impl Transmission {
     }
 
     /// Goes on with a request in parts; what it does is given back where that cannot be, or not now.
-    fn begin_in_parts(&mut self, header: RequestHeader, then: Then) -> Result<(), Then> {
+    fn begin_in_parts(&mut self, header: RequestHeader, bytes: u32, then: Then) -> Result<(), Then> {
         let Some(part_bytes) = self.share.part_bytes() else { return Err(then) };
         let in_parts = InParts::new(self.share.clone(), part_bytes);
         let (find_holes, whole) = match then {
@@ -129,7 +129,7 @@ impl Transmission {
             Then::Receive { fua } => {
                 let Some(allowance) = self.share.try_take(part_bytes) else { return Err(then) };
                 let request = Request::begin(header, &self.shared, Some((part_bytes, allowance)));
-                self.shard.budget.go_without();
+                self.shard.budget.go_without(bytes);
                 self.state = State::Part(parts::Write::new(request, fua, in_parts));
                 return Ok(());
             }
@@ -137,7 +137,7 @@ impl Transmission {
         };
         let request = Request::begin(header, &self.shared, None);
         let reads = Rc::clone(&self.reads);
-        self.shard.budget.go_without();
+        self.shard.budget.go_without(bytes);
         tokio::task::spawn_local(parts::read(reads, request, in_parts, find_holes, whole));
         self.state = State::Reading;
         Ok(())
