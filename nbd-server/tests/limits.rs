@@ -110,9 +110,16 @@ fn who_takes_or_sends_nothing_for_long_is_closed_though_nobody_waits() {
     deaf.send(CommandKind::Read, CommandFlags::NONE, 0, 32 << 20, &[]);
     let mut mute = served.simple_client();
     mute.send(CommandKind::Write, CommandFlags::NONE, 0, 1 << 20, &[]);
+    let mut brief = served.simple_client();
+    brief.send(CommandKind::Write, CommandFlags::NONE, 0, 60_000, &[7; 100]);
+    let mut refused = served.simple_client();
+    refused.send(CommandKind::Write, CommandFlags::NONE, SIZE as u64, 1 << 20, &[7; 100]);
+    let mut half = served.simple_client();
+    half.socket.write_all(&[0x25]).unwrap();
     served.wait_for(|stats| stats.connections == 1);
-    deaf.assert_closed();
-    mute.assert_closed();
+    for client in [&mut deaf, &mut mute, &mut brief, &mut refused, &mut half] {
+        client.assert_closed();
+    }
     assert_eq!(idle.read(0, 4096).result, Ok(()), "who asks for nothing may be silent");
     drop(idle);
     served.check_health();

@@ -55,6 +55,8 @@ struct Transmission {
     transmitting: Transmitting,
     neighbours: Neighbours,
     spin: Spin,
+    /// Whether the client has sent the first part of a message, and the rest has yet to come.
+    owes_bytes: bool,
     /// The phase in which this task is listed to be told of the next.
     listed_in: Option<Phase>,
     end: Option<End>,
@@ -123,6 +125,7 @@ pub(super) async fn transmit(
         transmitting,
         neighbours,
         spin,
+        owes_bytes: false,
         listed_in: None,
         end: None,
         stall: Stall::default(),
@@ -142,8 +145,7 @@ impl Transmission {
             if let Poll::Ready(end) = self.advance(cx) {
                 return Poll::Ready(end);
             }
-            let is_waiting = matches!(self.state, State::Payload { .. } | State::Part(_)) || !self.is_sent();
-            if !is_waiting {
+            if !self.owes_bytes && self.is_sent() {
                 self.stall.end();
                 return Poll::Pending;
             }
@@ -190,6 +192,7 @@ impl Transmission {
                     None => return Poll::Pending,
                 }
             }
+            self.owes_bytes = matches!(taken, Taken::NeedsBytes) && self.has_begun();
             match taken {
                 Taken::NeedsBytes => {
                     let received = match self.receive(cx) {
@@ -255,6 +258,7 @@ impl Transmission {
     /// Takes no more requests. What is in flight ends, and its replies are sent.
     fn finish(&mut self, end: End) {
         self.end.get_or_insert(end);
+        self.owes_bytes = false;
         match std::mem::replace(&mut self.state, State::Header) {
             State::Payload { request, .. } | State::Part(parts::Write { request, .. }) => request.abandon(),
             _ => {}
@@ -267,6 +271,11 @@ impl Transmission {
         self.shared.outbox.borrow_mut().close();
         // The peer must not wait for us to wait for a disk. Where it fails, it is gone already.
         let _ = rustix::net::shutdown(&self.socket, rustix::net::Shutdown::Both);
+    }
+
+    /// Whether something of the next message is there, or of what belongs to one.
+    fn has_begun(&self) -> bool {
+        !matches!(self.state, State::Header) || !self.intake.bytes().is_empty()
     }
 
     /// Whether every reply that was made is on its way, or for nobody: what TLS has encrypted of it stays where the
@@ -300,7 +309,7 @@ impl Transmission {
         match &mut self.state {
             State::Payload { filled, .. } => *filled += len,
             State::Part(write) => write.received(len),
-            _ => return self.intake.received(len),
+            _ => self.intake.received(len),
         }
         self.stall.moved(len);
     }
