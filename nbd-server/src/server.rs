@@ -127,6 +127,15 @@ impl Server {
         self
     }
 
+    /// How many threads serve best: two for each processor.
+    ///
+    /// A thread has its turn of a processor beside its clients' threads. One that serves several of them needs more than its turn, and waits
+    /// for the next while all of its clients wait for it; where the load is short of a thread for each client, more of them cost nothing.
+    #[must_use]
+    pub fn default_shards() -> usize {
+        2 * thread::available_parallelism().map_or(1, usize::from)
+    }
+
     /// Fails where this process may not open the files that a server of so many `shards` has, and `others` beside: asked before
     /// whoever serves is told to end.
     ///

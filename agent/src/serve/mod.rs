@@ -98,8 +98,7 @@ impl Verb for Args {
             exports.iter().map(|export| (export.export.name.clone(), export.size)).collect();
         let exports = exports.into_iter().map(|export| export.export).collect();
         let server = Server::bind(&addresses, exports, options)?;
-        let shards = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
-        let handle = server.run(shards, engine)?;
+        let handle = server.run(Server::default_shards(), engine)?;
         if let Err(error) = say_ready(&context.output().for_service(), &handle, &sizes, secure) {
             // Clients come all the same.
             tracing::debug!(error = format_args!("{error:#}"), "nobody listens");

@@ -40,7 +40,7 @@ pub(crate) struct Arguments {
     #[arg(long, default_value_t = IoEngine::Auto, value_name = "ENGINE")]
     pub(crate) io_engine: IoEngine,
 
-    /// Threads that serve; 0 is one for each core
+    /// Threads that serve; 0 is two for each processor
     #[arg(long, default_value_t = 0, value_name = "N")]
     pub(crate) shards: usize,
 

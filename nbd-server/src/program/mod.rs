@@ -5,7 +5,6 @@ mod arguments;
 use std::io::{self, Write as _};
 use std::path::Path;
 use std::sync::Arc;
-use std::thread;
 
 use anyhow::{Context, Result};
 use block::{Engine, FileDisk, FileOptions};
@@ -89,7 +88,7 @@ fn identity(arguments: &Arguments, disk: &FileDisk) -> Result<String> {
 
 fn shards(arguments: &Arguments) -> usize {
     match arguments.shards {
-        0 => thread::available_parallelism().map_or(1, usize::from),
+        0 => Server::default_shards(),
         shards => shards,
     }
 }
