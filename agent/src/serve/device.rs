@@ -60,13 +60,13 @@ impl<S: ChunkStore> SnapshotDevice<S> {
     }
 }
 
-fn failed(error: &SourceError) -> Error {
+fn failed(chunk: u64, error: &SourceError) -> Error {
     let kind = match error.kind() {
         SourceErrorKind::Damaged | SourceErrorKind::Missing => ErrorKind::Damaged,
         SourceErrorKind::Unavailable => ErrorKind::Io,
         SourceErrorKind::Closed => ErrorKind::Shutdown,
     };
-    Error::new(kind, error)
+    Error::new(kind, format_args!("chunk {chunk} of the disk: {error}"))
 }
 
 impl<S: ChunkStore> BlockDevice for SnapshotDevice<S> {
@@ -125,10 +125,8 @@ impl<S: ChunkStore> BlockDevice for SnapshotDevice<S> {
                     None => out.fill(0),
                     Some(fetch) => match fetch.await {
                         Ok(data) => out.copy_from_slice(&data[self.part(chunk, part)]),
-                        Err(error) => {
-                            tracing::warn!(%error, chunk, "a read failed");
-                            return (Err(failed(&error).at(part)), buf);
-                        }
+                        // Whoever serves it logs it: this is at the client's will.
+                        Err(error) => return (Err(failed(chunk, &error).at(part)), buf),
                     },
                 }
             }
@@ -183,10 +181,10 @@ impl<S: ChunkStore> BlockDevice for SnapshotDevice<S> {
                 let fetches: Vec<_> = wanted
                     .by_ref()
                     .take(PREFETCHED_AT_ONCE)
-                    .map(|(chunk, part)| (part, self.source.fetch(chunk, Urgency::Readahead)))
+                    .map(|(chunk, part)| (chunk, part, self.source.fetch(chunk, Urgency::Readahead)))
                     .collect();
-                for (part, fetch) in fetches {
-                    fetch.await.map_err(|error| failed(&error).at(part))?;
+                for (chunk, part, fetch) in fetches {
+                    fetch.await.map_err(|error| failed(chunk, &error).at(part))?;
                 }
             }
             Ok(())
