@@ -169,12 +169,15 @@ impl Session {
 
     pub(super) fn source_is_away(&self, why: &SourceError) {
         let mut fills = self.fills.lock();
-        if fills.source_away_since.is_none() {
-            fills.source_away_since = Some(self.clock.now());
-            tracing::warn!(
-                error = why as &dyn std::error::Error,
-                "the source is out of reach; waiting for it"
-            );
+        if fills.source_away_since.is_some() {
+            return;
+        }
+        let now = self.clock.now();
+        fills.source_away_since = Some(now);
+        let error = why as &dyn std::error::Error;
+        match fills.away_told.admit(now) {
+            Some(left_out) => tracing::warn!(error, left_out, "the source is out of reach; waiting for it"),
+            None => tracing::debug!(error, "the source is out of reach; waiting for it"),
         }
     }
 

@@ -398,7 +398,11 @@ impl Session {
             _ => {
                 fills.back_off(now);
                 self.stats.target_failed();
-                tracing::error!(error = &error as &dyn std::error::Error, "writing to the target failed");
+                let error = &error as &dyn std::error::Error;
+                match fills.failed_told.admit(now) {
+                    Some(left_out) => tracing::error!(error, left_out, "writing to the target failed"),
+                    None => tracing::debug!(error, "writing to the target failed"),
+                }
             }
         }
         true

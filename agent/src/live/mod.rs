@@ -91,6 +91,7 @@ mod strip;
 mod sync;
 #[cfg(test)]
 mod tests;
+mod told;
 mod write;
 mod zero;
 

@@ -25,6 +25,7 @@ use super::plan::FillPlan;
 use super::source::{ChunkData, ChunkSource};
 use super::stats::{Phase, Stats, StatsSnapshot};
 use super::sync::{AtomicU8, AtomicU64, Mutex};
+use super::told::Told;
 
 /// A restore in progress, shared by all shards.
 pub struct Session {
@@ -82,6 +83,10 @@ pub(super) struct Fills {
     /// Nothing has come home since the last attempt that failed.
     pub(super) failed: bool,
     pub(super) source_away_since: Option<Duration>,
+    /// A source of which some can be had and some cannot is away and back with every read.
+    pub(super) away_told: Told,
+    /// So is a target that fails in some places.
+    pub(super) failed_told: Told,
     /// The target is full, at least until no write failed for want of room up to then.
     pub(super) full_until: Option<Duration>,
 }
@@ -111,6 +116,8 @@ impl Session {
                 backoff: Duration::ZERO,
                 failed: false,
                 source_away_since: None,
+                away_told: Told::default(),
+                failed_told: Told::default(),
                 full_until: None,
             }),
             decoded: Mutex::new(HashMap::new()),

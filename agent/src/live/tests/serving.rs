@@ -1,8 +1,10 @@
 //! What a guest gets of blocks that are home, and of those that are not.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use block::{BLOCK_SIZE, BlockDevice, Durability, ErrorKind, ExtentState, ZeroMode};
+use parking_lot::Mutex;
 
 use super::{CHUNK, CHUNKS, DISK, Rig, ZERO, chunk, range};
 use crate::live::clock::Clock;
@@ -95,6 +97,39 @@ fn reads_of_absent_blocks_wait_for_the_source_up_to_the_limit() {
     assert_eq!(rig.write(&device, range(CHUNK + 1, 1), 9).unwrap_err().kind(), ErrorKind::Io);
     rig.source.state.lock().away = 0;
     assert_eq!(rig.read(&device, range(CHUNK, 10)).unwrap(), vec![2; 10]);
+}
+
+/// What was logged.
+#[derive(Clone, Default)]
+struct Log(Arc<Mutex<Vec<u8>>>);
+
+impl std::io::Write for Log {
+    fn write(&mut self, text: &[u8]) -> std::io::Result<usize> {
+        self.0.lock().extend_from_slice(text);
+        Ok(text.len())
+    }
+
+    fn flush(&mut self) -> std::io::Result<()> {
+        Ok(())
+    }
+}
+
+#[test]
+fn a_source_that_goes_and_comes_with_every_read_does_not_fill_the_log() {
+    let log = Log::default();
+    let to = log.clone();
+    let level = tracing::level_filters::LevelFilter::WARN;
+    let logging = tracing_subscriber::fmt().with_max_level(level).with_writer(move || to.clone()).finish();
+    tracing::subscriber::with_default(logging, || {
+        let mut rig = Rig::new();
+        let device = rig.create();
+        for number in (0..CHUNKS).filter(|number| !ZERO.contains(number)) {
+            rig.source.state.lock().away = 1;
+            assert_eq!(rig.read(&device, chunk(number)).unwrap(), rig.source.bytes(number));
+        }
+    });
+    let log = String::from_utf8(log.0.lock().clone()).unwrap();
+    assert_eq!(log.matches("the source is out of reach").count(), 1, "{log}");
 }
 
 #[test]
