@@ -3,10 +3,12 @@
 use std::alloc::{Layout, alloc, alloc_zeroed, dealloc, handle_alloc_error};
 use std::ops::{Deref, DerefMut};
 use std::ptr::NonNull;
+use std::sync::Arc;
 
-use rustix::mm::Advice;
+use rustix::mm::{Advice, MapFlags, ProtFlags};
 
 use crate::pool::Slot;
+use crate::shelf::Waiting;
 use crate::spare;
 
 /// The alignment of every buffer: enough for `O_DIRECT` on any device with blocks of up to 4 KiB.
@@ -34,6 +36,10 @@ enum Home {
     Pool(Slot),
     /// To the spare ones.
     Spares,
+    /// To the kernel: it was mapped for this buffer.
+    Kernel,
+    /// To its shelf.
+    Shelf(Arc<Waiting>),
 }
 
 // SAFETY: the buffer owns its memory alone, be it its own or lent by a pool that any thread may
@@ -82,6 +88,12 @@ impl AlignedBuf {
         Self { memory, capacity: layout.size(), len, home: Home::Allocator }
     }
 
+    /// A buffer of `len` zero bytes whose memory is the kernel's again as soon as it is dropped.
+    pub(crate) fn mapped(len: usize) -> Self {
+        let layout = Self::layout(len);
+        Self { memory: Self::map(layout), capacity: layout.size(), len, home: Home::Kernel }
+    }
+
     /// The memory of a pool's slot, lent until the buffer is dropped.
     pub(crate) fn from_slot(memory: NonNull<u8>, capacity: usize, len: usize, slot: Slot) -> Self {
         assert!(len <= capacity && capacity.is_multiple_of(ALIGNMENT));
@@ -96,18 +108,20 @@ impl AlignedBuf {
         self
     }
 
+    /// The same memory, `len` bytes of it, to be given to [`Waiting::give_back`] when it is dropped.
+    pub(crate) fn into_shelved(mut self, len: usize, shelf: Arc<Waiting>) -> Self {
+        assert!(matches!(self.home, Home::Kernel));
+        self.set_len(len);
+        self.home = Home::Shelf(shelf);
+        self
+    }
+
     /// The place in a pool that its memory belongs to.
     pub(crate) const fn slot(&self) -> Option<&Slot> {
         match &self.home {
             Home::Pool(slot) => Some(slot),
-            Home::Allocator | Home::Spares => None,
+            Home::Allocator | Home::Spares | Home::Kernel | Home::Shelf(_) => None,
         }
-    }
-
-    /// Whether its memory goes back to a pool when it is dropped, to be lent again.
-    #[must_use]
-    pub const fn is_lent(&self) -> bool {
-        !matches!(self.home, Home::Allocator)
     }
 
     /// How many bytes it can hold: a multiple of [`ALIGNMENT`].
@@ -150,12 +164,60 @@ impl AlignedBuf {
         // SAFETY: the layout's size is not zero.
         let memory = Self::non_null(unsafe { alloc(layout) }, layout);
         let whole = layout.size() - layout.size() % HUGE_PAGE;
-        // SAFETY: the range was just allocated, and is ours alone; the advice changes no contents.
-        let advised = unsafe { rustix::mm::madvise(memory.as_ptr().cast(), whole, Advice::LinuxHugepage) };
-        if let Err(error) = advised {
+        // SAFETY: the range was just allocated, and is ours alone.
+        unsafe { Self::want_huge(memory, whole) };
+        memory
+    }
+
+    /// Zeroes of the kernel's, on huge pages where there are some.
+    fn map(layout: Layout) -> NonNull<u8> {
+        // The kernel aligns to pages only: what lies before and behind is given back.
+        let more = if layout.align() > ALIGNMENT { layout.align() } else { 0 };
+        let (protection, flags) = (ProtFlags::READ | ProtFlags::WRITE, MapFlags::PRIVATE);
+        let len = layout.size() + more;
+        // SAFETY: a fresh anonymous mapping at an address of the kernel's choice touches no memory of ours.
+        let mapped = unsafe { rustix::mm::mmap_anonymous(std::ptr::null_mut(), len, protection, flags) };
+        let mapped = Self::non_null(mapped.map_or(std::ptr::null_mut(), <*mut _>::cast), layout);
+        if more == 0 {
+            return mapped;
+        }
+        let before = mapped.align_offset(layout.align());
+        // SAFETY: `before` is less than `more`, so all three parts lie within the mapping, which nobody uses yet.
+        unsafe {
+            let memory = mapped.add(before);
+            Self::unmap(mapped, before);
+            Self::unmap(memory.add(layout.size()), more - before);
+            Self::want_huge(memory, layout.size());
+            memory
+        }
+    }
+
+    /// Gives mapped memory back to the kernel.
+    ///
+    /// # Safety
+    /// It is whole pages of a mapping of ours that nobody uses any more.
+    unsafe fn unmap(memory: NonNull<u8>, len: usize) {
+        if len == 0 {
+            return;
+        }
+        let memory = memory.as_ptr().cast();
+        // SAFETY: as the caller has it.
+        if let Err(error) = unsafe { rustix::mm::munmap(memory, len) } {
+            // There are too many mappings to make two of one: then the pages go, and the addresses stay.
+            tracing::debug!(%error, len, "a buffer could not be unmapped");
+            // SAFETY: as the caller has it.
+            let _ = unsafe { rustix::mm::madvise(memory, len, Advice::LinuxDontNeed) };
+        }
+    }
+
+    /// # Safety
+    /// The range is memory of ours.
+    unsafe fn want_huge(memory: NonNull<u8>, len: usize) {
+        // SAFETY: as the caller has it; the advice changes no contents.
+        if let Err(error) = unsafe { rustix::mm::madvise(memory.as_ptr().cast(), len, Advice::LinuxHugepage) }
+        {
             tracing::trace!(%error, "no huge pages for a buffer");
         }
-        memory
     }
 
     fn non_null(memory: *mut u8, layout: Layout) -> NonNull<u8> {
@@ -172,13 +234,19 @@ impl AlignedBuf {
 
 impl Drop for AlignedBuf {
     fn drop(&mut self) {
-        match self.home {
+        match std::mem::replace(&mut self.home, Home::Kernel) {
             Home::Pool(_) => {} // Dropping the slot gives the memory back to its pool.
+            // SAFETY: `memory` was mapped with this capacity, and goes with this buffer.
+            Home::Kernel => unsafe { Self::unmap(self.memory, self.capacity) },
             // SAFETY: `memory` came from the allocator with this very layout and is freed once.
             Home::Allocator => unsafe { dealloc(self.memory.as_ptr(), Self::layout(self.capacity)) },
             Home::Spares => {
                 let Self { memory, capacity, len, .. } = *self;
                 spare::give_back(Self { memory, capacity, len, home: Home::Allocator });
+            }
+            Home::Shelf(shelf) => {
+                let Self { memory, capacity, len, .. } = *self;
+                shelf.give_back(Self { memory, capacity, len, home: Home::Kernel });
             }
         }
     }

@@ -1,4 +1,4 @@
-//! What clients of `lifeboot serve` may cost.
+//! What clients of `lifeboot serve` may cost: its memory, and its log.
 #![allow(clippy::unwrap_used, reason = "what a test calls may panic as the test may")]
 
 use std::fs;
@@ -7,6 +7,7 @@ use std::os::unix::fs::FileExt;
 use e2e::captured::Captured;
 use e2e::lifeboot::Repository;
 use e2e::nbd::Export;
+use e2e::process::Process;
 
 const MIB: u64 = 1 << 20;
 
@@ -19,6 +20,13 @@ fn spoil(repository: &Repository) {
     let mut byte = [0];
     file.read_exact_at(&mut byte, at).unwrap();
     file.write_all_at(&[byte[0] ^ 1], at).unwrap();
+}
+
+/// The memory that is the process's alone, in bytes.
+fn own_memory(process: &Process) -> u64 {
+    let status = fs::read_to_string(format!("/proc/{}/status", process.id())).unwrap();
+    let line = status.lines().find_map(|line| line.strip_prefix("RssAnon:")).unwrap();
+    line.trim().trim_end_matches(" kB").parse::<u64>().unwrap() * 1024
 }
 
 #[test]
@@ -62,4 +70,17 @@ print(failed)";
             .all(|word| first.contains(word)),
         "{first}"
     );
+}
+
+#[test]
+fn large_reads_leave_no_more_memory_behind_than_caches_and_buffers() {
+    let captured = Captured::new("serve-memory", 160 * MIB, 72).unwrap();
+    let server = captured.repository.serve(&["vm@latest"], &captured.socket).unwrap();
+    let script = "import random
+places = random.Random(1)
+for _ in range(150):
+    h.pread(32 << 20, places.randrange((h.get_size() - (32 << 20)) // 4096) * 4096)";
+    Export::first(&captured.socket).nbdsh("h.set_request_structured_replies(False)", script).unwrap();
+    let memory = own_memory(&server) / MIB;
+    assert!(memory < 192, "{memory} MiB");
 }

@@ -124,7 +124,6 @@ impl LiveDevice {
         let is_fetched = |chunk: u64| !withdrawn.contains(&chunk);
         let withdrawn_runs = runs_of(chunks, |chunk| !is_fetched(chunk));
         if withdrawn_runs.as_slice() == std::slice::from_ref(chunks) {
-            session.source.recycle(bytes);
             return (false, withdrawn_runs);
         }
         let is_filled_all_the_same = makes(Mistake::FailedFetchFilled);
@@ -147,7 +146,6 @@ impl LiveDevice {
             let part = AlignedBuf::from_slice(&bytes[at..at + range.len() as usize]);
             again |= session.after_fill(self.fill(run, part, urgency).await);
         }
-        session.source.recycle(bytes);
         (again, withdrawn_runs)
     }
 
@@ -211,11 +209,9 @@ impl LiveDevice {
         let whole = map.bytes(&blocks);
         let mut written = 0;
         if absent.as_slice() == [blocks.clone()] {
-            let (result, buf) = self.target.write(whole.start(), buf, Durability::Volatile).await;
-            result?;
+            self.target.write(whole.start(), buf, Durability::Volatile).await.0?;
             map.mark_home(blocks);
             written = whole.len();
-            session.source.recycle(buf);
         } else {
             for run in absent {
                 let bytes = map.bytes(&run);
@@ -225,7 +221,6 @@ impl LiveDevice {
                 map.mark_home(run);
                 written += bytes.len();
             }
-            session.source.recycle(buf);
         }
         if makes(Mistake::MappedJournal) {
             self.leak_to_journal().await;

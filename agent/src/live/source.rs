@@ -216,9 +216,4 @@ pub trait ChunkSource: Send + Sync {
     fn waiting_bytes(&self) -> u64 {
         0
     }
-
-    /// Takes back the buffer of a [`RunData`] or a [`ChunkData::into_buf`] that is home, to be used again.
-    fn recycle(&self, buf: AlignedBuf) {
-        drop(buf);
-    }
 }

@@ -126,7 +126,6 @@ impl<S: ChunkStore> Shared<S> {
         for ((key, _, _, into), result) in chunks.into_iter().zip(results) {
             self.end(key, into, result);
         }
-        batch.into_iter().filter_map(|piece| piece.stored).for_each(|stored| self.recycle(stored));
     }
 
     fn place_for(&self, key: Key) -> Room {
@@ -136,7 +135,7 @@ impl<S: ChunkStore> Shared<S> {
         });
         let taken = run.and_then(|into| into.run.take_part(into.slot).map(|part| Room::Run(into, part)));
         // A chunk has one fetch: a part that cannot be had was given up just now, as the pool was closed.
-        taken.unwrap_or_else(|| Room::Own(self.buffer(self.store.plain_len(key))))
+        taken.unwrap_or_else(|| Room::Own(self.buffers.take(self.store.plain_len(key))))
     }
 
     /// Ends the fetch of a chunk and gives it, or why it could not be had, to everybody who waits.
@@ -170,7 +169,11 @@ impl<S: ChunkStore> Shared<S> {
             })
             .collect();
         if !others.is_empty() {
-            let copy = result.clone().map(|()| ChunkData::new(AlignedBuf::from_slice(&part)));
+            let copy = result.clone().map(|()| {
+                let mut copy = self.buffers.take(part.len());
+                copy.copy_from_slice(&part);
+                ChunkData::new(copy)
+            });
             if let Ok(chunk) = &copy {
                 self.cache.insert(key, chunk.clone());
             }

@@ -95,10 +95,6 @@ impl<S: ChunkStore> ChunkSource for DiskSource<S> {
     fn waiting_bytes(&self) -> u64 {
         self.pool.waiting_bytes(self.disk)
     }
-
-    fn recycle(&self, buf: block::AlignedBuf) {
-        self.pool.recycle(buf);
-    }
 }
 
 #[cfg(test)]

@@ -129,7 +129,7 @@ impl<S: ChunkStore> Shared<S> {
             flight
         });
         let arrives = self.throttle.reserve(begun, len);
-        let mut stored = self.stored_buffer(len);
+        let mut stored = self.buffers.take(usize::try_from(len).expect("a fetch is a few chunks"));
         let result = self.store.read(&piece.chunks[0].1, &mut stored);
         let mut state = self.state.lock();
         if let Some(arrives) = arrives {

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use block::{AlignedBuf, BufferPool};
+use block::{AlignedBuf, BufferPool, Shelf};
 use parking_lot::{Condvar, Mutex, MutexGuard};
 use quick_cache::sync::Cache;
 use tokio::sync::oneshot;
@@ -18,7 +18,7 @@ use super::window::Window;
 use crate::live::{ChunkData, FetchFuture, RunData, SourceError, SourceErrorKind, Urgency};
 
 const LANES: usize = Urgency::ALL.len();
-/// Buffers kept to be used again.
+/// Buffers that wait to be used again.
 const SPARE_BYTES: usize = 32 << 20;
 /// How long what is being fetched when the end begins may take.
 const FETCH_PATIENCE: Duration = Duration::from_secs(1);
@@ -95,7 +95,8 @@ pub(super) struct Shared<S: ChunkStore> {
     pub(super) closing: Condvar,
     /// Wakes whoever waits for the threads' end.
     ended: Condvar,
-    spares: Mutex<Vec<AlignedBuf>>,
+    /// Where chunks and what is stored of them are kept: they are taken and dropped on many threads.
+    pub(super) buffers: Shelf,
     pub(super) begun: Instant,
 }
 
@@ -135,7 +136,7 @@ impl<S: ChunkStore> FetchPool<S> {
             to_decode_urgent: Condvar::new(),
             closing: Condvar::new(),
             ended: Condvar::new(),
-            spares: Mutex::new(Vec::new()),
+            buffers: Shelf::new(SPARE_BYTES),
             begun: Instant::now(),
         });
         let mut pool = Self { shared, threads: Vec::new() };
@@ -280,11 +281,6 @@ impl<S: ChunkStore> FetchPool<S> {
     pub fn waiting_bytes(&self, disk: u32) -> u64 {
         self.shared.waiting_bytes(disk)
     }
-
-    /// Takes a buffer back, to be used again.
-    pub fn recycle(&self, buf: AlignedBuf) {
-        self.shared.recycle(buf);
-    }
 }
 
 impl<S: ChunkStore> FetchPool<S> {
@@ -348,40 +344,10 @@ impl<S: ChunkStore> Shared<S> {
         }
     }
 
-    /// Keeps a buffer to be used again, unless it has a pool of its own to go back to.
-    pub(super) fn recycle(&self, buf: AlignedBuf) {
-        let mut spares = self.spares.lock();
-        let kept: usize = spares.iter().map(AlignedBuf::capacity).sum();
-        if !buf.is_lent() && kept + buf.capacity() <= SPARE_BYTES {
-            spares.push(buf);
-        }
-    }
-
     /// A buffer for a run, which the calling thread will write: best one that its ring knows.
     fn run_buffer(&self, len: usize) -> AlignedBuf {
         let lent = BufferPool::of_thread().ok().and_then(|pool| pool.try_take(len));
-        lent.unwrap_or_else(|| self.buffer(len))
-    }
-
-    /// A buffer for stored bytes; of few sizes, so that it fits others too when it comes back.
-    pub(super) fn stored_buffer(&self, len: u64) -> AlignedBuf {
-        let len = usize::try_from(len).expect("a fetch is a few chunks");
-        let mut buf = self.buffer(len.next_power_of_two());
-        buf.set_len(len);
-        buf
-    }
-
-    /// A buffer of `len` bytes, of unknown contents.
-    pub(super) fn buffer(&self, len: usize) -> AlignedBuf {
-        let mut spares = self.spares.lock();
-        let fits = |buf: &AlignedBuf| buf.capacity() >= len && buf.capacity() / 2 <= len.max(1);
-        if let Some(at) = spares.iter().rposition(fits) {
-            let mut buf = spares.swap_remove(at);
-            buf.set_len(len);
-            return buf;
-        }
-        drop(spares);
-        AlignedBuf::zeroed(len)
+        lent.unwrap_or_else(|| self.buffers.take(len))
     }
 }
 
