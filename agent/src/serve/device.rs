@@ -1,5 +1,6 @@
 //! A snapshot's disk, read-only: every block comes from the repository, nothing is kept but a cache.
 
+use std::collections::VecDeque;
 use std::rc::Rc;
 use std::sync::Arc;
 
@@ -8,35 +9,35 @@ use block::{
     Extent, ExtentState, Geometry, OpenDevice, Result, ZeroMode,
 };
 
+use super::room::{Room, Rooms};
 use crate::live::{ChunkSource as _, SourceError, SourceErrorKind, Urgency};
 use crate::source::{ChunkStore, DiskSource};
 
 /// A disk of a snapshot that can be opened on any thread.
-pub struct SnapshotDisk<S: ChunkStore> {
+pub(super) struct SnapshotDisk<S: ChunkStore> {
     source: Arc<DiskSource<S>>,
+    rooms: Rooms,
 }
 
 impl<S: ChunkStore> SnapshotDisk<S> {
-    /// The disk that `source` brings.
-    #[must_use]
-    pub const fn new(source: Arc<DiskSource<S>>) -> Self {
-        Self { source }
+    /// The disk that `source` brings, which fetches within `rooms`.
+    pub(super) const fn new(source: Arc<DiskSource<S>>, rooms: Rooms) -> Self {
+        Self { source, rooms }
     }
 }
 
 impl<S: ChunkStore> OpenDevice for SnapshotDisk<S> {
     fn open(&self) -> Result<Rc<dyn BlockDevice>> {
-        Ok(Rc::new(SnapshotDevice { source: Arc::clone(&self.source) }))
+        Ok(Rc::new(SnapshotDevice { source: Arc::clone(&self.source), rooms: self.rooms.clone() }))
     }
 }
 
 /// Chunks that are looked at for one answer about extents: a shard has others to serve. Whoever wants more asks again.
 const MOST_CHUNKS: usize = 1 << 18;
-/// Chunks that one CACHE asks for at a time.
-const PREFETCHED_AT_ONCE: usize = 16;
 
 struct SnapshotDevice<S: ChunkStore> {
     source: Arc<DiskSource<S>>,
+    rooms: Rooms,
 }
 
 impl<S: ChunkStore> SnapshotDevice<S> {
@@ -57,6 +58,48 @@ impl<S: ChunkStore> SnapshotDevice<S> {
     fn part(&self, chunk: u64, part: ByteRange) -> std::ops::Range<usize> {
         let start = (part.start() - self.source.layout().chunk_range(chunk).start()) as usize;
         start..start + part.len() as usize
+    }
+
+    /// Gives `take` each part of `range` that lies in one chunk, with its bytes, or none where these are zeroes. As many chunks are
+    /// asked for before the first is waited for as there is room for.
+    async fn fetch_each(
+        &self,
+        range: ByteRange,
+        urgency: Urgency,
+        room: &Room,
+        mut take: impl FnMut(ByteRange, Option<&[u8]>),
+    ) -> Result<()> {
+        let layout = self.source.layout();
+        let mut wanted = range.split(u64::from(layout.chunk_size)).peekable();
+        let mut fetches = VecDeque::new();
+        let mut result = Ok(());
+        loop {
+            while result.is_ok()
+                && let Some(&(chunk, part)) = wanted.peek()
+            {
+                if self.source.is_zero(chunk) {
+                    take(part, None);
+                } else if let Some(data) = self.source.cached(chunk) {
+                    take(part, Some(&data[self.part(chunk, part)]));
+                } else {
+                    let len = layout.chunk_range(chunk).len();
+                    let place = match room.try_take(len) {
+                        Some(place) => place,
+                        None if fetches.is_empty() => room.take(len).await,
+                        None => break,
+                    };
+                    fetches.push_back((place, chunk, part, self.source.fetch(chunk, urgency)));
+                }
+                wanted.next();
+            }
+            let Some((place, chunk, part, fetch)) = fetches.pop_front() else { return result };
+            match fetch.await {
+                Ok(data) => take(part, Some(&data[self.part(chunk, part)])),
+                // Whoever serves this logs it: it is at the client's will. What was asked for keeps its place until it is here.
+                Err(error) => result = result.and(Err(failed(chunk, &error).at(part))),
+            }
+            drop(place);
+        }
     }
 }
 
@@ -109,28 +152,16 @@ impl<S: ChunkStore> BlockDevice for SnapshotDevice<S> {
                 Ok(range) => range,
                 Err(error) => return (Err(error), buf),
             };
-            // All are asked for before the first is waited for.
-            let wanted: Vec<_> = range
-                .split(u64::from(self.source.layout().chunk_size))
-                .map(|(chunk, part)| {
-                    let fetch =
-                        (!self.source.is_zero(chunk)).then(|| self.source.fetch(chunk, Urgency::Demand));
-                    (chunk, part, fetch)
-                })
-                .collect();
-            for (chunk, part, fetch) in wanted {
+            let take = |part: ByteRange, bytes: Option<&[u8]>| {
                 let at = (part.start() - offset) as usize;
                 let out = &mut buf[at..at + part.len() as usize];
-                match fetch {
+                match bytes {
+                    Some(bytes) => out.copy_from_slice(bytes),
                     None => out.fill(0),
-                    Some(fetch) => match fetch.await {
-                        Ok(data) => out.copy_from_slice(&data[self.part(chunk, part)]),
-                        // Whoever serves it logs it: this is at the client's will.
-                        Err(error) => return (Err(failed(chunk, &error).at(part)), buf),
-                    },
                 }
-            }
-            (Ok(()), buf)
+            };
+            let result = self.fetch_each(range, Urgency::Demand, &self.rooms.reads, take).await;
+            (result, buf)
         })
     }
 
@@ -174,20 +205,7 @@ impl<S: ChunkStore> BlockDevice for SnapshotDevice<S> {
     fn prefetch(&self, range: ByteRange) -> DeviceFuture<'_, Result<()>> {
         Box::pin(async move {
             let range = self.check(range.start(), range.len())?;
-            let parts = range.split(u64::from(self.source.layout().chunk_size));
-            let mut wanted = parts.filter(|(chunk, _)| !self.source.is_zero(*chunk)).peekable();
-            while wanted.peek().is_some() {
-                // All of them are asked for before the first is waited for.
-                let fetches: Vec<_> = wanted
-                    .by_ref()
-                    .take(PREFETCHED_AT_ONCE)
-                    .map(|(chunk, part)| (chunk, part, self.source.fetch(chunk, Urgency::Readahead)))
-                    .collect();
-                for (chunk, part, fetch) in fetches {
-                    fetch.await.map_err(|error| failed(chunk, &error).at(part))?;
-                }
-            }
-            Ok(())
+            self.fetch_each(range, Urgency::Readahead, &self.rooms.caching, |_, _| {}).await
         })
     }
 }

@@ -7,7 +7,8 @@ use block::{Engine, OpenDevice};
 use nbd_server::Export;
 use repository::{DiskEntry, Repository, Snapshot, SnapshotName};
 
-use super::SnapshotDisk;
+use super::device::SnapshotDisk;
+use super::room::Rooms;
 use crate::cli::Failure;
 use crate::live::{DiskLayout, Session};
 use crate::source::{DiskSource, FetchPool, RepositoryStore, zero_chunks};
@@ -103,6 +104,7 @@ pub(super) fn open(
 ) -> anyhow::Result<(Vec<Opened>, Vec<Recording>)> {
     let mut exports = Vec::new();
     let mut recordings = Vec::new();
+    let rooms = Rooms::new();
     for Wanted { snapshot, names, description, disk } in wanted {
         let map = repository.disk_map(&disk)?;
         let layout = DiskLayout { size: disk.size, chunk_size: disk.chunk_size };
@@ -110,7 +112,7 @@ pub(super) fn open(
         let number = pool.store().add(map);
         let source = Arc::new(DiskSource::new(Arc::clone(pool), number, layout, zero));
         let device: Arc<dyn OpenDevice> = match scratch {
-            None => Arc::new(SnapshotDisk::new(source)),
+            None => Arc::new(SnapshotDisk::new(source, rooms.clone())),
             Some((dir, engine)) => {
                 let device = super::scratch::open(source, dir, engine)?;
                 let session = Arc::clone(device.session());

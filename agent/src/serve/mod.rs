@@ -3,7 +3,10 @@
 
 mod device;
 mod exports;
+mod room;
 mod scratch;
+#[cfg(test)]
+mod tests;
 
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -20,8 +23,6 @@ use crate::cli::{Context, Outcome, UsageError, Verb};
 use crate::output::Output;
 use crate::source::{FetchPool, RepositoryStore, SourceArgs};
 use crate::trace::look_for_the_last_time;
-
-pub use device::SnapshotDisk;
 
 /// How often the command looks for Ctrl-C.
 const TICK: Duration = Duration::from_millis(50);
