@@ -7,7 +7,9 @@
 //! | 1 | of each round: bits 0–2: how many requests but one; bit 3: the disk fails, bit 4: as one without room |
 //! | 1 | after how many operations, where it fails |
 //! | 9 | of each request: the kind and, in bit 7, the client; offset; length |
+//! | 4 | at the end, of the WRITE in whose middle a client goes: offset, length |
 
+use std::net::Shutdown;
 use std::os::linux::net::SocketAddrExt;
 use std::os::unix::net::{SocketAddr, UnixListener, UnixStream};
 use std::sync::{Arc, LazyLock};
@@ -257,6 +259,10 @@ pub fn memory(data: &[u8]) {
     }
     if goes_on && choice & 2 != 0 {
         cut(&mut input, &mut clients[0], &mut model);
+    }
+    for client in &clients {
+        // What is still sent for it has the socket, too.
+        let _ = client.socket.shutdown(Shutdown::Both);
     }
     drop(clients);
     served.wait();

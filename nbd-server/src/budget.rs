@@ -59,7 +59,7 @@ enum From {
 #[derive(Debug, Default)]
 struct GoneWithout {
     times: AtomicU64,
-    /// The most that any of them needed, in bytes.
+    /// The most that any of them needed, in bytes, since so much was seen to be free.
     most_bytes: AtomicU64,
 }
 
@@ -173,9 +173,18 @@ impl Budget {
     /// Whether somebody waits for what is common, or went on without it since `mark` and could not have it now either. How much was given
     /// back meanwhile means nothing: others may take little of it, and give that back, all the time.
     pub(crate) fn is_wanted_since(&self, mark: Mark) -> bool {
+        self.waiting.load(Ordering::Relaxed) > 0 || (self.mark() != mark && self.is_short())
+    }
+
+    /// Whether less of what is common is free than somebody needed who went on without it.
+    fn is_short(&self) -> bool {
         let free_bytes = self.units.available_permits() as u64 * UNIT;
-        let is_short = || free_bytes < self.gone_without.most_bytes.load(Ordering::Relaxed);
-        self.waiting.load(Ordering::Relaxed) > 0 || (self.mark() != mark && is_short())
+        let is_short = free_bytes < self.gone_without.most_bytes.load(Ordering::Relaxed);
+        if !is_short {
+            // They could have had it since: what others will need is another matter.
+            self.gone_without.most_bytes.store(0, Ordering::Relaxed);
+        }
+        is_short
     }
 
     /// How much is given out, in bytes.
@@ -343,5 +352,7 @@ mod tests {
         drop(second);
         assert!(!budget.is_wanted_since(mark));
         assert_eq!(budget.given_back(), u64::from(all));
+        let _held = budget.try_take(all - 4096).unwrap();
+        assert!(!budget.is_wanted_since(mark), "they could have had it");
     }
 }

@@ -348,6 +348,38 @@ fn who_takes_no_replies_loses_its_memory_to_those_who_wait() {
 }
 
 #[test]
+fn who_takes_no_replies_and_sends_all_the_while_loses_its_memory_too() {
+    let limits = Limits {
+        memory_bytes: 4 << 20,
+        request_bytes: 4 << 20,
+        patience_when_wanted: Duration::from_millis(50),
+        ..Limits::default()
+    };
+    let served =
+        Served::new(MemoryDisk::new(4 << 20).slow(), ServerOptions { limits, ..ServerOptions::default() });
+    let (mut deaf, mut other) = (served.simple_client(), served.simple_client());
+    // Until the kernel takes no more of its replies, and one of them is kept.
+    while served.handle.stats().memory_bytes == 0 {
+        deaf.send(CommandKind::Read, CommandFlags::NONE, 0, 1 << 20, &[]);
+        // Once another is answered after it, it has begun, and later been sent as far as it can be.
+        assert_eq!(other.flush().result, Ok(()));
+        served.wait_for(|stats| stats.operations == 0);
+        assert_eq!(other.flush().result, Ok(()));
+    }
+    let refused = deaf.header(CommandKind::Write, CommandFlags::NONE, 4 << 20, 64 << 10);
+    let message = [&deaf.encode(&refused)[..], &[7; 64 << 10]].concat();
+    thread::scope(|scope| {
+        // Each is skipped, until the connection is closed.
+        scope.spawn(|| while deaf.socket.write_all(&message).is_ok() {});
+        assert_eq!(other.read(0, 4 << 20).result, Ok(()));
+    });
+    drop(other);
+    drop(deaf);
+    served.check_health();
+    served.end();
+}
+
+#[test]
 fn who_takes_no_replies_keeps_its_connection_while_nobody_waits() {
     let limits = Limits { patience_when_wanted: Duration::from_millis(1), ..Limits::default() };
     let served = served(limits);

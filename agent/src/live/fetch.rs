@@ -169,22 +169,30 @@ impl Session {
 
     pub(super) fn source_is_away(&self, why: &SourceError) {
         let mut fills = self.fills.lock();
-        if fills.source_away_since.is_some() {
+        let now = self.clock.now();
+        fills.source_away_since.get_or_insert(now);
+        if fills.away_is_told {
             return;
         }
-        let now = self.clock.now();
-        fills.source_away_since = Some(now);
         let error = why as &dyn std::error::Error;
         match fills.away_told.admit(now) {
-            Some(left_out) => tracing::warn!(error, left_out, "the source is out of reach; waiting for it"),
+            Some(left_out) => {
+                fills.away_is_told = true;
+                tracing::warn!(error, left_out, "the source is out of reach; waiting for it");
+            }
             None => tracing::debug!(error, "the source is out of reach; waiting for it"),
         }
     }
 
     pub(super) fn source_answered(&self) {
         let mut fills = self.fills.lock();
-        if fills.source_away_since.take().is_some() {
+        if fills.source_away_since.take().is_none() {
+            return;
+        }
+        if std::mem::take(&mut fills.away_is_told) {
             tracing::info!("the source is back");
+        } else {
+            tracing::debug!("the source is back");
         }
     }
 }

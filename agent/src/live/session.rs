@@ -83,9 +83,11 @@ pub(super) struct Fills {
     /// Nothing has come home since the last attempt that failed.
     pub(super) failed: bool,
     pub(super) source_away_since: Option<Duration>,
+    /// That it is away was told, and that it is back will be.
+    pub(super) away_is_told: bool,
     /// A source of which some can be had and some cannot is away and back with every read.
     pub(super) away_told: Told,
-    /// So is a target that fails in some places.
+    /// A target that fails in some places does so with every write there.
     pub(super) failed_told: Told,
     /// The target is full, at least until no write failed for want of room up to then.
     pub(super) full_until: Option<Duration>,
@@ -116,6 +118,7 @@ impl Session {
                 backoff: Duration::ZERO,
                 failed: false,
                 source_away_since: None,
+                away_is_told: false,
                 away_told: Told::default(),
                 failed_told: Told::default(),
                 full_until: None,

@@ -32,7 +32,7 @@ pub(super) struct Room {
     bytes: u32,
 }
 
-/// A chunk's place; it is free again when this is dropped.
+/// The place of a chunk that a request waits for, free again when this is dropped. Requests that wait for the same chunk have one each.
 #[derive(Debug)]
 pub(super) struct Place(#[expect(dead_code, reason = "it is held, not read")] OwnedSemaphorePermit);
 

@@ -64,7 +64,7 @@ impl Stall {
         self.wait = None;
     }
 
-    /// The peer took or sent so much.
+    /// The peer took or sent so much of what is waited for.
     pub(super) fn moved(&mut self, bytes: usize) {
         if let Some(wait) = self.wait.as_mut().filter(|_| bytes > 0) {
             wait.moved += bytes as u64;

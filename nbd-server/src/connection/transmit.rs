@@ -311,7 +311,10 @@ impl Transmission {
             State::Part(write) => write.received(len),
             _ => self.intake.received(len),
         }
-        self.stall.moved(len);
+        // Who takes no replies does not make up for it with what it sends.
+        if self.is_sent() {
+            self.stall.moved(len);
+        }
     }
 
     /// Sends what is queued; whether anything was.

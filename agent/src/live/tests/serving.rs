@@ -114,13 +114,19 @@ impl std::io::Write for Log {
     }
 }
 
-#[test]
-fn a_source_that_goes_and_comes_with_every_read_does_not_fill_the_log() {
+/// What is logged with `-v` while `run` runs.
+fn logged(run: impl FnOnce()) -> String {
     let log = Log::default();
     let to = log.clone();
-    let level = tracing::level_filters::LevelFilter::WARN;
+    let level = tracing::level_filters::LevelFilter::INFO;
     let logging = tracing_subscriber::fmt().with_max_level(level).with_writer(move || to.clone()).finish();
-    tracing::subscriber::with_default(logging, || {
+    tracing::subscriber::with_default(logging, run);
+    String::from_utf8(std::mem::take(&mut log.0.lock())).unwrap()
+}
+
+#[test]
+fn a_source_that_goes_and_comes_with_every_read_does_not_fill_the_log() {
+    let log = logged(|| {
         let mut rig = Rig::new();
         let device = rig.create();
         for number in (0..CHUNKS).filter(|number| !ZERO.contains(number)) {
@@ -128,8 +134,23 @@ fn a_source_that_goes_and_comes_with_every_read_does_not_fill_the_log() {
             assert_eq!(rig.read(&device, chunk(number)).unwrap(), rig.source.bytes(number));
         }
     });
-    let log = String::from_utf8(log.0.lock().clone()).unwrap();
     assert_eq!(log.matches("the source is out of reach").count(), 1, "{log}");
+    assert_eq!(log.matches("the source is back").count(), 1, "{log}");
+}
+
+#[test]
+fn a_source_that_goes_for_long_soon_after_it_came_back_is_told_of() {
+    let mut rig = Rig::new();
+    rig.options.source_timeout = Duration::from_secs(30);
+    let device = rig.create();
+    let log = logged(|| {
+        rig.source.state.lock().away = 1;
+        rig.read(&device, range(CHUNK, 10)).unwrap();
+        rig.source.state.lock().away = u64::MAX;
+        rig.read(&device, range(2 * CHUNK, 10)).unwrap_err();
+    });
+    assert_eq!(log.matches("the source is out of reach").count(), 2, "{log}");
+    assert_eq!(log.matches("the source is back").count(), 1, "{log}");
 }
 
 #[test]
