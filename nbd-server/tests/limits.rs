@@ -369,8 +369,12 @@ fn who_takes_no_replies_and_sends_all_the_while_loses_its_memory_too() {
     let refused = deaf.header(CommandKind::Write, CommandFlags::NONE, 4 << 20, 64 << 10);
     let message = [&deaf.encode(&refused)[..], &[7; 64 << 10]].concat();
     thread::scope(|scope| {
-        // Each is skipped, until the connection is closed.
-        scope.spawn(|| while deaf.socket.write_all(&message).is_ok() {});
+        // Each is refused and skipped, until the connection is closed: at such a pace that their replies do not fill what is kept of them.
+        scope.spawn(|| {
+            while deaf.socket.write_all(&message).is_ok() {
+                thread::sleep(Duration::from_millis(5));
+            }
+        });
         assert_eq!(other.read(0, 4 << 20).result, Ok(()));
     });
     drop(other);
