@@ -35,8 +35,17 @@ impl Intake {
         &self.memory[self.start..self.end]
     }
 
+    /// The message at the front, which is so long, if all of it is there; else there will be room for it.
+    pub(super) fn message(&mut self, len: usize) -> Option<&[u8]> {
+        if self.end - self.start < len {
+            self.expect(len);
+            return None;
+        }
+        Some(&self.memory[self.start..self.start + len])
+    }
+
     /// The message at the front, of which a part is there, is so long in all.
-    pub(super) fn expect(&mut self, message: usize) {
+    fn expect(&mut self, message: usize) {
         assert!(
             self.end - self.start < message && message <= self.memory.len(),
             "a message of {message} bytes is not expected"

@@ -218,10 +218,7 @@ impl Transmission {
         self.receive_limit = usize::MAX;
         let head = self.admission.replies.request_bytes();
         let whole = head + header.len as usize;
-        let Some(message) = self.intake.bytes().get(..whole) else {
-            self.intake.expect(whole);
-            return Some(Taken::NeedsBytes);
-        };
+        let Some(message) = self.intake.message(whole) else { return Some(Taken::NeedsBytes) };
         let encoder = self.shared.encoder;
         match self.reads.device.try_write(header.offset, &message[head..]) {
             Ok(Attempt::Done) => {
@@ -246,10 +243,7 @@ impl Transmission {
         self.receive_limit = usize::MAX;
         let head = self.admission.replies.request_bytes();
         let whole = head + header.len as usize;
-        let Some(message) = self.intake.bytes().get(..whole) else {
-            self.intake.expect(whole);
-            return Some(Taken::NeedsBytes);
-        };
+        let Some(message) = self.intake.message(whole) else { return Some(Taken::NeedsBytes) };
         let filtered = self.admission.filter(&header, &message[head..], &self.contexts);
         self.intake.consume(whole);
         match filtered {
